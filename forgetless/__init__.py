@@ -1,0 +1,48 @@
+"""forgetless: low-rank adapters that do not forget, fused into the frozen layer they sit on.
+
+import forgetless as fl
+fl.adapt(model, fl.CLoRA(rank=16, alpha=32, k=256), targets=["q_proj", "v_proj"])
+loss = model(**batch).loss + fl.penalty(model)
+"""
+
+from . import methods, ops, penalties
+from .calibrate import calibrate
+from .io import load, save
+from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
+from .model import adapt, adapters, drift, explain, merge, penalty, remove
+from .penalties import (
+    Decay,
+    Laplace,
+    NullSpace,
+    OutputDeviation,
+    SourceDeviation,
+    WeightDeviation,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CLoRA",
+    "CURLoRA",
+    "Decay",
+    "LaLoRA",
+    "Laplace",
+    "LoRA",
+    "NullSpace",
+    "OutputDeviation",
+    "SourceDeviation",
+    "WeightDeviation",
+    "adapt",
+    "adapters",
+    "calibrate",
+    "drift",
+    "explain",
+    "load",
+    "merge",
+    "methods",
+    "ops",
+    "penalties",
+    "penalty",
+    "remove",
+    "save",
+]

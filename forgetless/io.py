@@ -1,0 +1,331 @@
+"""Adapters on disk: safetensors and JSON, nothing else.
+
+A folder holds
+
+    adapter_model.safetensors   the adapter's parameters; PEFT's key names for LoRA-shaped methods
+    adapter_config.json         PEFT's config for LoRA-shaped methods, so that ``peft.PeftModel`` loads the folder
+    forgetless.json             method, penalties, layers, and hashes of what must fit together
+    forgetless_state.safetensors   statistics of the penalties (curvature, covariance), if there are any
+
+LoRA-shaped folders written by PEFT itself load too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from .layers import AdaptedLinear, site_of
+from .methods import LoRA, Method
+from .methods.curlora import CURLoRAAdapter, weight_hash
+from .methods.lora import LoRAAdapter
+from .model import adapt, adapters
+from .targets import find_layers
+
+FORMAT = 1
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+OURS = "forgetless.json"
+STATE = "forgetless_state.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters of ``model`` into ``folder``, which may exist; the base model is not written.
+
+    Every file is written beside its place and then renamed, so a reader never sees half of one.
+
+    Raises:
+        ValueError: the model has no adapters, or they are of several methods.
+        OSError: the folder cannot be written.
+    """
+    found = adapters(model)
+    if not found:
+        raise ValueError("model has no adapters; call fl.adapt(model, method) first")
+    method = next(iter(found.values())).method
+    if any(layer.method != method for layer in found.values()):
+        raise ValueError("model holds adapters of several methods; save wants one")
+    tensors: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for name, layer in found.items():
+        layers[name] = {"in_features": layer.in_features, "out_features": layer.out_features}
+        if isinstance(layer.adapter, LoRAAdapter):
+            for factor, key in _peft_keys(name).items():
+                tensors[key] = getattr(layer.adapter, factor)
+        else:
+            for key, tensor in _own_tensors(layer).items():
+                tensors[f"{name}.{key}"] = tensor
+        if isinstance(layer.adapter, CURLoRAAdapter):
+            layers[name]["weight_sha256"] = weight_hash(layer.weight)
+        for index, penalty in enumerate(layer.adapter.penalty_states()):
+            for key, tensor in penalty.state_dict().items():
+                state[f"{name}.{index}.{key}"] = tensor
+    weights = _bytes(tensors)
+    ours = {
+        "format": FORMAT,
+        "method": method.to_json(),
+        "layers": layers,
+        "sha256": {WEIGHTS: hashlib.sha256(weights).hexdigest()},
+    }
+    files = {WEIGHTS: weights, CONFIG: _json(_peft_config(model, found, method))}
+    if state:
+        files[STATE] = _bytes(state)
+        ours["sha256"][STATE] = hashlib.sha256(files[STATE]).hexdigest()
+    files[OURS] = _json(ours)  # last: it vouches for the others
+    _write(Path(folder), files)
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Adapt ``model`` as the folder says and fill in the saved parameters; returns the model, adapters trainable.
+
+    Args:
+        model: the base model, without adapters.
+        folder: written by ``fl.save``, or a LoRA checkpoint written by PEFT.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or does not fit this model: names the file, the layer, what it got and what it
+            wants. The model is then as it was.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder with a saved adapter")
+    ours = _read_json(folder / OURS) if (folder / OURS).exists() else None
+    if ours is None:
+        return _load_peft(model, folder)
+    if ours.get("format") != FORMAT:
+        raise ValueError(f"{folder / OURS}: format {ours.get('format')!r}, this version reads {FORMAT}")
+    digests, layers = ours.get("sha256"), ours.get("layers")
+    if not isinstance(layers, dict) or not layers or not isinstance(digests, dict) or "method" not in ours:
+        raise ValueError(f"{folder / OURS}: damaged, wants method, layers and sha256")
+    method = Method.from_json(ours["method"])
+    tensors = _read_tensors(folder / WEIGHTS, digests.get(WEIGHTS))
+    state = _read_tensors(folder / STATE, digests[STATE]) if STATE in digests else {}
+    linear = _find(model, layers, folder)
+    for name, facts in layers.items():
+        site = site_of(name, linear[name])
+        if (facts.get("out_features"), facts.get("in_features")) != tuple(site.weight.shape):
+            raise ValueError(
+                f"{folder}: {name} was (out {facts.get('out_features')}, in {facts.get('in_features')}), "
+                f"this model's is {tuple(site.weight.shape)}"
+            )
+        if "weight_sha256" in facts and weight_hash(linear[name].weight) != facts["weight_sha256"]:  # type: ignore[arg-type]
+            raise ValueError(
+                f"{folder}: the weight of {name} is not the one this {method.name} adapter was made on; "
+                "load it onto the same base model, in the same dtype"
+            )
+    adapt(model, method, list(layers))
+    try:
+        filled = _fill(model, tensors, state)
+        for target, tensor in filled:
+            target.copy_(tensor)
+        for layer in adapters(model).values():
+            if isinstance(layer.adapter, CURLoRAAdapter):
+                layer.adapter.gather(site_of(layer.name, layer.base).weight)
+    except Exception:
+        from .model import remove
+
+        remove(model)
+        raise
+    return model
+
+
+def _find(model: nn.Module, names: Any, folder: Path) -> dict[str, nn.Module]:
+    present = dict(model.named_modules())
+    for name in names:
+        if name not in present:
+            raise ValueError(f"{folder}: the adapter has a layer {name}, this {type(model).__name__} has none")
+    found = find_layers(model, list(names))
+    return {name: found[name] for name in names}
+
+
+def _own_tensors(layer: AdaptedLinear) -> dict[str, Tensor]:
+    return {key: value for key, value in layer.adapter.state_dict().items() if not key.startswith("penalties.")}
+
+
+def _peft_keys(name: str) -> dict[str, str]:
+    return {"down": f"{_PEFT_PREFIX}{name}.lora_A.weight", "up": f"{_PEFT_PREFIX}{name}.lora_B.weight"}
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs (tensor in the model, tensor from disk), all checked before any is copied."""
+    pairs = []
+    tensors, state = dict(tensors), dict(state)
+    for name, layer in adapters(model).items():
+        if isinstance(layer.adapter, LoRAAdapter):
+            wanted = {key: getattr(layer.adapter, factor).data for factor, key in _peft_keys(name).items()}
+        else:
+            wanted = {f"{name}.{key}": tensor for key, tensor in _own_tensors(layer).items()}
+        pairs += _take(tensors, wanted, WEIGHTS)
+        for index, penalty in enumerate(layer.adapter.penalty_states()):
+            wanted = {f"{name}.{index}.{key}": tensor for key, tensor in penalty.state_dict().items()}
+            pairs += _take(state, wanted, STATE)
+    for file, left in ((WEIGHTS, tensors), (STATE, state)):
+        if left:
+            raise ValueError(f"{file} holds {min(left)}, which this model has no place for")
+    return pairs
+
+
+def _take(tensors: dict[str, Tensor], wanted: dict[str, Tensor], file: str) -> list[tuple[Tensor, Tensor]]:
+    pairs = []
+    for key, target in wanted.items():
+        if key not in tensors:
+            raise ValueError(f"{file} lacks {key}")
+        tensor = tensors.pop(key)
+        if tensor.shape != target.shape:
+            raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, wants {tuple(target.shape)}")
+        if tensor.is_floating_point() != target.is_floating_point():
+            raise ValueError(f"{file}: {key} has dtype {tensor.dtype}, wants {target.dtype}")
+        pairs.append((target, tensor))
+    return pairs
+
+
+# ------------------------------------------------------------------------------------------ PEFT
+
+
+def _peft_config(model: nn.Module, found: dict[str, AdaptedLinear], method: Method) -> dict[str, Any]:
+    first = next(iter(found.values()))
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    if not isinstance(first.adapter, LoRAAdapter):
+        return {"peft_type": method.name.upper(), "base_model_name_or_path": base}
+    alpha = getattr(method, "alpha", None)
+    alpha = first.adapter.scale * first.adapter.down.shape[0] if alpha is None else alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": first.adapter.down.shape[0],
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": first.adapter.dropout,
+        "use_rslora": bool(getattr(method, "rslora", False)),
+        "fan_in_fan_out": first.transposed,
+        "bias": "none",
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": _short_targets(model, found),
+    }
+
+
+def _short_targets(model: nn.Module, found: dict[str, AdaptedLinear]) -> list[str]:
+    """The last parts of the names where they mean the same layers, else the full names."""
+    last = {name.rpartition(".")[2] for name in found}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last) if meant == set(found) else sorted(found)
+
+
+def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
+    """A LoRA checkpoint that PEFT wrote."""
+    config = _read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, wants 'LORA'")
+    refused = {
+        "use_dora": "DoRA",
+        "modules_to_save": "modules_to_save",
+        "rank_pattern": "per-layer ranks",
+        "alpha_pattern": "per-layer alphas",
+        "lora_bias": "a bias in lora_B",
+    }
+    for key, what in refused.items():
+        if config.get(key):
+            raise ValueError(f"{folder / CONFIG}: the checkpoint has {what} ({key}), which forgetless does not load")
+    tensors = _read_tensors(folder / WEIGHTS, None)
+    names = []
+    for key in tensors:
+        name = key.removeprefix(_PEFT_PREFIX)
+        for suffix in (".lora_A.weight", ".lora_B.weight"):
+            if name.endswith(suffix):
+                names.append(name.removesuffix(suffix))
+                break
+        else:
+            raise ValueError(f"{folder / WEIGHTS}: {key} is not a LoRA factor of a linear layer")
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise ValueError(f"{folder / WEIGHTS}: holds no tensors")
+    _find(model, names, folder)
+    method = LoRA(
+        rank=config.get("r"),  # type: ignore[arg-type]
+        alpha=config.get("lora_alpha"),  # type: ignore[arg-type]
+        dropout=config.get("lora_dropout") or 0.0,
+        rslora=bool(config.get("use_rslora")),
+    )
+    adapt(model, method, names)
+    try:
+        for target, tensor in _fill(model, tensors, {}):
+            target.copy_(tensor)
+    except Exception:
+        from .model import remove
+
+        remove(model)
+        raise
+    return model
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def _bytes(tensors: dict[str, Tensor]) -> bytes:
+    plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return serialise(plain, metadata={"format": "pt"})
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """All files appear under their names only when all have been written in full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        for name, data in files.items():
+            with open(scratch / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:
+            os.replace(scratch / name, folder / name)
+        if STATE not in files:
+            (folder / STATE).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; is {path.parent} a folder with a saved adapter?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: holds a {type(data).__name__}, wants an object")
+    return data
+
+
+def _read_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if sha256 is not None:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
+        got = digest.hexdigest() if digest is not None else hashlib.sha256(path.read_bytes()).hexdigest()
+        if got != sha256:
+            raise ValueError(f"{path}: damaged, or of another save than {OURS}: SHA-256 {got}, wants {sha256}")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None

@@ -1,0 +1,149 @@
+"""What a method is: a frozen description that builds, for one layer, the factors of its low-rank update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..penalties import Penalty, PenaltyState
+
+#: Every method by its name, filled by ``register``.
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Class decorator: make a method known to ``fl.load`` and to the command line."""
+    METHODS[cls.name] = cls
+    return cls
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer about to be adapted.
+
+    Attributes:
+        name: its path in the model, "model.layers.0.self_attn.q_proj".
+        weight: its frozen weight as (out_features N, in_features K), a view: writing to it changes the layer.
+        transposed: True for a Conv1D (GPT-2), which stores (in_features, out_features).
+    """
+
+    name: str
+    weight: Tensor
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt a layer: ``build`` makes its adapter. Subclasses are frozen dataclasses with plain fields."""
+
+    name: ClassVar[str]
+
+    def build(self, site: Site) -> Adapter:
+        """The adapter for one layer; before training it must leave the layer's function unchanged."""
+        raise NotImplementedError
+
+    def all_penalties(self) -> tuple[Penalty, ...]:
+        """The method's own penalties, then those the user composed with it."""
+        return tuple(getattr(self, "penalties", ()))
+
+    def check(self, site: Site) -> None:
+        """Raise ValueError if the method does not fit this layer; called for all layers before any is changed."""
+        rank = getattr(self, "rank", 1)
+        N, K = site.weight.shape
+        if rank > min(N, K):
+            raise ValueError(
+                f"rank is {rank}, but {site.name} has in_features {K} and out_features {N}: "
+                f"wants a rank of at most {min(N, K)}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        if "penalties" in data:
+            data["penalties"] = [penalty.to_json() for penalty in data["penalties"]]
+        return data
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Method:
+        """Inverse of ``to_json``.
+
+        Raises:
+            ValueError: the name or a field is unknown.
+        """
+        data = dict(data)
+        name = data.pop("name", None)
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}, wants one of {sorted(METHODS)}")
+        if "penalties" in data:
+            data["penalties"] = tuple(Penalty.from_json(item) for item in data["penalties"])
+        try:
+            return METHODS[name](**data)
+        except TypeError as error:
+            raise ValueError(f"method {name!r}: {error}") from None
+
+
+class Adapter(nn.Module):
+    """The low-rank update of one layer: delta = scale * up @ down.
+
+    Subclasses set ``scale`` (and ``dropout`` if they have one), hold their parameters and supply ``factors``.
+    """
+
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.penalties = nn.ModuleList()
+
+    def factors(self) -> tuple[Tensor, Tensor]:  # down (R, K), up (N, R)
+        """The two factors, differentiable in the adapter's parameters."""
+        raise NotImplementedError
+
+    def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
+        """Gradients of the parameters from those of the factors: ddown (S, R, K), dup (S, N, R), any S."""
+        raise NotImplementedError
+
+    def attach(self, penalties: tuple[Penalty, ...], site: Site) -> None:
+        for penalty in penalties:
+            self.penalties.append(penalty.attach(self, site))
+
+    def penalty_states(self) -> list[PenaltyState]:
+        return list(self.penalties)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))
+
+
+def check_fields(method: Method) -> None:
+    """Refuse nonsense in the fields that most methods share; called from ``__post_init__``."""
+    title = type(method).__name__
+
+    def number(name: str) -> float | None:
+        value = getattr(method, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{title}.{name} is {value!r}, wants a number")
+        return value
+
+    rank = getattr(method, "rank", 1)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{title}.rank is {rank!r}, wants an integer >= 1")
+    alpha = number("alpha")
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"{title}.alpha is {alpha!r}, wants a finite number")
+    dropout = number("dropout")
+    if dropout is not None and not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{title}.dropout is {dropout!r}, wants a probability in [0, 1)")
+    penalties = getattr(method, "penalties", ())
+    if not isinstance(penalties, tuple):
+        object.__setattr__(method, "penalties", tuple(penalties))
+    for penalty in getattr(method, "penalties", ()):
+        if not isinstance(penalty, Penalty):
+            raise ValueError(f"{title}.penalties holds {penalty!r}, wants Penalty instances such as fl.NullSpace()")
+
+
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """float32 (float64 beside float64): half-precision parameters lose small optimiser steps."""
+    return torch.promote_types(weight.dtype, torch.float32)

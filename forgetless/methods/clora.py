@@ -1,0 +1,46 @@
+"""CLoRA: LoRA whose factors are kept out of a frozen random subspace (Lu et al., arXiv 2410.16801)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..penalties import NullSpace, Penalty
+from .base import Adapter, Method, Site, check_fields, register
+from .lora import LoRAAdapter
+
+
+@register
+@dataclass(frozen=True)
+class CLoRA(Method):
+    """LoRA + ``NullSpace``: loss + weight / 2 * sum over layers of ||A P||^2 + ||B^T Q||^2.
+
+    Args:
+        rank, alpha, dropout: as of ``LoRA``.
+        k: width of the protected subspace, the paper's main knob (128 to 2048 there).
+        weight: factor of the penalty, 1 in the paper.
+        basis: "orthogonal" (the paper's) or "hadamard" (no storage); see ``NullSpace``.
+        seed: of the bases.
+        penalties: more of them.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    k: int = 256
+    weight: float = 1.0
+    basis: str = "orthogonal"
+    seed: int = 0
+    penalties: tuple[Penalty, ...] = ()
+
+    name: ClassVar[str] = "clora"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.all_penalties()  # refuses nonsense in k, weight and basis
+
+    def all_penalties(self) -> tuple[Penalty, ...]:
+        return (NullSpace(self.weight, self.k, self.basis, self.seed), *self.penalties)
+
+    def build(self, site: Site) -> Adapter:
+        return LoRAAdapter(site, self.rank, self.alpha / self.rank, self.dropout)

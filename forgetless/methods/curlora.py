@@ -1,0 +1,109 @@
+"""CURLoRA: delta = alpha * C @ U @ R, C and R frozen columns and rows of the weight (Fawi, arXiv 2408.14572)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..penalties import Penalty
+from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
+
+
+@register
+@dataclass(frozen=True)
+class CURLoRA(Method):
+    """Only U (rank, rank), zero at the start, is trained; the update stays in the span of weak columns and rows.
+
+    Conventions of the author's code: columns, then rows, are drawn with replacement, with probability proportional
+    to 1 / (p + smoothing), p their share of the squared Frobenius norm; duplicates stay as they are; ``alpha`` is the
+    factor itself, not divided by the rank. The paper's text has smoothing 0.
+
+    Args:
+        rank: columns and rows drawn.
+        alpha: factor of the update.
+        smoothing: 1e-3 in the author's code; 0 is the paper's formula.
+        seed: draws are a function of (seed, layer name) and the weight.
+        penalties: what else to add to the loss.
+    """
+
+    rank: int = 16
+    alpha: float = 1.0
+    smoothing: float = 1e-3
+    seed: int = 0
+    penalties: tuple[Penalty, ...] = ()
+
+    name: ClassVar[str] = "curlora"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0.0 <= self.smoothing < float("inf"):
+            raise ValueError(f"CURLoRA.smoothing is {self.smoothing!r}, wants a number >= 0")
+
+    def build(self, site: Site) -> Adapter:
+        stored = site.weight.T if site.transposed else site.weight
+        digest = hashlib.sha256(f"{self.seed}/{site.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        columns = draw(stored.detach(), self.rank, self.smoothing, generator)
+        rows = draw(stored.detach().T, self.rank, self.smoothing, generator)
+        return CURLoRAAdapter(site, rows, columns, self.alpha)
+
+
+def draw(
+    weight: Tensor,  # (rows, columns)
+    rank: int,
+    smoothing: float,
+    generator: torch.Generator,
+) -> Tensor:  # (rank,) int64
+    """Column indices of ``weight``, with replacement, the weaker the likelier."""
+    squares = weight.cpu().to(torch.float64).square().sum(0)
+    share = squares / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    odds = 1.0 / (share + smoothing).clamp(min=1e-12)  # a zero column with smoothing 0 is likeliest, not infinite
+    return torch.multinomial(odds / odds.sum(), rank, replacement=True, generator=generator)
+
+
+class CURLoRAAdapter(Adapter):
+    """``core`` is U. ``rows`` and ``columns`` index the weight as the layer stores it (Conv1D: transposed).
+
+    C and R are copies of the weight of the start: they are rebuilt from the indices, never saved, and survive
+    ``fl.merge``. For a Conv1D, which stores W^T, delta^T = alpha * C U R, so that here up = R^T U^T, down = C^T.
+    """
+
+    def __init__(self, site: Site, rows: Tensor, columns: Tensor, alpha: float):
+        super().__init__()
+        self.scale = float(alpha)
+        self.transposed = site.transposed
+        weight = site.weight.detach()
+        device = weight.device
+        rank = rows.numel()
+        self.core = nn.Parameter(torch.zeros(rank, rank, dtype=adapter_dtype(weight), device=device))
+        self.register_buffer("rows", rows.to(device))
+        self.register_buffer("columns", columns.to(device))
+        self.register_buffer("down", torch.empty(0), persistent=False)
+        self.register_buffer("outer", torch.empty(0), persistent=False)
+        self.gather(weight)
+
+    def gather(self, weight: Tensor) -> None:
+        """Copy C and R out of ``weight`` (N, K)."""
+        into, out_of = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+        self.down = weight[into].contiguous()  # (R, K)
+        self.outer = weight[:, out_of].contiguous()  # (N, R)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        core = self.core.T if self.transposed else self.core
+        return self.down, self.outer.to(core.dtype) @ core
+
+    def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
+        core = self.outer.to(dup.dtype).T @ dup
+        return {"core": core.transpose(-1, -2) if self.transposed else core}
+
+
+def weight_hash(weight: Tensor) -> str:
+    """SHA-256 of a weight's dtype, shape and bytes, row-major: C and R only mean something on the same weight."""
+    data = weight.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
+    digest.update(data.view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+    return digest.hexdigest()

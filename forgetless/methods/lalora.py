@@ -1,0 +1,47 @@
+"""LaLoRA: LoRA held where the source domain's loss is curved (Sliwa et al., arXiv 2512.17720)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..penalties import Laplace, Penalty
+from .base import Adapter, Method, Site, check_fields, register
+from .lora import LoRAAdapter
+
+
+@register
+@dataclass(frozen=True)
+class LaLoRA(Method):
+    """LoRA + ``Laplace``: call ``fl.calibrate(model, batches)`` with source-domain batches before training.
+
+    Args:
+        rank, alpha, dropout: as of ``LoRA``.
+        weight: factor of the penalty.
+        curvature: "diag", the diagonal of the Fisher information.
+        fisher, prior_precision: see ``Laplace``, also for what happens to A at the usual start.
+        penalties: more of them.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    weight: float = 1e4
+    curvature: str = "diag"
+    fisher: str = "empirical"
+    prior_precision: float = 0.0
+    penalties: tuple[Penalty, ...] = ()
+
+    name: ClassVar[str] = "lalora"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.curvature != "diag":
+            raise ValueError(f"LaLoRA.curvature is {self.curvature!r}, wants 'diag'")
+        self.all_penalties()  # refuses nonsense in weight, fisher and prior_precision
+
+    def all_penalties(self) -> tuple[Penalty, ...]:
+        return (Laplace(self.weight, self.fisher, self.prior_precision), *self.penalties)
+
+    def build(self, site: Site) -> Adapter:
+        return LoRAAdapter(site, self.rank, self.alpha / self.rank, self.dropout)

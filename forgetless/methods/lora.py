@@ -1,0 +1,64 @@
+"""LoRA: delta = alpha / rank * B @ A, A random, B zero (Hu et al., arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..penalties import Penalty
+from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
+
+
+@register
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank adapter, the plain one.
+
+    Args:
+        rank: R, columns of the update.
+        alpha: the update is scaled by alpha / rank, or alpha / sqrt(rank) if ``rslora`` (arXiv 2312.03732).
+        dropout: of the adapter's input, in [0, 1).
+        rslora: rank-stabilised scaling.
+        penalties: what to add to the loss so that the model does not forget.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    penalties: tuple[Penalty, ...] = ()
+
+    name: ClassVar[str] = "lora"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def build(self, site: Site) -> Adapter:
+        return LoRAAdapter(site, self.rank, self.scale, self.dropout)
+
+
+class LoRAAdapter(Adapter):
+    """``down`` (R, K) is PEFT's lora_A, ``up`` (N, R) its lora_B. Initialised as PEFT does by default."""
+
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float):
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        N, K = site.weight.shape
+        dtype, device = adapter_dtype(site.weight), site.weight.device
+        self.down = nn.Parameter(torch.empty(rank, K, dtype=dtype, device=device))
+        self.up = nn.Parameter(torch.zeros(N, rank, dtype=dtype, device=device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.down, self.up
+
+    def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
+        return {"down": ddown, "up": dup}

@@ -1,0 +1,220 @@
+"""Adapting a whole model: adapt, penalty, drift, explain, merge, remove."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .layers import AdaptedLinear, site_of
+from .methods.base import Adapter, Method, Site
+from .targets import ALL_LINEAR, find_layers
+
+
+def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_LINEAR) -> nn.Module:
+    """Put an adapter on every target layer, in place, and freeze everything else.
+
+    Adapter parameters are float32 (float64 in a float64 model), on the device of their layer. Before training the
+    model computes what it did before.
+
+    Args:
+        model: any module with nn.Linear or transformers' Conv1D layers.
+        method: ``fl.LoRA(...)``, ``fl.CLoRA(...)``, ``fl.CURLoRA(...)``, ``fl.LaLoRA(...)`` or your own.
+        targets: list of name suffixes, a regular expression, or "all-linear": every linear layer but the head.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is adapted already, nothing matches, or the method does not fit a layer. The model is
+            then as it was.
+    """
+    if not isinstance(method, Method):
+        raise ValueError(f"method is {method!r}, wants an instance such as fl.LoRA(rank=16)")
+    if adapters(model):
+        raise ValueError("model is adapted already; fl.merge(model) or fl.remove(model) first")
+    layers = find_layers(model, targets)
+    sites = [site_of(name, base) for name, base in layers.items()]
+    for site in sites:
+        if not site.weight.is_floating_point():
+            raise ValueError(f"{site.name} has a weight of dtype {site.weight.dtype}, wants a floating-point dtype")
+        method.check(site)
+    built = {site.name: build(method, site) for site in sites}
+    model.requires_grad_(False)
+    for name, adapter in built.items():
+        adapted = AdaptedLinear(layers[name], adapter, method, name)
+        adapted.train(layers[name].training)
+        _replace(model, layers[name], adapted)
+    return model
+
+
+def build(method: Method, site: Site) -> Adapter:
+    """The adapter of one layer with its penalties attached."""
+    adapter = method.build(site)
+    adapter.attach(method.all_penalties(), site)
+    return adapter
+
+
+def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Name -> adapted layer, in the model's order; empty for a model without adapters."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def _adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
+    found = adapters(model)
+    if not found:
+        raise ValueError("model has no adapters; call fl.adapt(model, method) first")
+    return found
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """Sum of the penalties of all layers: a float32 scalar to add to the loss, before gradient clipping.
+
+    Add it once per optimiser step: with gradient accumulation, to one of the micro-batches only. A zero scalar when
+    the method has no penalty. Penalties that need statistics count as zero until ``fl.calibrate``, with a warning.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    total: Tensor | None = None
+    found = _adapters(model)
+    for layer in found.values():
+        hidden = None if layer.trace is None else layer.trace.hidden
+        for state in layer.adapter.penalty_states():
+            if not _calibrated(state):
+                continue
+            value = state.value(layer.adapter, hidden)
+            total = value if total is None else total + value.to(total.device)
+    if total is None:
+        return torch.zeros((), device=next(iter(found.values())).weight.device)
+    return total.float() if total.dtype != torch.float64 else total
+
+
+def _calibrated(state: nn.Module) -> bool:
+    """Whether the state has the statistics it needs; asked of the device until the answer is yes, then remembered."""
+    if getattr(state, "statistics", None) is None or getattr(state, "known_calibrated", False):
+        return True
+    if state.calibrated:
+        state.known_calibrated = True  # type: ignore[assignment]
+        return True
+    title = type(state.spec).__name__
+    warnings.warn(
+        f"{title} has no statistics yet and protects nothing; call fl.calibrate(model, batches) before training",
+        stacklevel=3,
+    )
+    return False
+
+
+def drift(model: nn.Module) -> dict[str, float]:
+    """Per layer, the mean over tokens of ||delta x|| / ||x|| in the last forward pass: CLoRA's F, its Eq. 3.
+
+    Taken over at most 128 evenly spaced tokens, with the adapters as they are now. Under dropout the dropped-out x
+    enters the numerator. Layers that have not run yet are left out.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    values = {name: layer.drift() for name, layer in _adapters(model).items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one adapted layer runs."""
+
+    method: str
+    in_features: int
+    out_features: int
+    rank: int
+    trainable: int
+    path: str
+    reason: str
+
+
+class Report(dict[str, LayerReport]):
+    """Layer name -> LayerReport; prints as a table with like layers in one row."""
+
+    def __str__(self) -> str:
+        rows: dict[tuple[str, LayerReport], int] = {}
+        for name, report in self.items():
+            key = (name.rpartition(".")[2], report)
+            rows[key] = rows.get(key, 0) + 1
+        lines = [f"{'layers':>6}  {'name':<14} {'method':<9} {'in -> out':<15} {'rank':>4}  path   why"]
+        for (name, r), count in rows.items():
+            shape = f"{r.in_features} -> {r.out_features}"
+            lines.append(f"{count:>6}  {name:<14} {r.method:<9} {shape:<15} {r.rank:>4}  {r.path:<6} {r.reason}")
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Report:
+    """Per layer: method, shape, rank, the path its op takes here, and why. ``print`` it for a table.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    report = Report()
+    for name, layer in _adapters(model).items():
+        _, path, reason = ops.plan_for(layer.weight.device, layer.weight.dtype)
+        with torch.no_grad():
+            rank = layer.adapter.factors()[0].shape[0]
+        trainable = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
+        report[name] = LayerReport(
+            layer.method.name, layer.in_features, layer.out_features, rank, trainable, path, reason
+        )
+    return report
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every adapter into its frozen weight, in place; the layers are plain nn.Linear (or Conv1D) again.
+
+    The sum is taken in float32 and rounded once to the weight's dtype, so an update much smaller than the weight's
+    last bit is lost: merge into float32 weights where that matters.
+
+    Raises:
+        ValueError: no adapters; an adapter holds NaN or Inf; a weight is shared with another module (a tied
+            embedding), which merging would change too. Nothing is changed then.
+    """
+    found = _adapters(model)
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(name)
+    for name, layer in found.items():
+        if not all(torch.isfinite(p).all() for p in layer.adapter.parameters()):
+            raise ValueError(f"the adapter of {name} holds NaN or Inf; nothing was merged")
+        others = [other for other in owners[id(layer.weight)] if other != f"{name}.base"]
+        if others:
+            raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them before merging")
+    with torch.no_grad():
+        for layer in found.values():
+            delta = layer.delta()
+            weight = layer.weight
+            delta = delta.T if layer.transposed else delta
+            weight.copy_((weight.to(delta.dtype) + delta).to(weight.dtype))
+    return remove(model)
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Drop the adapters, in place: the layers are what they were before ``adapt`` (and still frozen).
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    for layer in _adapters(model).values():
+        layer.base.train(layer.training)
+        _replace(model, layer, layer.base)
+    return model
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is held: a layer may be shared by several parents."""
+    for parent in list(model.modules()):
+        if parent is new or (isinstance(parent, AdaptedLinear) and parent is not old and parent.base is old):
+            continue
+        for key, child in list(parent.named_children()):
+            if child is old and parent is not old:
+                setattr(parent, key, new)

@@ -1,0 +1,116 @@
+"""What a penalty is: a frozen description, and the module that holds its state beside one adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..methods.base import Adapter, Site
+
+#: Every penalty by its name, filled by ``register``.
+PENALTIES: dict[str, type[Penalty]] = {}
+
+
+def register(cls: type[Penalty]) -> type[Penalty]:
+    """Class decorator: make a penalty known to ``fl.load`` and to the command line."""
+    PENALTIES[cls.name] = cls
+    return cls
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A term added to the training loss, one per adapted layer; the terms of all layers are summed.
+
+    ``weight`` multiplies the term. Subclasses are frozen dataclasses; ``attach`` makes the state for one layer.
+    """
+
+    weight: float = 1.0
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.weight, (int, float)) and 0.0 <= self.weight < float("inf")):
+            raise ValueError(f"{type(self).__name__}.weight is {self.weight!r}, wants a number >= 0")
+
+    def attach(self, adapter: Adapter, site: Site) -> PenaltyState:
+        """State for one layer: ``adapter`` sits on ``site``.
+
+        Raises:
+            ValueError: the penalty makes no sense for this adapter.
+        """
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Penalty:
+        """Inverse of ``to_json``.
+
+        Raises:
+            ValueError: the name or a field is unknown.
+        """
+        data = dict(data)
+        name = data.pop("name", None)
+        if name not in PENALTIES:
+            raise ValueError(f"unknown penalty {name!r}, wants one of {sorted(PENALTIES)}")
+        try:
+            return PENALTIES[name](**data)
+        except TypeError as error:
+            raise ValueError(f"penalty {name!r}: {error}") from None
+
+
+class PenaltyState(nn.Module):
+    """Buffers and value of one penalty on one layer.
+
+    Persistent buffers are saved with the adapter (statistics of data that may be gone), the others are rebuilt.
+    """
+
+    #: The value needs h of the last forward pass, with its graph.
+    needs_hidden: ClassVar[bool] = False
+    #: What ``fl.calibrate`` must supply: None, "inputs" (x of each layer) or "gradients" (per-sequence gradients).
+    statistics: ClassVar[str | None] = None
+
+    def __init__(self, spec: Penalty):
+        super().__init__()
+        self.spec = spec
+
+    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
+        """The weighted penalty, a scalar in float32 (float64 for float64 parameters), differentiable."""
+        raise NotImplementedError
+
+    def begin_statistics(self, adapter: Adapter) -> None:
+        """Forget earlier statistics; centre at the adapter's present parameters."""
+
+    def add_inputs(self, x: Tensor) -> None:
+        """Take in x (tokens, K) of source-domain text."""
+
+    def add_gradients(self, grads: dict[str, Tensor], share: Tensor) -> None:
+        """Take in the gradient of one batch's mean loss, split by sequence.
+
+        Args:
+            grads: parameter name -> (sequences, *shape); they sum to the gradient of the batch's mean loss.
+            share: (sequences,), each sequence's share of that mean: its label tokens over all label tokens.
+        """
+
+    def end_statistics(self) -> None:
+        """All data has been seen: normalise."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether ``value`` has the statistics it needs."""
+        return True
+
+
+def wide(t: Tensor) -> Tensor:
+    """float32, or float64 where it already is: penalties are summed in this."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def gram_product(down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """||scale * up @ down||_F^2 = scale^2 <up^T up, down down^T>, without the (N, K) product."""
+    return scale**2 * ((up.T @ up) * (down @ down.T)).sum()

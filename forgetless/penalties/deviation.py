@@ -1,0 +1,129 @@
+"""Penalties on what the update does: to the weight, to the last batch's outputs, to the source domain's outputs.
+
+All three use the same identity. With delta = scale * up @ down and any positive semidefinite S,
+E ||delta x||^2 = scale^2 <up^T up, down S down^T> where S = E x x^T: only rank-by-rank matrices appear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Penalty, PenaltyState, gram_product, register, wide
+
+if TYPE_CHECKING:
+    from ..methods.base import Adapter, Site
+
+
+@register
+@dataclass(frozen=True)
+class WeightDeviation(Penalty):
+    """weight * ||scale * up @ down||_F^2: the squared Frobenius norm of the change of the layer's weight."""
+
+    weight: float = 0.01
+
+    name: ClassVar[str] = "weight-deviation"
+
+    def attach(self, adapter: Adapter, site: Site) -> PenaltyState:
+        return _WeightDeviation(self)
+
+
+class _WeightDeviation(PenaltyState):
+    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
+        down, up = adapter.factors()
+        return self.spec.weight * gram_product(wide(down), wide(up), adapter.scale)
+
+
+@register
+@dataclass(frozen=True)
+class OutputDeviation(Penalty):
+    """weight * mean over the last batch's tokens of ||scale * up @ down @ drop(x)||^2.
+
+    The square of the change of the layer's output, from h = scale * drop(x) @ down.T (M, R) alone:
+    weight / M * <h^T h, up^T up>. Under dropout it is the dropped-out x that counts. Its gradient reaches x as well.
+    """
+
+    weight: float = 0.01
+
+    name: ClassVar[str] = "output-deviation"
+
+    def attach(self, adapter: Adapter, site: Site) -> PenaltyState:
+        return _OutputDeviation(self)
+
+
+class _OutputDeviation(PenaltyState):
+    needs_hidden = True
+
+    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
+        up = wide(adapter.factors()[1])
+        if hidden is None or hidden.shape[0] == 0:  # no forward pass yet: nothing has deviated
+            return up.new_zeros(())
+        h = wide(hidden)
+        return self.spec.weight / h.shape[0] * ((h.T @ h) * (up.T @ up)).sum()
+
+
+@register
+@dataclass(frozen=True)
+class SourceDeviation(Penalty):
+    """weight * E_source ||scale * up @ down @ x||^2: the expected change of the output on source-domain inputs.
+
+    The covariance S = E x x^T of the layer's own input is measured by ``fl.calibrate`` on text whose behaviour must
+    be kept (this project's own; the same quadratic form as activation-weighted regularisers in the literature).
+
+    Args:
+        weight: factor of the summed term.
+        covariance: "diag" keeps E x_j^2 only (K numbers a layer); "full" keeps the (K, K) matrix.
+    """
+
+    weight: float = 0.03
+    covariance: str = "diag"
+
+    name: ClassVar[str] = "source-deviation"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.covariance not in ("diag", "full"):
+            raise ValueError(f"SourceDeviation.covariance is {self.covariance!r}, wants 'diag' or 'full'")
+
+    def attach(self, adapter: Adapter, site: Site) -> PenaltyState:
+        return _SourceDeviation(self, site)
+
+
+class _SourceDeviation(PenaltyState):
+    statistics = "inputs"
+
+    def __init__(self, spec: SourceDeviation, site: Site):
+        super().__init__(spec)
+        K = site.weight.shape[1]
+        dtype = torch.promote_types(site.weight.dtype, torch.float32)
+        shape = (K,) if spec.covariance == "diag" else (K, K)
+        self.register_buffer("covariance", torch.zeros(shape, dtype=dtype, device=site.weight.device))
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64, device=site.weight.device))
+
+    def begin_statistics(self, adapter: Adapter) -> None:
+        self.covariance.zero_()
+        self.tokens.zero_()
+
+    def add_inputs(self, x: Tensor) -> None:
+        x = x.to(self.covariance.dtype)
+        if self.covariance.dim() == 1:
+            self.covariance += x.square().sum(0)
+        else:
+            self.covariance.addmm_(x.T, x)
+        self.tokens += x.shape[0]
+
+    def end_statistics(self) -> None:
+        self.covariance /= self.tokens.clamp(min=1)
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.tokens > 0)
+
+    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
+        down, up = (wide(t) for t in adapter.factors())
+        S = self.covariance.to(down.dtype)
+        weighted = down * S if S.dim() == 1 else down @ S
+        return self.spec.weight * adapter.scale**2 * ((up.T @ up) * (weighted @ down.T)).sum()

@@ -1,0 +1,103 @@
+"""Laplace: LaLoRA's penalty, a curvature-weighted distance from the point where the curvature was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Penalty, PenaltyState, register, wide
+
+if TYPE_CHECKING:
+    from ..methods.base import Adapter, Site
+
+
+@register
+@dataclass(frozen=True)
+class Laplace(Penalty):
+    """weight / 2 * sum over parameters of (fisher + prior_precision) * (theta - theta_0)^2.
+
+    "Mitigating Forgetting in Low Rank Adaptation", Sliwa et al., arXiv 2512.17720 (LaLoRA), diagonal form: the Fisher
+    information of the adapter's own parameters on source-domain data, fitted by ``fl.calibrate``, which also sets the
+    centre theta_0. The paper's weights and sample counts are not public: no parity with its numbers is claimed.
+
+    At the usual LoRA start up = 0, so the gradient of ``down`` is zero for every sample and so is its Fisher
+    information: calibrated there, the penalty holds ``up`` alone, element by element. That is the literal method. To
+    hold ``down`` too, give ``prior_precision``, or calibrate again after some training.
+
+    Args:
+        weight: factor; the Fisher entries are small (squared gradients of mean losses), so it is large.
+        fisher: "empirical" squares each sequence's gradient of its mean token loss and averages over sequences;
+            "batch" squares the gradient of each batch's mean loss and averages over batches (the first author's
+            published curvature code).
+        prior_precision: added to every Fisher entry.
+    """
+
+    weight: float = 1e4
+    fisher: str = "empirical"
+    prior_precision: float = 0.0
+
+    name: ClassVar[str] = "laplace"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fisher not in ("empirical", "batch"):
+            raise ValueError(f"Laplace.fisher is {self.fisher!r}, wants 'empirical' or 'batch'")
+        if not 0.0 <= self.prior_precision < float("inf"):
+            raise ValueError(f"Laplace.prior_precision is {self.prior_precision!r}, wants a number >= 0")
+
+    def attach(self, adapter: Adapter, site: Site) -> PenaltyState:
+        return _Laplace(self, adapter)
+
+
+class _Laplace(PenaltyState):
+    statistics = "gradients"
+
+    def __init__(self, spec: Laplace, adapter: Adapter):
+        super().__init__(spec)
+        self.names = [name for name, p in adapter.named_parameters(recurse=False) if p.requires_grad]
+        for name in self.names:
+            p = getattr(adapter, name).detach()
+            self.register_buffer(f"fisher_{name}", torch.zeros_like(wide(p)))
+            self.register_buffer(f"centre_{name}", p.clone())
+        device = getattr(adapter, self.names[0]).device
+        self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
+
+    def begin_statistics(self, adapter: Adapter) -> None:
+        for name in self.names:
+            getattr(self, f"fisher_{name}").zero_()
+            getattr(self, f"centre_{name}").copy_(getattr(adapter, name).detach())
+        self.samples.zero_()
+
+    def add_gradients(self, grads: dict[str, Tensor], share: Tensor) -> None:
+        assert isinstance(self.spec, Laplace)
+        if self.spec.fisher == "batch":
+            for name in self.names:
+                getattr(self, f"fisher_{name}").add_(grads[name].sum(0).square())
+            self.samples += 1
+            return
+        # contribution to the batch's mean -> gradient of the sequence's own mean; one without labels has none
+        factor = torch.where(share > 0, 1.0 / share, 0.0).square()
+        for name in self.names:
+            getattr(self, f"fisher_{name}").add_(torch.einsum("s...,s->...", grads[name].square(), factor))
+        self.samples += (share > 0).sum()
+
+    def end_statistics(self) -> None:
+        for name in self.names:
+            getattr(self, f"fisher_{name}").div_(self.samples.clamp(min=1))
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.samples > 0)
+
+    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
+        spec = self.spec
+        assert isinstance(spec, Laplace)
+        total: Tensor | float = 0.0
+        for name in self.names:
+            moved = wide(getattr(adapter, name)) - wide(getattr(self, f"centre_{name}"))
+            precision = getattr(self, f"fisher_{name}").to(moved.dtype) + spec.prior_precision
+            total = total + (precision * moved.square()).sum()
+        return 0.5 * spec.weight * total  # type: ignore[return-value]

@@ -1,0 +1,147 @@
+"""NullSpace: CLoRA's penalty, ||A P||^2 + ||B^T Q||^2 with frozen random orthonormal P and Q."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base import Penalty, PenaltyState, register, wide
+
+if TYPE_CHECKING:
+    from ..methods.base import Adapter, Site
+
+
+@register
+@dataclass(frozen=True)
+class NullSpace(Penalty):
+    """weight / 2 * (||down @ P||_F^2 + ||up.T @ Q||_F^2), P (K, k) and Q (N, k) frozen with orthonormal columns.
+
+    CLoRA, Lu et al., ACL 2025 (arXiv 2410.16801), conventions of the authors' code: the halves, the sum (not mean)
+    over layers, weight 1, the raw factors without the adapter's scale, centred at zero, added before clipping.
+    k >= dim is legal and is plain decay of that factor, as there.
+
+    Args:
+        weight: factor, 1 in the paper.
+        k: columns of P and of Q, the width of the protected subspace. The paper uses 128 to 2048.
+        basis: "orthogonal" draws Haar-random columns (QR in float32, then cast to the weight's dtype), the paper's;
+            "hadamard" takes k columns of a randomly signed block Hadamard matrix: exactly orthonormal, same mean
+            k / dim * I, stored as dim signs and k indices. It is not the paper's distribution.
+        seed: bases are a function of (seed, layer name) alone, so ranks and resumed runs agree; never saved.
+    """
+
+    weight: float = 1.0
+    k: int = 256
+    basis: str = "orthogonal"
+    seed: int = 0
+
+    name: ClassVar[str] = "null-space"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"NullSpace.k is {self.k!r}, wants an integer >= 1")
+        if self.basis not in BASES:
+            raise ValueError(f"NullSpace.basis is {self.basis!r}, wants one of {sorted(BASES)}")
+
+    def attach(self, adapter: Adapter, site: Site) -> PenaltyState:
+        return _NullSpace(self, site)
+
+
+class _NullSpace(PenaltyState):
+    def __init__(self, spec: NullSpace, site: Site):
+        super().__init__(spec)
+        N, K = site.weight.shape
+        self.input = make_basis(spec, K, site.weight, f"{site.name}.P")
+        self.output = make_basis(spec, N, site.weight, f"{site.name}.Q")
+
+    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
+        down, up = adapter.factors()
+        return 0.5 * self.spec.weight * (self.input(down) + self.output(up.T))
+
+
+def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> nn.Module:
+    """Module that maps rows (R, dim) to the squared norm of their projections on k orthonormal columns."""
+    if spec.k >= dim:
+        return _Everything()
+    digest = hashlib.sha256(f"{spec.seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return BASES[spec.basis](dim, spec.k, like, generator)
+
+
+class _Everything(nn.Module):
+    """All of the space: ||rows||^2."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return wide(rows).square().sum()
+
+
+class _Orthogonal(nn.Module):
+    """k Haar-random orthonormal columns; the complement's columns where those are fewer."""
+
+    basis: Tensor
+
+    def __init__(self, dim: int, k: int, like: Tensor, generator: torch.Generator):
+        super().__init__()
+        # A complement of Haar columns is Haar as well, so the cost never exceeds min(k, dim - k).
+        self.complement = 2 * k > dim
+        columns = dim - k if self.complement else k
+        wide_dtype = torch.promote_types(like.dtype, torch.float32)  # QR does not exist, and is not exact, in half
+        gauss = torch.randn(dim, columns, generator=generator, dtype=wide_dtype)
+        q, r = torch.linalg.qr(gauss)
+        q = q * r.diagonal().sign()  # the sign that makes QR's Q Haar
+        self.register_buffer("basis", q.to(device=like.device, dtype=like.dtype).contiguous(), persistent=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        inside = wide(rows.to(self.basis.dtype) @ self.basis).square().sum()
+        return wide(rows).square().sum() - inside if self.complement else inside
+
+
+class _Hadamard(nn.Module):
+    """k columns of diag(signs) @ H, H block diagonal of orthonormal Hadamard matrices of power-of-two size."""
+
+    signs: Tensor
+    columns: Tensor
+
+    def __init__(self, dim: int, k: int, like: Tensor, generator: torch.Generator):
+        super().__init__()
+        self.complement = 2 * k > dim
+        count = dim - k if self.complement else k
+        signs = torch.randint(0, 2, (dim,), generator=generator, dtype=torch.int8) * 2 - 1
+        columns = torch.randperm(dim, generator=generator)[:count].sort().values
+        self.register_buffer("signs", signs.to(like.device), persistent=False)
+        self.register_buffer("columns", columns.to(like.device), persistent=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        turned = hadamard_blocks(wide(rows) * self.signs)
+        inside = turned[:, self.columns].square().sum()
+        return wide(rows).square().sum() - inside if self.complement else inside
+
+
+def hadamard_blocks(rows: Tensor) -> Tensor:
+    """rows (R, dim) times the orthonormal block Hadamard matrix whose blocks are the binary digits of dim."""
+    done, parts = 0, []
+    for bit in reversed(range(rows.shape[1].bit_length())):
+        size = 1 << bit
+        if rows.shape[1] & size:
+            parts.append(_fwht(rows[:, done : done + size]))
+            done += size
+    return torch.cat(parts, dim=1)
+
+
+def _fwht(rows: Tensor) -> Tensor:
+    """Orthonormal Walsh-Hadamard transform of rows (R, 2**m), by butterflies."""
+    R, size = rows.shape
+    half = 1
+    while half < size:
+        a, b = rows.view(R, -1, 2, half).unbind(2)
+        rows = torch.stack((a + b, a - b), dim=2).view(R, size)
+        half *= 2
+    return rows / math.sqrt(size)
+
+
+BASES = {"orthogonal": _Orthogonal, "hadamard": _Hadamard}
