@@ -54,7 +54,7 @@ def calibrate(
     for layer in wanting.values():
         for state in _states(layer):
             state.begin_statistics(layer.adapter)
-            state.known_calibrated = False  # type: ignore[assignment]
+            state.known_calibrated = False
     modes = {module: module.training for module in model.modules()}
     done = sequences = 0
     model.eval()

@@ -73,7 +73,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             for key, tensor in penalty.state_dict().items():
                 state[f"{name}.{index}.{key}"] = tensor
     weights = _bytes(tensors)
-    ours = {
+    ours: dict[str, Any] = {
         "format": FORMAT,
         "method": method.to_json(),
         "layers": layers,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from .methods.base import Adapter, Method, Site
 from .ops import lowrank_linear
+from .siblings import Group, add_lowrank, families, project_stacked
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
 DRIFT_TOKENS = 128
@@ -19,6 +22,17 @@ def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2): weight (in_features, out_features). Told by its type, never by its shape."""
     cls = type(module)
     return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+
+
+def form_groups(layers: dict[str, AdaptedLinear]) -> None:
+    """Let siblings share their projection of x, where one scale and stored ``down`` factors allow it."""
+    for names in families(list(layers)):
+        members = [layers[name] for name in names if isinstance(getattr(layers[name].adapter, "down", None), Tensor)]
+        alike = {(m.weight.device, m.weight.dtype, m.adapter.scale, m.in_features) for m in members}
+        if len(members) > 1 and len(alike) == 1:
+            group = Group(members)
+            for member in members:
+                member.group = group
 
 
 def site_of(name: str, base: nn.Module) -> Site:
@@ -32,9 +46,10 @@ def site_of(name: str, base: nn.Module) -> Site:
 class Trace:
     """What the last forward pass left behind."""
 
-    x: Tensor  # (tokens <= DRIFT_TOKENS, K), detached
-    h: Tensor  # (the same tokens, R), detached
+    x: Tensor  # (tokens, K) every so many tokens of x, DRIFT_TOKENS at most, detached; shared by siblings
+    h: Tensor  # (M, R), detached
     hidden: Tensor | None  # (M, R) with its graph, only if a penalty needs it
+    source: Callable[[], Tensor | None] | None  # weak reference to the x of the call
 
 
 class AdaptedLinear(nn.Module):
@@ -51,6 +66,7 @@ class AdaptedLinear(nn.Module):
         self.name = name
         self.transposed = is_conv1d(base)
         self.trace: Trace | None = None
+        self.group: Group | None = None  # siblings that get the same x
         self.needs_hidden = any(state.needs_hidden for state in adapter.penalty_states())
 
     @property
@@ -73,26 +89,64 @@ class AdaptedLinear(nn.Module):
         weight = self.weight.T if self.transposed else self.weight
         down, up = self.adapter.factors()
         dropout = self.adapter.dropout if self.training else 0.0
-        y, h = lowrank_linear(x, weight, down, up, self.bias, self.adapter.scale, dropout, return_h=True)
+        scale = self.adapter.scale
+        found = self._with_siblings(x, weight, up, dropout) if self.group is not None else None
+        y, h = found or lowrank_linear(x, weight, down, up, self.bias, scale, dropout, return_h=True)
         self.trace = self._trace(x, h)
         return y
 
+    def _with_siblings(self, x: Tensor, weight: Tensor, up: Tensor, dropout: float) -> tuple[Tensor, Tensor] | None:
+        """y and h through the projection shared with the siblings, or None where that is not to be had."""
+        group = self.group
+        assert group is not None
+        if dropout > 0.0 or x.dim() < 2 or x.shape[-1] != weight.shape[1] or torch.compiler.is_compiling():
+            return None  # each sibling has a dropout mask of its own; nonsense is refused by the op
+        device = x.device.type
+        bias = self.bias
+        autocast = torch.is_autocast_enabled(device)
+        if autocast:
+            dtype = torch.get_autocast_dtype(device)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        elif x.dtype != weight.dtype:
+            return None
+        taken = group.take(self, x)
+        if taken is None:
+            if self not in group.members or len(group.members) < 2:
+                return None
+            rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+            rows = rows.to(weight.dtype)
+            downs = [member.adapter.down for member in group.members]
+            alias, parts = project_stacked(rows, downs, self.adapter.scale)
+            waiting = {id(member): part for member, part in zip(group.members, parts, strict=True)}
+            h = waiting.pop(id(self))
+            group.offer(x, alias, waiting)
+        else:
+            alias, h = taken
+        y = add_lowrank(alias, weight, h, up, bias)
+        return y.view(*x.shape[:-1], y.shape[-1]), h
+
     def _trace(self, x: Tensor, h: Tensor) -> Trace:
-        hidden = h.flatten(0, -2) if self.needs_hidden else None
-        x, h = x.detach().reshape(-1, x.shape[-1]) if x.numel() else x.detach().new_empty(0, x.shape[-1]), h.detach()
-        h = h.reshape(-1, h.shape[-1]) if h.numel() else h.new_empty(0, h.shape[-1])
-        step = -(-x.shape[0] // DRIFT_TOKENS) or 1
-        return Trace(x[::step].clone(), h[::step].clone(), hidden)
+        h = h if h.dim() == 2 else h.reshape(x.numel() // max(x.shape[-1], 1), h.shape[-1])
+        hidden = h if self.needs_hidden else None
+        compiling = torch.compiler.is_compiling()  # no weak references there
+        trace = None if compiling or self.group is None else self.group.members[0].trace
+        if trace is None or trace.source is None or trace.source() is not x:
+            x_rows = x.detach().reshape(h.shape[0], x.shape[-1])
+            sample = x_rows[:: -(-h.shape[0] // DRIFT_TOKENS) or 1].clone()
+        else:
+            sample = trace.x
+        return Trace(sample, h.detach(), hidden, None if compiling else weakref.ref(x))
 
     def drift(self) -> float | None:
         """Mean over tokens of ||delta x|| / ||x|| in the last forward pass, CLoRA's F (Eq. 3); None before one."""
         if self.trace is None or self.trace.x.shape[0] == 0:
             return None
         with torch.no_grad():
-            x, h = self.trace.x.float(), self.trace.h.float()
+            h = self.trace.h[:: -(-self.trace.h.shape[0] // DRIFT_TOKENS)].float()
             up = self.adapter.factors()[1].float()
             moved = ((h @ (up.T @ up)) * h).sum(1).clamp(min=0).sqrt()
-            return (moved / x.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)).mean().item()
+            size = self.trace.x.float().norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+            return (moved / size).mean().item()
 
     def delta(self) -> Tensor:  # (N, K) float32, or float64
         """scale * up @ down in at least float32, as ``fl.merge`` adds it."""

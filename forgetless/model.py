@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .layers import AdaptedLinear, site_of
+from .layers import AdaptedLinear, form_groups, site_of
 from .methods.base import Adapter, Method, Site
 from .targets import ALL_LINEAR, find_layers
 
@@ -45,10 +45,11 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
         method.check(site)
     built = {site.name: build(method, site) for site in sites}
     model.requires_grad_(False)
-    for name, adapter in built.items():
-        adapted = AdaptedLinear(layers[name], adapter, method, name)
-        adapted.train(layers[name].training)
-        _replace(model, layers[name], adapted)
+    adapted = {name: AdaptedLinear(layers[name], adapter, method, name) for name, adapter in built.items()}
+    for name, layer in adapted.items():
+        layer.train(layers[name].training)
+        _replace(model, layers[name], layer)
+    form_groups(adapted)
     return model
 
 
@@ -159,6 +160,9 @@ def explain(model: nn.Module) -> Report:
     report = Report()
     for name, layer in _adapters(model).items():
         _, path, reason = ops.plan_for(layer.weight.device, layer.weight.dtype)
+        partners = [m.name.rpartition(".")[2] for m in layer.group.members if m is not layer] if layer.group else []
+        if partners and layer in layer.group.members:  # type: ignore[union-attr]
+            reason += f"; one pass over x with {', '.join(partners)}"
         with torch.no_grad():
             rank = layer.adapter.factors()[0].shape[0]
         trainable = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)

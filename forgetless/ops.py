@@ -103,6 +103,8 @@ def _backward(
     scale: float,
     p: float,
     need: list[bool],  # of x, weight, down, up, bias
+    down_dtype: torch.dtype,  # of the gradients; the factors themselves may have been cast
+    up_dtype: torch.dtype,
 ) -> list[Tensor | None]:
     run = plan_for(dy.device, dy.dtype)[0]
     dx = dweight = ddown = dup = dbias = None
@@ -115,10 +117,10 @@ def _backward(
             dx = run.matmul_lowrank(dy, weight.T, g, down.T, None, p, seed)
         if need[2]:
             assert x is not None
-            ddown = run.outer(g, x, p, seed, down.dtype)
+            ddown = run.outer(g, x, p, seed, down_dtype)
     if need[3]:
         assert h is not None
-        dup = run.outer(h, dy, 0.0, None, up.dtype).T
+        dup = run.outer(dy, h, 0.0, None, up_dtype)
     if need[1]:
         assert x is not None
         dweight = dy.T @ x
@@ -127,7 +129,7 @@ def _backward(
     return [dx, dweight, ddown, dup, dbias]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], h: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], h: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x, weight, down, up, _, seed, scale, p = inputs
     need_x, need_weight, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
     ctx.save_for_backward(
@@ -139,7 +141,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], h: Tensor) -> None:
         seed,
     )
     ctx.need = [need_x, need_weight, need_down, need_up, need_bias]
-    ctx.scale, ctx.p = scale, p
+    ctx.rest = scale, p, ctx.need, *dtypes
 
 
 # ---------------------------------------------------------------------------------------- eager
@@ -148,9 +150,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], h: Tensor) -> None:
 class _LowrankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # inputs as of _forward
+        x, weight, down, up, *rest = inputs
+        dtypes = down.dtype, up.dtype
+        if x.device.type == "cpu":  # BLAS wants one dtype: cast the factors once for both passes
+            inputs = x, weight, down.to(x.dtype), up.to(x.dtype), *rest
         y, h = _forward(*inputs)
         ctx.set_materialize_grads(False)
-        _save(ctx, inputs, h)
+        _save(ctx, inputs, h, dtypes)
         return y, h
 
     @staticmethod
@@ -161,7 +167,7 @@ class _LowrankLinear(torch.autograd.Function):
             if dh is None:
                 return (None,) * 8
             dy = dh.new_zeros(dh.shape[0], weight.shape[0])
-        grads = _backward(dy, dh, x, weight, down, up, h, seed, ctx.scale, ctx.p, ctx.need)
+        grads = _backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
         return (*grads, None, None, None)
 
 
@@ -200,16 +206,18 @@ def _op_backward(
     scale: float,
     p: float,
     need: list[bool],
+    down_dtype: torch.dtype,
+    up_dtype: torch.dtype,
 ) -> list[Tensor]:  # an empty tensor stands for a gradient nobody asked for
-    grads = _backward(dy, dh, x, weight, down, up, h, seed, scale, p, need)
+    grads = _backward(dy, dh, x, weight, down, up, h, seed, scale, p, need, down_dtype, up_dtype)
     return [dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
 @_op_backward.register_fake
-def _(dy, dh, x, weight, down, up, h, seed, scale, p, need):  # type: ignore[no-untyped-def]
+def _(dy, dh, x, weight, down, up, h, seed, scale, p, need, down_dtype, up_dtype):  # type: ignore[no-untyped-def]
     dx, dbias = (dy.shape[0], weight.shape[1]), (weight.shape[0],)
     shapes = [dx, weight.shape, down.shape, up.shape, dbias]
-    dtypes = [dy.dtype, dy.dtype, down.dtype, up.dtype, dy.dtype]
+    dtypes = [dy.dtype, dy.dtype, down_dtype, up_dtype, dy.dtype]
     return [
         dy.new_empty(shape, dtype=dtype) if wanted else dy.new_empty(0)
         for shape, dtype, wanted in zip(shapes, dtypes, need, strict=True)
@@ -218,7 +226,7 @@ def _(dy, dh, x, weight, down, up, h, seed, scale, p, need):  # type: ignore[no-
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    _save(ctx, inputs, output[1])
+    _save(ctx, inputs, output[1], (inputs[2].dtype, inputs[3].dtype))
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -226,9 +234,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | 
     if dy is None:
         assert dh is not None
         dy = dh.new_zeros(dh.shape[0], weight.shape[0])
-    grads = torch.ops.forgetless.lowrank_linear_backward(
-        dy, dh, x, weight, down, up, h, seed, ctx.scale, ctx.p, ctx.need
-    )
+    grads = torch.ops.forgetless.lowrank_linear_backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
     wanted = [grad if need else None for grad, need in zip(grads, ctx.need, strict=True)]
     return (*wanted, None, None, None)
 

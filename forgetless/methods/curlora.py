@@ -72,6 +72,11 @@ class CURLoRAAdapter(Adapter):
     ``fl.merge``. For a Conv1D, which stores W^T, delta^T = alpha * C U R, so that here up = R^T U^T, down = C^T.
     """
 
+    rows: Tensor
+    columns: Tensor
+    down: Tensor
+    lift: Tensor
+
     def __init__(self, site: Site, rows: Tensor, columns: Tensor, alpha: float):
         super().__init__()
         self.scale = float(alpha)
@@ -83,21 +88,21 @@ class CURLoRAAdapter(Adapter):
         self.register_buffer("rows", rows.to(device))
         self.register_buffer("columns", columns.to(device))
         self.register_buffer("down", torch.empty(0), persistent=False)
-        self.register_buffer("outer", torch.empty(0), persistent=False)
+        self.register_buffer("lift", torch.empty(0), persistent=False)
         self.gather(weight)
 
     def gather(self, weight: Tensor) -> None:
         """Copy C and R out of ``weight`` (N, K)."""
         into, out_of = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
         self.down = weight[into].contiguous()  # (R, K)
-        self.outer = weight[:, out_of].contiguous()  # (N, R)
+        self.lift = weight[:, out_of].contiguous()  # (N, R)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         core = self.core.T if self.transposed else self.core
-        return self.down, self.outer.to(core.dtype) @ core
+        return self.down, self.lift.to(core.dtype) @ core
 
     def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
-        core = self.outer.to(dup.dtype).T @ dup
+        core = self.lift.to(dup.dtype).T @ dup
         return {"core": core.transpose(-1, -2) if self.transposed else core}
 
 

@@ -94,6 +94,8 @@ class SourceDeviation(Penalty):
 
 class _SourceDeviation(PenaltyState):
     statistics = "inputs"
+    covariance: Tensor
+    tokens: Tensor
 
     def __init__(self, spec: SourceDeviation, site: Site):
         super().__init__(spec)

@@ -54,6 +54,7 @@ class Laplace(Penalty):
 
 class _Laplace(PenaltyState):
     statistics = "gradients"
+    samples: Tensor
 
     def __init__(self, spec: Laplace, adapter: Adapter):
         super().__init__(spec)

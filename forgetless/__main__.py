@@ -1,0 +1,8 @@
+"""``python -m forgetless``: the command line."""
+
+import sys
+
+from forgetless.study.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

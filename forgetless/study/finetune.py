@@ -1,0 +1,155 @@
+"""One model, one method, your examples: train, save, and say how to load the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+import forgetless as fl
+
+from . import results as book
+from .console import Ui
+from .data import Collator, Domain, encode_domain, load_domain
+from .evaluate import nll
+from .models import load_model
+from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
+from .session import calibrates, check_fit, source_rows, take_tokens
+from .train import DIVERGED, INTERRUPTED, Encoded, TrainConfig, encode_for_training, train
+
+LOG = "training.json"
+#: Enough held-out text to see the loss fall; it is not a benchmark.
+EVAL_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What ``forgetless finetune`` was asked for. Steps win over epochs."""
+
+    out: Path
+    model: str
+    data: str
+    method: str = "clora"
+    source: tuple[str, ...] = ("news", "python")
+    targets: str | list[str] = "all-linear"
+    rank: int | None = None
+    alpha: float | None = None
+    weight: float | None = None
+    lr: float = 3e-4
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    max_length: int = 512
+    calibration: int = 32
+    seed: int = 0
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    overwrite: bool = False
+
+
+@dataclass
+class Work:
+    """All inputs, loaded and checked."""
+
+    plan: Plan
+    domain: Domain
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Encoded
+    held_out: Encoded
+    steps: int
+
+
+def prepare(options: FinetuneOptions) -> Work:
+    """Everything that can go wrong before training goes wrong here."""
+    counts = {"steps": options.steps, "batch-size": options.batch_size, "accumulate": options.accumulate}
+    at_least(1, {**counts, "rank": options.rank, "calibration": options.calibration})
+    at_least(2, {"max-length": options.max_length})
+    at_least(0, {"seed": options.seed, "weight": options.weight})
+    positive({"lr": options.lr, "epochs": options.epochs, "alpha": options.alpha})
+    if options.dtype not in DTYPES:
+        raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
+    if (options.out / "adapter_config.json").exists() and not options.overwrite:
+        raise BadInput(f"{options.out} holds an adapter already; give --overwrite or another --out")
+    writable(options.out)
+    domain = load_domain(options.data)
+    kept = [load_domain(spec) for spec in options.source] if calibrates(plan) else []
+    if calibrates(plan) and not kept:
+        raise BadInput(f"{plan.label} is calibrated on text to keep: give --source")
+    model, tokenizer = load_model(options.model, DTYPES[options.dtype], options.device)
+    encoded = encode_for_training(domain.train, tokenizer, options.max_length)
+    source = source_rows(kept, tokenizer, options.calibration, min(options.max_length, 256)) if kept else []
+    check_fit(model, [plan], options.targets)
+    per_step = options.batch_size * options.accumulate
+    steps = options.steps or max(1, math.ceil(options.epochs * len(encoded) / per_step))
+    held_out = take_tokens(encode_domain(domain.held_out, tokenizer, options.max_length), EVAL_TOKENS)
+    return Work(plan, domain, model, tokenizer, source, held_out, steps)
+
+
+def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
+    """Train and save; returns how it ended and what to tell the user about it."""
+    work = prepare(options)
+    model, tokenizer, plan = work.model, work.tokenizer, work.plan
+    set_seed(options.seed)
+    fl.adapt(model, plan.seeded(options.seed), targets=options.targets)
+    collate = Collator(tokenizer)
+    if work.source:
+        ui.say(f"calibrating on {len(work.source)} sequences of {', '.join(options.source)}")
+        rows = work.source
+        fl.calibrate(model, [collate(rows[i : i + 4]) for i in range(0, len(rows), 4)])
+    config = TrainConfig(
+        steps=work.steps,
+        batch_size=options.batch_size,
+        accumulate=options.accumulate,
+        lr=plan.lr,
+        max_length=options.max_length,
+        seed=options.seed,
+    )
+    before = nll(model, work.held_out, collate).loss
+    with ui.training(f"{plan.label}: {work.domain.name}", work.steps) as on_step:
+        result = train(model, tokenizer, work.domain.train, config, on_step)
+    fl.save(model, options.out)
+    log: dict[str, Any] = {
+        "created": book.now(),
+        "versions": book.versions(),
+        "machine": book.machine(next(model.parameters()).device),
+        "settings": plan.settings,
+        "config": dataclasses.asdict(config),
+        "held_out_before": before,
+        **dataclasses.asdict(result),
+    }
+    told = f"adapter saved in {options.out}"
+    if result.stopped == INTERRUPTED:
+        told = f"{result.note}; {told}"
+    else:
+        log["held_out_after"] = after = nll(model, work.held_out, collate).loss
+        learnt = f"held-out loss {before:.3f} -> {after:.3f} nats per token"
+        told = f"{result.note}; {told}" if result.stopped == DIVERGED else f"{learnt}; {told}"
+    book.dump(options.out / LOG, log)
+    return result.stopped, told
+
+
+def how_to_load(options: FinetuneOptions) -> str:
+    """A few lines of Python that load what was saved, runnable as they are."""
+    lines = [
+        "import torch",
+        "import forgetless as fl",
+        "from forgetless.study.models import load_model",
+        "",
+        f"model, tokenizer = load_model({options.model!r}, torch.{options.dtype})",
+        f"fl.load(model, {str(options.out)!r})",
+    ]
+    if not options.method.lower().startswith("curlora"):
+        lines += [
+            "",
+            "# or with PEFT, without forgetless:",
+            "from peft import PeftModel",
+            f"model = PeftModel.from_pretrained(base_model, {str(options.out)!r})",
+        ]
+    return "\n".join(lines)

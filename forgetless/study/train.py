@@ -1,0 +1,359 @@
+"""Training on transformers' Trainer: the penalty once per optimizer step, before clipping, and nothing lost on a stop.
+
+The task loss of a step is divided over its micro-batches by the Trainer. The penalty must not be: it is added to the
+last micro-batch alone, undivided, so that it counts once whatever the accumulation, and the clipping sees the sum.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+import math
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+import forgetless as fl
+
+from .data import Collator, Example, encode_domain
+from .options import BadInput
+
+Encoded = list[dict[str, list[int]]]
+FINISHED, DIVERGED, INTERRUPTED = "finished", "diverged", "interrupted"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one task is learnt."""
+
+    steps: int = 30
+    batch_size: int = 12
+    accumulate: int = 1  # micro-batches per optimizer step, each of batch_size examples
+    lr: float = 2e-3
+    warmup: float = 0.1  # share of the steps, linear from zero
+    schedule: str = "linear"
+    clip: float = 1.0
+    max_length: int = 96
+    seed: int = 0
+    snapshot_every: int = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reports."""
+
+    number: int
+    loss: float
+    penalty: float
+    grad_norm: float
+    seconds: float
+    drift: float | None
+
+
+@dataclass
+class TrainResult:
+    """Curves and costs of one task."""
+
+    loss: list[float] = field(default_factory=list)
+    penalty: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    drift: dict[int, float] = field(default_factory=dict)
+    seconds_per_step: float = math.nan
+    peak_mib: float = math.nan
+    stopped: str = FINISHED
+    note: str = ""
+
+
+class NonFinite(ArithmeticError):
+    """The loss, the penalty or a gradient is NaN or infinite."""
+
+
+class Peak:
+    """Peak memory in MiB since construction: of the process on a CPU, of the allocator on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif sys.platform == "linux":
+            try:
+                ctypes.CDLL(None).malloc_trim(0)  # what earlier methods freed is not this one's
+                with open("/proc/self/clear_refs", "w") as file:
+                    file.write("5")
+            except (OSError, AttributeError):
+                pass
+
+    def mib(self) -> float:
+        """The peak so far; where the system cannot reset it, the peak of the whole process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        try:
+            with open("/proc/self/status") as file:
+                return next(int(row.split()[1]) / 1024 for row in file if row.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak / (2**20 if sys.platform == "darwin" else 1024)
+
+
+class Snapshot:
+    """The adapter as it was when its loss and gradients were last seen to be finite."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.values = [p.detach().clone() for p in self.parameters]
+        self.step = 0
+
+    @torch.no_grad()
+    def take(self, step: int) -> None:
+        """Remember the parameters as they are before update ``step + 1``."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.copy_(parameter)
+        self.step = step
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the remembered values back."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            parameter.copy_(value)
+
+
+class PenaltyTrainer(Trainer):
+    """A Trainer whose loss carries ``fl.penalty`` once per optimizer step."""
+
+    task_loss: float = 0.0
+    penalty_value: float = 0.0
+    emit: Callable[[float], None] | None = None
+
+    @cached_property
+    def trims(self) -> bool:
+        """Whether the model can leave out logits and takes labels that are shifted already."""
+        model = self.accelerator.unwrap_model(self.model)
+        takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+        return takes and getattr(model, "loss_function", None) is ForCausalLMLoss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, self._trim(inputs), True, num_items_in_batch)
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        parts = 1 if scaled else self.current_gradient_accumulation_steps
+        self.task_loss += loss.detach().float().item() / parts
+        if self.accelerator.sync_gradients:  # the last micro-batch of this optimizer step
+            penalty = fl.penalty(self.accelerator.unwrap_model(model))
+            self.penalty_value = penalty.detach().float().item()
+            if penalty.requires_grad:
+                loss = loss + parts * penalty.to(loss.device)
+            if not math.isfinite(self.task_loss + self.penalty_value):
+                raise NonFinite(f"loss {self.task_loss}, penalty {self.penalty_value}")
+        return (loss, outputs) if return_outputs else loss
+
+    def _trim(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
+        """Have the head run only where some row of the batch has a label: a third of a small model's step."""
+        if not self.trims or "labels" not in inputs:
+            return inputs
+        labels = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]  # position t predicts t + 1
+        where = (labels != -100).any(dim=0).nonzero().squeeze(1)
+        return {**inputs, "logits_to_keep": where, "shift_labels": labels[:, where].contiguous()}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        if self.emit is not None and "grad_norm" in logs:
+            self.emit(logs["grad_norm"])
+
+
+class Watch(TrainerCallback):
+    """Times the steps, refuses broken gradients, keeps the snapshot."""
+
+    def __init__(self, snapshot: Snapshot, every: int) -> None:
+        self.snapshot, self.every = snapshot, every
+        self.seconds: list[float] = []
+        self.updating = False
+        self._start = self._aside = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._start, self._aside = time.perf_counter(), 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        began = time.perf_counter()
+        gradients = [p.grad for p in self.snapshot.parameters if p.grad is not None]
+        if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise NonFinite("a gradient is not finite")
+        if state.global_step % self.every == 0:
+            self.snapshot.take(state.global_step)
+        self._aside = time.perf_counter() - began
+        self.updating = True
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.updating = False
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start - self._aside)
+
+
+def mean_drift(model: nn.Module) -> float:
+    """The drift of the last forward, averaged over layers; NaN where nothing has been seen."""
+    values = list(fl.drift(model).values())
+    return statistics.fmean(values) if values else math.nan
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def encode_for_training(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Encoded examples that have something to learn within ``max_length`` tokens; refuses an empty rest."""
+    encoded = encode_domain(examples, tokenizer, max_length)
+    encoded = [e for e in encoded if any(label != -100 for label in e["labels"][1:])]
+    if not encoded:
+        raise BadInput(f"no example has anything to learn within {max_length} tokens")
+    return encoded
+
+
+def in_batches(encoded: Encoded, size: int, count: int, seed: int) -> Encoded:
+    """``count`` batches of ``size`` rows in the order of training, rows of like length together.
+
+    Rows come from a shuffled stream without end, epoch after epoch. A pool of eight batches at a time is sorted by
+    length, cut, and its batches are shuffled: little is padded, and short and long batches alternate.
+    """
+    draw = random.Random(seed)
+    stream: list[int] = []
+    ordered: list[list[int]] = []
+    while len(ordered) < count:
+        pool = min(8, count - len(ordered)) * size
+        while len(stream) < pool:
+            stream += draw.sample(range(len(encoded)), len(encoded))
+        rows = sorted(stream[:pool], key=lambda i: len(encoded[i]["input_ids"]))
+        del stream[:pool]
+        batches = [rows[i : i + size] for i in range(0, pool, size)]
+        draw.shuffle(batches)
+        ordered += batches
+    return [encoded[i] for batch in ordered for i in batch]
+
+
+def _arguments(config: TrainConfig, device: torch.device, folder: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.lr,
+        warmup_steps=math.ceil(config.warmup * config.steps),
+        lr_scheduler_type=config.schedule,
+        weight_decay=0.0,
+        max_grad_norm=config.clip,
+        optim="adamw_torch",
+        seed=config.seed,
+        train_sampling_strategy="sequential",  # in_batches has made the order
+        use_cpu=device.type == "cpu",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    on_step: Callable[[Step], None] | None = None,
+) -> TrainResult:
+    """Train the adapters on ``model``. A NaN or Ctrl-C ends it early with the last good adapter in place."""
+    encoded = encode_for_training(examples, tokenizer, config.max_length)
+    device = next(model.parameters()).device
+    result = TrainResult()
+    snapshot = Snapshot(trainable(model))
+    watch = Watch(snapshot, config.snapshot_every)
+    use_cache = getattr(model.config, "use_cache", None)
+    peak = Peak(device)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PenaltyTrainer(
+            model=model,
+            args=_arguments(config, device, folder),
+            train_dataset=in_batches(encoded, config.batch_size, config.steps * config.accumulate, config.seed),
+            data_collator=Collator(tokenizer),
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+
+        def emit(grad_norm: float) -> None:
+            number = len(result.loss) + 1
+            due = number % config.snapshot_every == 0 or number == config.steps
+            drift = mean_drift(model) if due else None
+            result.loss.append(trainer.task_loss)
+            result.penalty.append(trainer.penalty_value)
+            result.grad_norm.append(grad_norm)
+            if drift is not None and math.isfinite(drift):
+                result.drift[number] = drift
+            trainer.task_loss = 0.0
+            if on_step is not None:
+                step = Step(
+                    number,
+                    result.loss[-1],
+                    result.penalty[-1],
+                    grad_norm,
+                    watch.seconds[-1],
+                    drift,
+                )
+                on_step(step)
+
+        trainer.emit = emit
+        try:
+            trainer.train()
+            if not all(p.isfinite().all() for p in snapshot.parameters):
+                raise NonFinite("the last update left a parameter that is not finite")
+        except NonFinite as error:
+            snapshot.restore()
+            result.stopped = DIVERGED
+            result.note = (
+                f"stopped at step {len(result.loss) + 1} of {config.steps}: {error};"
+                f" kept the adapter of step {snapshot.step}"
+            )
+        except KeyboardInterrupt:
+            kept = len(result.loss)
+            if watch.updating:  # some parameters may be updated and some not
+                snapshot.restore()
+                kept = snapshot.step
+            result.stopped = INTERRUPTED
+            result.note = f"interrupted; kept the adapter of step {kept} of {config.steps}"
+    for parameter in snapshot.parameters:
+        parameter.grad = None
+    if use_cache is not None:
+        model.config.use_cache = use_cache
+    model.eval()
+    result.peak_mib = peak.mib()
+    timed = watch.seconds[1:] or watch.seconds  # the first step also allocates and warms up
+    result.seconds_per_step = statistics.median(timed) if timed else math.nan
+    return result

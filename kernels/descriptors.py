@@ -1,0 +1,114 @@
+"""matmul_lowrank on tensor descriptors (TMA): one persistent kernel for sm_90 and sm_100."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .tl_utils import (
+    dot,
+    drop_args,
+    grouped,
+    lowrank_start,
+    narrow,
+    widen,
+)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _matmul_lowrank_descriptor_kernel(
+    x_desc, weight_desc, y_desc,
+    M, N, K,
+    h_ptr, stride_hm, stride_hr,
+    up_ptr, stride_un, stride_ur,
+    bias_ptr, stride_b,
+    seed_ptr, threshold,
+    R: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROP: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PROGRAMS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y (M, N) = x (M, K) @ weight (N, K).T + bias (N,) + drop(h (M, R) @ up (N, R).T), many tiles a program"""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(K, BLOCK_K)
+    # Not flattened: with the accumulator started from the low-rank product, a flattened loop waits for each MMA on
+    # sm_90 (wait_group 0 instead of 1). Not specialised out here either: Triton 3.7 drops the stores and 3.8 and 3.9
+    # the whole kernel on sm_100. Specialising the inner loop compiles whole in 3.6 to 3.9; sm_90 ignores it.
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
+        pid_m, pid_n = grouped(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = lowrank_start(
+            h_ptr, offs_m, M, stride_hm, stride_hr,
+            up_ptr, pid_n * BLOCK_N, N, stride_un, stride_ur,
+            seed_ptr, threshold, y_desc.dtype, R, HAS_DROP, "ieee", BLOCK_R, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        for k in tl.range(0, steps, warp_specialize=True):
+            x = x_desc.load([pid_m * BLOCK_M, k * BLOCK_K])
+            if TRANSPOSED:
+                w = weight_desc.load([k * BLOCK_K, pid_n * BLOCK_N])
+            else:
+                w = weight_desc.load([pid_n * BLOCK_N, k * BLOCK_K]).T
+            acc = dot(x, w, acc, "ieee")
+        if HAS_BIAS:
+            acc += widen(tl.load(bias_ptr + (offs_n % N) * stride_b))[None, :]
+        # two halves through one staging buffer: half the shared memory of the whole tile
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], narrow(left, y_desc.dtype))
+        y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N + BLOCK_N // 2], narrow(right, y_desc.dtype))
+
+
+def describable(t: Tensor) -> bool:
+    """Whether a tensor descriptor can name this matrix: rows of contiguous elements, every row 16-byte aligned"""
+    row, element = t.stride()
+    return (
+        element == 1
+        and row >= t.shape[1]
+        and row * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+        and min(t.shape) > 0
+    )
+
+
+@functools.cache
+def programs_of(device: torch.device) -> int:
+    """One program for each multiprocessor"""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def matmul_lowrank_descriptor(
+    x: Tensor,  # (M, K)
+    weight: Tensor,  # (N, K), or the transpose of a describable (K, N)
+    h: Tensor,  # (M, R)
+    up: Tensor,  # (N, R)
+    bias: Tensor | None,  # (N,)
+    p: float,
+    seed: Tensor | None,
+    y: Tensor,  # (M, N)
+    tile: dict[str, int],
+    BLOCK_R: int,
+) -> None:
+    """y = x @ weight.T + bias + drop(h @ up.T), where x, weight and y are describable"""
+    (M, K), (N, R) = x.shape, up.shape
+    BM, BN, BK = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    transposed = not describable(weight)
+    described = TensorDescriptor.from_tensor
+    programs = min(triton.cdiv(M, BM) * triton.cdiv(N, BN), programs_of(x.device))
+    with torch.cuda.device_of(x):
+        _matmul_lowrank_descriptor_kernel[programs,](
+            described(x, [BM, BK]),
+            described(weight.T, [BK, BN]) if transposed else described(weight, [BN, BK]),
+            described(y, [BM, BN // 2]),
+            M, N, K,
+            h, *h.stride(),
+            up, *up.stride(),
+            bias, 0 if bias is None else bias.stride(0),
+            R=R, HAS_BIAS=bias is not None, TRANSPOSED=transposed, PROGRAMS=programs,
+            BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
+        )  # fmt: skip

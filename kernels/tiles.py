@@ -1,0 +1,163 @@
+"""Tile sizes: one table by kernel, architecture and element size, and a scoped override.
+
+A row is a starting point; ``forgetless tune`` measures better ones on the card at hand. Whatever a row says, stages are
+taken away until the tile fits the card's shared memory, so no rank and no dtype needs a row of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its matrices: rows, columns, reduction; warps; loads in flight."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+# What one block may use, in bytes; an unknown card gets the least of them.
+SHARED = {0: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+# TABLE[kernel][architecture, element bytes]; architecture 0 is the safe default of an unknown card.
+# project and project_outer stream their first operand: BLOCK_M x BLOCK_K of it a step, BLOCK_N unused.
+# matmul_lowrank_t is matmul_lowrank with the weight stored the other way round (the backward pass).
+TABLE: dict[str, dict[tuple[int, int], Tile]] = {
+    "project": {
+        (0, 2): Tile(32, 0, 64, 4, 3),
+        (0, 4): Tile(32, 0, 32, 4, 2),
+        (80, 2): Tile(64, 0, 128, 4, 4),
+        (86, 2): Tile(64, 0, 64, 4, 4),
+        (89, 2): Tile(64, 0, 64, 4, 4),
+        (90, 2): Tile(64, 0, 128, 4, 5),
+        (100, 2): Tile(64, 0, 128, 4, 5),
+        (120, 2): Tile(64, 0, 64, 4, 4),
+    },
+    "matmul_lowrank": {
+        (0, 2): Tile(64, 64, 32, 4, 3),
+        (0, 4): Tile(64, 64, 32, 4, 2),
+        (80, 2): Tile(128, 128, 64, 8, 4),
+        (80, 4): Tile(64, 128, 32, 8, 3),
+        (86, 2): Tile(64, 128, 32, 4, 4),
+        (89, 2): Tile(128, 128, 32, 4, 4),
+        (90, 2): Tile(128, 256, 64, 8, 4),
+        (90, 4): Tile(64, 128, 32, 8, 3),
+        (100, 2): Tile(128, 256, 64, 8, 4),
+        (120, 2): Tile(128, 128, 32, 4, 4),
+    },
+    "matmul_lowrank_t": {
+        (0, 2): Tile(64, 64, 32, 4, 3),
+        (0, 4): Tile(64, 64, 32, 4, 2),
+        (80, 2): Tile(128, 128, 64, 8, 4),
+        (80, 4): Tile(64, 128, 32, 8, 3),
+        (86, 2): Tile(64, 128, 32, 4, 4),
+        (89, 2): Tile(128, 128, 32, 4, 4),
+        (90, 2): Tile(128, 256, 64, 8, 3),
+        (90, 4): Tile(64, 128, 32, 8, 3),
+        (100, 2): Tile(128, 256, 64, 8, 3),
+        (120, 2): Tile(128, 128, 32, 4, 4),
+    },
+    # a row here is what makes a card take the descriptor kernel; sm_120 has the hardware but no use for it yet
+    "matmul_lowrank_descriptor": {
+        (90, 2): Tile(128, 256, 64, 8, 3),
+        (100, 2): Tile(128, 256, 64, 8, 3),
+    },
+    "matmul_lowrank_t_descriptor": {
+        (90, 2): Tile(128, 256, 64, 8, 3),
+        (100, 2): Tile(128, 256, 64, 8, 3),
+    },
+    "outer": {
+        (0, 2): Tile(32, 0, 64, 4, 3),
+        (0, 4): Tile(32, 0, 64, 4, 2),
+        (80, 2): Tile(64, 0, 128, 4, 4),
+        (86, 2): Tile(64, 0, 128, 4, 3),
+        (89, 2): Tile(64, 0, 128, 4, 3),
+        (90, 2): Tile(64, 0, 128, 4, 5),
+        (100, 2): Tile(64, 0, 128, 4, 5),
+        (120, 2): Tile(64, 0, 128, 4, 3),
+    },
+    # BLOCK_M rows a step against BLOCK_K columns held: wide, so that few partial sums are written
+    "project_outer": {
+        (0, 2): Tile(32, 0, 128, 4, 2),
+        (0, 4): Tile(32, 0, 64, 4, 2),
+        (80, 2): Tile(64, 0, 256, 8, 4),
+        (86, 2): Tile(32, 0, 256, 8, 4),
+        (89, 2): Tile(32, 0, 256, 8, 4),
+        (90, 2): Tile(64, 0, 512, 8, 3),
+        (100, 2): Tile(64, 0, 512, 8, 3),
+        (120, 2): Tile(32, 0, 256, 8, 4),
+    },
+}
+
+_forced: ContextVar[dict[str, dict[str, int]] | None] = ContextVar("forced", default=None)
+
+
+@contextmanager
+def forced(kernel: str, **fields: int) -> Iterator[None]:
+    """Within the block, ``kernel`` runs with these fields of its tile: for tests and tuning."""
+    assert kernel in TABLE and set(fields) <= {f.name for f in dataclasses.fields(Tile)}
+    token = _forced.set({**(_forced.get() or {}), kernel: fields})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@functools.cache
+def arch_of(device: torch.device) -> int:
+    """The compute capability as one number: 90 for sm_90; 0 without CUDA"""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def known_arch(arch: int) -> int:
+    """The newest architecture of the table in the same family and not after this one, or 0"""
+    return max((a for a in SHARED if a <= arch and a // 10 == arch // 10), default=0)
+
+
+def row(kernel: str, arch: int, itemsize: int) -> Tile:
+    """The table's row, or the default"""
+    rows = TABLE[kernel]
+    return rows.get((known_arch(arch), itemsize)) or rows.get((0, itemsize), Tile(32, 32, 32))
+
+
+def has_row(kernel: str, device: torch.device) -> bool:
+    """Whether ``kernel`` is made for this card, or forced upon it"""
+    return (known_arch(arch_of(device)), 2) in TABLE[kernel] or kernel in (_forced.get() or {})
+
+
+def stage_bytes(kernel: str, tile: Tile, R: int, itemsize: int) -> int:
+    """Shared memory of one step of the kernel's main loop"""
+    if kernel in ("outer", "project_outer"):
+        return tile.BLOCK_M * (tile.BLOCK_K + R) * itemsize
+    if kernel == "project":
+        return (tile.BLOCK_M + R) * tile.BLOCK_K * itemsize
+    return (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * itemsize
+
+
+def fit(kernel: str, tile: Tile, R: int, itemsize: int, arch: int) -> Tile:
+    """The tile with as many stages as shared memory holds, and at least one"""
+    if kernel == "project_outer":  # its accumulator is BLOCK_K x R: keep it in 64 registers a thread
+        tile = dataclasses.replace(tile, BLOCK_K=min(tile.BLOCK_K, tile.num_warps * 2048 // R))
+    room = SHARED[known_arch(arch)] // stage_bytes(kernel, tile, R, itemsize)
+    return dataclasses.replace(tile, num_stages=max(1, min(tile.num_stages, room)))
+
+
+def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, int]:
+    """The launch arguments of ``kernel`` for a card, an element size and a padded rank"""
+    arch = arch_of(device)
+    tile = fit(kernel, row(kernel, arch, itemsize), R, itemsize, arch)
+    tile = dataclasses.replace(tile, **(_forced.get() or {}).get(kernel, {}))
+    return {name: value for name, value in dataclasses.asdict(tile).items() if value}

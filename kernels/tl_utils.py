@@ -1,0 +1,185 @@
+"""What every kernel needs: one dot, one rounding, one dropout mask, one tile order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# The interpreter keeps bfloat16 as raw uint16: products and roundings of it have to be spelt out.
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+# The hash of ``forgetless.reference``: same constants, same arithmetic shifts.
+MIX_1 = tl.constexpr(0x7FEB352D)
+MIX_2 = tl.constexpr(0x846CA68B - (1 << 32))
+LEVELS = 1 << 15
+LOW_BITS = tl.constexpr(LEVELS - 1)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """The input precision of float32 dots: exact, unless torch itself may use TF32."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tf32 else "ieee"
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """Where every launcher gets the memory it writes: outputs and partial sums, nothing else."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def drop_args(p: float, seed: torch.Tensor | None) -> dict:
+    """Dropout as kernel arguments; without it the seed is None and its code is not compiled."""
+    if seed is None or p == 0.0:
+        return {"seed_ptr": None, "threshold": 0, "HAS_DROP": False}
+    assert seed.dtype == torch.int32 and seed.is_contiguous() and seed.shape[-1] == 2
+    return {"seed_ptr": seed, "threshold": round(p * LEVELS), "HAS_DROP": True}
+
+
+@triton.jit
+def widen(x):
+    """x in float32"""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 x rounded to nearest even in dtype"""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        bits = tl.where(nan, bits | 0x00400000, bits + 0x7FFF + ((bits >> 16) & 1))
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in dtype; nothing where it is so already"""
+    if x.dtype == dtype:
+        return x
+    return narrow(widen(x), dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in float32"""
+    if INTERPRET and a.dtype == tl.bfloat16:
+        return tl.dot(widen(a), widen(b), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def mix(v):
+    v = (v ^ (v >> 16)) * MIX_1
+    v = (v ^ (v >> 15)) * MIX_2
+    return v ^ (v >> 16)
+
+
+@triton.jit
+def row_key(seed_ptr, rows):
+    """The mask's key of each row, from int32 row numbers"""
+    return mix(mix(rows + tl.load(seed_ptr)) + tl.load(seed_ptr + 1))
+
+
+@triton.jit
+def pair_key(seed_ptr, pairs):
+    """The mask's key of each pair of columns, from int32 pair numbers"""
+    return mix(mix(pairs + tl.load(seed_ptr + 1)) + tl.load(seed_ptr))
+
+
+@triton.jit
+def drop(x, rows, pairs, threshold):
+    """x (A, 2 B) with its dropped elements zero, from (A,) row keys and (B,) pair keys: one hash serves two columns"""
+    # x is split, not the hash interleaved: neighbours sit in one thread, so nothing moves and few registers live
+    word = mix(rows[:, None] + pairs[None, :])
+    even, odd = x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
+    even = tl.where((word & LOW_BITS) >= threshold, even, tl.zeros_like(even))
+    odd = tl.where(((word >> 16) & LOW_BITS) >= threshold, odd, tl.zeros_like(odd))
+    return tl.join(even, odd).reshape(x.shape)
+
+
+@triton.jit
+def grouped(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile (m, n) number pid, in groups of GROUP_M rows so that a wave reuses what L2 holds"""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    width = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = (pid // width) * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    return first + (pid % width) % rows, (pid % width) // rows
+
+
+@triton.jit
+def lowrank_term(
+    h_ptr, rows_m, stride_hm, stride_hr,
+    up_ptr, rows_n, stride_un, stride_ur,
+    dtype: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """h[rows_m] @ up[rows_n].T (BLOCK_M, BLOCK_N), any rank"""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if R <= 2 * BLOCK_R:
+        for r in tl.static_range(0, R, BLOCK_R):
+            acc = _lowrank_block(
+                acc, r, h_ptr, rows_m, stride_hm, stride_hr, up_ptr, rows_n, stride_un, stride_ur,
+                dtype, R, PRECISION, BLOCK_R,
+            )  # fmt: skip
+    else:  # unrolled, a rank of 200 spilt a kilobyte
+        for r in tl.range(0, R, BLOCK_R, num_stages=1):
+            acc = _lowrank_block(
+                acc, r, h_ptr, rows_m, stride_hm, stride_hr, up_ptr, rows_n, stride_un, stride_ur,
+                dtype, R, PRECISION, BLOCK_R,
+            )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _lowrank_block(
+    acc, r,
+    h_ptr, rows_m, stride_hm, stride_hr,
+    up_ptr, rows_n, stride_un, stride_ur,
+    dtype: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + h[rows_m] @ up[rows_n].T over the ranks from r to r + BLOCK_R"""
+    offs_r = r + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    h_ptrs = h_ptr + rows_m[:, None] * stride_hm + offs_r.to(tl.int64)[None, :] * stride_hr
+    up_ptrs = up_ptr + rows_n[None, :] * stride_un + offs_r.to(tl.int64)[:, None] * stride_ur
+    h = tl.load(h_ptrs, mask=mask_r[None, :], other=0.0)
+    up = tl.load(up_ptrs, mask=mask_r[:, None], other=0.0)
+    return dot(cast(h, dtype), cast(up, dtype), acc, PRECISION)
+
+
+@triton.jit
+def lowrank_start(
+    h_ptr, offs_m, M, stride_hm, stride_hr,
+    up_ptr, first_n, N, stride_un, stride_ur,
+    seed_ptr, threshold,
+    dtype: tl.constexpr, R: tl.constexpr, HAS_DROP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """drop(h @ up.T) for rows offs_m and BLOCK_N columns from first_n on, what a GEMM's accumulator starts from"""
+    # Two halves, one after the other: at once, the mask of a 128x256 tile spilt 104 bytes on sm_90 where halves
+    # take 168 registers.
+    rows_m = (offs_m % M).to(tl.int64)
+    if HAS_DROP:
+        key = row_key(seed_ptr, offs_m)
+    HALF: tl.constexpr = BLOCK_N // 2
+    offs_n = first_n + tl.arange(0, HALF)
+    left = lowrank_term(
+        h_ptr, rows_m, stride_hm, stride_hr, up_ptr, (offs_n % N).to(tl.int64), stride_un, stride_ur,
+        dtype, R, PRECISION, BLOCK_R, BLOCK_M, HALF,
+    )  # fmt: skip
+    if HAS_DROP:
+        pairs = pair_key(seed_ptr, first_n // 2 + tl.arange(0, HALF // 2))
+        left = drop(left, key, pairs, threshold)
+    offs_n += HALF
+    right = lowrank_term(
+        h_ptr, rows_m, stride_hm, stride_hr, up_ptr, (offs_n % N).to(tl.int64), stride_un, stride_ur,
+        dtype, R, PRECISION, BLOCK_R, BLOCK_M, HALF,
+    )  # fmt: skip
+    if HAS_DROP:
+        pairs = pair_key(seed_ptr, first_n // 2 + HALF // 2 + tl.arange(0, HALF // 2))
+        right = drop(right, key, pairs, threshold)
+    return tl.join(left, right).permute(0, 2, 1).reshape(BLOCK_M, BLOCK_N)

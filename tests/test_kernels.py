@@ -1,0 +1,265 @@
+"""The Triton kernels against float64 and against the reference; in Triton's interpreter where CUDA is absent."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from forgetless_kernels import lowrank, tiles, tl_utils
+from helpers import assert_as_good_as_eager
+
+from forgetless import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RANKS = (1, 4, 8, 16, 24, 64, 128, 200)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SIZES = ((1, 1, 1), (1, 17, 33), (33, 65, 17), (64, 64, 64), (70, 50, 130))
+P = 0.25
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    gen = torch.Generator().manual_seed(seed + sum(i * n for i, n in enumerate(shape, 1)))
+    return torch.randn(shape, generator=gen).to(DEVICE, dtype)
+
+
+def seeds(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+SEED = (-1234567, 89)
+
+
+def plain(function: str, *tensors: torch.Tensor | None, scale: float = 1.0, keep: torch.Tensor | None = None):
+    """The formula in one dtype: eager PyTorch as people write it, or the truth when the tensors are float64"""
+    if function == "project":
+        x, down = tensors
+        x = x if keep is None else x * keep
+        return scale * (x @ down.to(x.dtype).T)
+    if function == "matmul_lowrank":
+        x, weight, h, up, bias = tensors
+        low = h @ up.to(x.dtype).T
+        low = low if keep is None else low * keep
+        return torch.nn.functional.linear(x, weight, bias) + low
+    g, x = tensors
+    return g.T @ (x if keep is None else x * keep)
+
+
+def check(function: str, *tensors, scale: float = 1.0, p: float = 0.0, **options) -> None:
+    """One launcher on these tensors is as good as eager"""
+    first, last = tensors[0], tensors[1]
+    shape = {
+        "project": first.shape,
+        "matmul_lowrank": (first.shape[0], last.shape[0]),
+        "outer": last.shape,
+    }[function]
+    seed = seeds(*SEED) if p else None
+    keep = reference.keep_mask(seed, p, *shape) if p else None
+    kwargs = {"scale": scale} if function == "project" else {}
+    ours = getattr(lowrank, function)(*tensors, **kwargs, p=p, seed=seed, **options)
+    # eager works on copies: torch's own CPU linear returns NaN when NaN surrounds a strided bfloat16 operand
+    eager = plain(function, *[t if t is None else t.contiguous().clone() for t in tensors], scale=scale, keep=keep)
+    truth = plain(function, *[t if t is None else t.double() for t in tensors], scale=scale, keep=keep)
+    assert_as_good_as_eager(ours, eager.to(ours.dtype), truth)
+
+
+def operands(function: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    if function == "project":
+        return [draw(M, K, dtype=dtype), draw(R, K) / K**0.5]
+    if function == "matmul_lowrank":
+        x, weight = draw(M, K, dtype=dtype), draw(N, K, dtype=dtype, seed=1)
+        return [x, weight, draw(M, R, dtype=dtype, seed=2), draw(N, R, seed=3), draw(N, dtype=dtype, seed=4)]
+    return [draw(M, R, dtype=dtype), draw(M, K, dtype=dtype, seed=1)]
+
+
+FUNCTIONS = ("project", "matmul_lowrank", "outer")
+every_function = pytest.mark.parametrize("function", FUNCTIONS)
+
+
+@every_function
+def test_signatures_are_the_reference_s(function):
+    assert inspect.signature(getattr(lowrank, function)) == inspect.signature(getattr(reference, function))
+
+
+@every_function
+@pytest.mark.parametrize("R", RANKS)
+def test_any_rank(function, R):
+    check(function, *operands(function, 33, 50, 65, R, torch.bfloat16), p=P)
+
+
+@every_function
+@pytest.mark.parametrize("M, N, K", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_size_and_dtype(function, M, N, K, dtype):
+    check(function, *operands(function, M, N, K, 8, dtype))
+
+
+@every_function
+def test_no_rows(function):
+    ours = operands(function, 0, 20, 33, 8, torch.bfloat16)
+    out = getattr(lowrank, function)(*ours)
+    want = getattr(reference, function)(*ours)
+    assert out.shape == want.shape and out.dtype == want.dtype and torch.equal(out, want)
+
+
+def restride(t: torch.Tensor, how: str) -> torch.Tensor:
+    """The same values with other strides"""
+    if t.dim() == 1:
+        return t.repeat_interleave(3)[::3]
+    if how == "transposed":
+        return t.T.contiguous().T
+    wide = torch.full((2 * t.shape[0] + 3, 3 * t.shape[1] + 5), float("nan"), device=t.device, dtype=t.dtype)
+    view = wide[2:-1:2, 4:-1:3]
+    view.copy_(t)
+    return view
+
+
+@every_function
+@pytest.mark.parametrize("how", ["transposed", "sliced"])
+@pytest.mark.parametrize("which", range(5))
+def test_any_strides(function, how, which):
+    tensors = operands(function, 33, 50, 65, 24, torch.bfloat16)
+    if which >= len(tensors):
+        tensors = [restride(t, how) for t in tensors]
+    else:
+        tensors[which] = restride(tensors[which], how)
+    check(function, *tensors, p=P)
+
+
+@every_function
+@pytest.mark.parametrize("axis", [0, 1])
+def test_expanded_tensors(function, axis):
+    tensors = operands(function, 33, 50, 65, 8, torch.float32)
+    size = tensors[0].shape
+    tensors[0] = tensors[0].narrow(axis, 0, 1).expand(size)
+    check(function, *tensors)
+
+
+@every_function
+def test_nothing_beside_the_operands_is_touched(function, monkeypatch):
+    """Guard pages: NaN around what is read, a sentinel around what is written."""
+    buffers = []
+
+    def padded(shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> torch.Tensor:
+        pads = [(37, 41)] * len(shape)
+        buffer = torch.full([n + a + b for n, (a, b) in zip(shape, pads, strict=True)], fill, dtype=dtype)
+        buffers.append((buffer.to(DEVICE), shape))
+        return buffers[-1][0][tuple(slice(a, a + n) for n, (a, _) in zip(shape, pads, strict=True))]
+
+    tensors = []
+    for t in operands(function, 33, 50, 65, 24, torch.bfloat16):
+        tensors.append(padded(tuple(t.shape), float("nan"), t.dtype).copy_(t))
+    del buffers[:]
+    monkeypatch.setattr(tl_utils, "empty", lambda shape, dtype, like: padded(tuple(shape), -77.0, dtype))
+    with tiles.forced(function, BLOCK_M=16):  # several strips
+        check(function, *tensors, p=P)
+    assert buffers
+    for buffer, shape in buffers:
+        inside = torch.zeros_like(buffer, dtype=torch.bool)
+        inside[tuple(slice(37, 37 + n) for n in shape)] = True
+        assert (buffer[~inside] == -77.0).all()
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-5, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("M, K", [(1, 1), (33, 65), (70, 128)])
+def test_masks_are_bit_exact(p, M, K):
+    for values in ((0, 0), SEED, (2**31 - 1, -(2**31))):
+        seed = seeds(*values)
+        want = reference.keep_mask(seed, p, M, K).float()
+        ones = torch.ones(M, K, device=DEVICE)
+        assert torch.equal(lowrank.project(ones, torch.eye(K, device=DEVICE), p=p, seed=seed), want)
+        assert torch.equal(lowrank.outer(torch.eye(M, device=DEVICE), ones, p=p, seed=seed), want)
+        col = torch.ones(M, 1, device=DEVICE), torch.ones(K, 1, device=DEVICE)
+        zero = torch.zeros(M, 3, device=DEVICE), torch.zeros(K, 3, device=DEVICE)
+        assert torch.equal(lowrank.matmul_lowrank(*zero, *col, p=p, seed=seed), want)
+
+
+def test_siblings_keep_their_own_masks():
+    """Stacked projections of one x: a seed per group of ranks gives what separate calls give."""
+    x, down, g = draw(33, 65), draw(30, 65), draw(33, 30)
+    stacked = seeds(1, 2, -3, 4, 5, -6).view(3, 2)
+    h = lowrank.project(x, down, 0.5, P, stacked)
+    ddown = lowrank.outer(g, x, P, stacked)
+    for i, seed in enumerate(stacked):
+        part = slice(10 * i, 10 * i + 10)
+        torch.testing.assert_close(h[:, part], reference.project(x, down[part], 0.5, P, seed))
+        torch.testing.assert_close(ddown[part], reference.outer(g[:, part], x, P, seed))
+
+
+def test_low_precision_factors_gradients_come_in_the_dtype_asked_for():
+    g, x = operands("outer", 70, 0, 65, 8, torch.bfloat16)
+    out = lowrank.outer(g, x, dtype=torch.float32)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, (g.double().T @ x.double()).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_bias_costs_no_precision():
+    x, weight, h, up, bias = operands("matmul_lowrank", 33, 50, 65, 8, torch.bfloat16)
+    check("matmul_lowrank", x, weight, h, up, bias + 50)
+    check("matmul_lowrank", x, weight, h, up, None)
+
+
+TILES = (
+    {"BLOCK_M": 16, "BLOCK_K": 16},
+    {"BLOCK_M": 128, "BLOCK_K": 32, "num_warps": 8},
+    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128},
+)
+
+
+@every_function
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_any_tile(function, tile):
+    with tiles.forced(function, **tile):
+        check(function, *operands(function, 70, 50, 90, 24, torch.float32), p=P)
+
+
+def test_a_forced_tile_ends_with_its_block():
+    before = tiles.tile_for("outer", torch.device(DEVICE), 2, 16)
+    with tiles.forced("outer", BLOCK_M=16), tiles.forced("project", BLOCK_M=128):
+        assert tiles.tile_for("outer", torch.device(DEVICE), 2, 16)["BLOCK_M"] == 16
+    assert tiles.tile_for("outer", torch.device(DEVICE), 2, 16) == before
+
+
+@every_function
+def test_two_runs_give_the_same_bits(function):
+    tensors = operands(function, 130, 50, 65, 8, torch.float32)
+    with tiles.forced(function, BLOCK_M=16):
+        runs = [getattr(lowrank, function)(*tensors, p=P, seed=seeds(*SEED)) for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+def test_rows_sum_alike_on_every_card():
+    """Strips depend on sizes alone; they cover every row once."""
+    for M in (1, 63, 512, 8192, 100_000):
+        for columns in (1, 8, 32, 1000):
+            strips, steps = lowrank.strips_of(M, 64, columns)
+            assert strips * steps * 64 >= M > (strips - 1) * steps * 64
+
+
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+
+@needs_cuda
+@every_function
+def test_captured_in_a_graph(function):
+    tensors = operands(function, 130, 50, 65, 8, torch.bfloat16)
+    want = getattr(lowrank, function)(*tensors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = getattr(lowrank, function)(*tensors)
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+@needs_cuda
+@every_function
+def test_the_last_device_and_another_stream(function):
+    last = f"cuda:{torch.cuda.device_count() - 1}"
+    tensors = [t.to(last) for t in operands(function, 130, 50, 65, 8, torch.bfloat16)]
+    want = getattr(lowrank, function)(*tensors)
+    stream = torch.cuda.Stream(last)
+    stream.wait_stream(torch.cuda.current_stream(last))
+    with torch.cuda.stream(stream):
+        again = getattr(lowrank, function)(*tensors)
+    stream.synchronize()
+    assert torch.equal(again, want)
