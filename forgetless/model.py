@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .layers import AdaptedLinear, form_groups, site_of
 from .methods.base import Adapter, Method, Site
+from .penalties.base import Item
 from .targets import ALL_LINEAR, find_layers
 
 
@@ -81,18 +82,16 @@ def penalty(model: nn.Module) -> Tensor:
     Raises:
         ValueError: the model has no adapters.
     """
-    total: Tensor | None = None
     found = _adapters(model)
+    kinds: dict[tuple[type, torch.device], list[Item]] = {}
     for layer in found.values():
         hidden = None if layer.trace is None else layer.trace.hidden
         for state in layer.adapter.penalty_states():
-            if not _calibrated(state):
-                continue
-            value = state.value(layer.adapter, hidden)
-            total = value if total is None else total + value.to(total.device)
-    if total is None:
-        return torch.zeros((), device=next(iter(found.values())).weight.device)
-    return total.float() if total.dtype != torch.float64 else total
+            if _calibrated(state):
+                kinds.setdefault((type(state), layer.weight.device), []).append(Item(state, layer.adapter, hidden))
+    device = next(iter(found.values())).weight.device
+    totals = [kind.total(items).to(device) for (kind, _), items in kinds.items()]  # type: ignore[attr-defined]
+    return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
 
 
 def _calibrated(state: nn.Module) -> bool:

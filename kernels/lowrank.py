@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tl_utils
+from . import tiles, tl_utils
 from .descriptors import describable, matmul_lowrank_descriptor
-from .tiles import arch_of, has_row, tile_for
+from .tiles import has_row, tile_for
 from .tl_utils import (
     cast,
     dot,
@@ -185,11 +185,11 @@ def matmul_lowrank(
     descriptor = has_row(kernel + "_descriptor", x.device) and x.element_size() == 2 and R <= 128
     if descriptor and all(map(describable, matrices)):
         # sm_100 takes the low-rank product in one block: of a chain of them Triton makes an empty kernel
-        BLOCK_R = pad_rank(R, most=128 if arch_of(x.device) >= 100 else 64)
+        BLOCK_R = pad_rank(R, most=128 if tiles.arch_of(x.device) >= 100 else 64)
         tile = tile_for(kernel + "_descriptor", x.device, x.element_size(), BLOCK_R)
         matmul_lowrank_descriptor(x, weight, h, up, bias, p, seed, y, tile, BLOCK_R)
         return y
-    BLOCK_R = pad_rank(R, most=64)
+    BLOCK_R = pad_rank(R, most=64 if R <= 128 else 32)
     tile = tile_for(kernel, x.device, x.element_size(), BLOCK_R)
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
     with torch.cuda.device_of(x):

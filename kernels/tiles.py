@@ -76,6 +76,27 @@ TABLE: dict[str, dict[tuple[int, int], Tile]] = {
         (90, 2): Tile(128, 256, 64, 8, 3),
         (100, 2): Tile(128, 256, 64, 8, 3),
     },
+    # the whole forward in one kernel; both hold a second, narrow accumulator
+    "full": {
+        (0, 2): Tile(64, 64, 32, 4, 3),
+        (0, 4): Tile(64, 64, 32, 4, 2),
+        (80, 2): Tile(128, 128, 32, 8, 4),
+        (86, 2): Tile(64, 64, 64, 4, 3),
+        (89, 2): Tile(64, 64, 64, 4, 3),
+        (90, 2): Tile(128, 128, 64, 8, 4),
+        (100, 2): Tile(128, 128, 64, 8, 4),
+        (120, 2): Tile(64, 64, 64, 4, 3),
+    },
+    "once": {
+        (0, 2): Tile(64, 64, 32, 4, 3),
+        (0, 4): Tile(64, 64, 32, 4, 2),
+        (80, 2): Tile(128, 128, 32, 8, 4),
+        (86, 2): Tile(64, 128, 32, 4, 4),
+        (89, 2): Tile(64, 128, 32, 4, 4),
+        (90, 2): Tile(128, 256, 64, 8, 3),
+        (100, 2): Tile(128, 256, 64, 8, 3),
+        (120, 2): Tile(64, 128, 32, 4, 4),
+    },
     "outer": {
         (0, 2): Tile(32, 0, 64, 4, 3),
         (0, 4): Tile(32, 0, 64, 4, 2),
@@ -144,7 +165,8 @@ def stage_bytes(kernel: str, tile: Tile, R: int, itemsize: int) -> int:
         return tile.BLOCK_M * (tile.BLOCK_K + R) * itemsize
     if kernel == "project":
         return (tile.BLOCK_M + R) * tile.BLOCK_K * itemsize
-    return (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * itemsize
+    extra = R if kernel in ("full", "once") else 0
+    return (tile.BLOCK_M + tile.BLOCK_N + extra) * tile.BLOCK_K * itemsize
 
 
 def fit(kernel: str, tile: Tile, R: int, itemsize: int, arch: int) -> Tile:

@@ -225,14 +225,15 @@ def test_compiles_whole(name, kind, where):
 
 
 def test_a_new_length_does_not_compile_the_layer_again():
+    """Once, once for any length, and once more where ``fl.drift`` begins to thin out its sample."""
     torch._dynamo.reset()
     model = adapted("lora", "linear", torch.float32).train()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for length in (5, 8, 13, 21, 34, 130, 300):
+    for length in (5, 8, 13, 21, 34, 130, 300, 700):
         x = tokens(torch.float32, 2, length)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 3
 
 
 @every_method

@@ -30,6 +30,7 @@ def site(dtype: torch.dtype = torch.float64, name: str = "layer", shape: tuple[i
 
 
 def adapter_with(*penalties: Penalty, method: str = "lora", dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
     return stir(build(METHODS[method](rank=R, alpha=6.0, penalties=penalties), site(dtype)))
 
 

@@ -63,9 +63,7 @@ def write_texts(folder: Path) -> dict[str, Path]:
         "swap": write_jsonl(
             folder / "swap.jsonl", [{"prompt": f"{a} {b}>", "completion": f" {b} {a}"} for a, b in pairs]
         ),
-        "prose": write_jsonl(
-            folder / "prose.jsonl", [{"text": f"the {a} is under the {b}. " * 2} for a, b in pairs]
-        ),
+        "prose": write_jsonl(folder / "prose.jsonl", [{"text": f"the {a} is under the {b}. " * 2} for a, b in pairs]),
         "sums": write_jsonl(
             folder / "sums.jsonl", [{"text": f"{a} + {b} = {a + b};"} for a in range(9) for b in range(9)]
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,11 @@ class PenaltyState(nn.Module):
         """The weighted penalty, a scalar in float32 (float64 for float64 parameters), differentiable."""
         raise NotImplementedError
 
+    @classmethod
+    def total(cls, items: list[Item]) -> Tensor:
+        """Sum of ``value`` over all layers, once per step; subclasses do it in fewer and larger products."""
+        return torch.stack([item.state.value(item.adapter, item.hidden) for item in items]).sum()
+
     def begin_statistics(self, adapter: Adapter) -> None:
         """Forget earlier statistics; centre at the adapter's present parameters."""
 
@@ -104,6 +109,14 @@ class PenaltyState(nn.Module):
     def calibrated(self) -> bool:
         """Whether ``value`` has the statistics it needs."""
         return True
+
+
+class Item(NamedTuple):
+    """One penalty on one layer, as ``PenaltyState.total`` takes them."""
+
+    state: Any
+    adapter: Adapter
+    hidden: Tensor | None
 
 
 def wide(t: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
-from .base import Penalty, PenaltyState, register, wide
+from .base import Item, Penalty, PenaltyState, register, wide
+from .grouped import closed_form
 
 if TYPE_CHECKING:
     from ..methods.base import Adapter, Site
@@ -33,3 +35,21 @@ class _Decay(PenaltyState):
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
         total = sum(wide(p).square().sum() for p in adapter.parameters(recurse=False) if p.requires_grad)
         return 0.5 * self.spec.weight * total  # type: ignore[return-value]
+
+    @classmethod
+    def total(cls, items: list[Item]) -> Tensor:
+        weights: list[float] = []
+        parameters: list[Tensor] = []
+        for state, adapter, _ in items:
+            mine = [p for p in adapter.parameters(recurse=False) if p.requires_grad]
+            parameters += mine
+            weights += [state.spec.weight] * len(mine)
+
+        def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
+            grads = [w * p for w, p in zip(weights, factors, strict=True)]
+            value = sum(
+                0.5 * torch.vdot(wide(p).flatten(), wide(g).flatten()) for p, g in zip(factors, grads, strict=True)
+            )
+            return value, [g if need else None for g, need in zip(grads, needs, strict=True)]  # type: ignore[return-value]
+
+        return closed_form(compute, parameters)

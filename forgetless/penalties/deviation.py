@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Penalty, PenaltyState, gram_product, register, wide
+from .base import Item, Penalty, PenaltyState, gram_product, register, wide
+from .grouped import closed_form, gram_form
 
 if TYPE_CHECKING:
     from ..methods.base import Adapter, Site
@@ -35,6 +36,10 @@ class _WeightDeviation(PenaltyState):
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
         down, up = adapter.factors()
         return self.spec.weight * gram_product(wide(down), wide(up), adapter.scale)
+
+    @classmethod
+    def total(cls, items: list[Item]) -> Tensor:
+        return _gram_total(items, [None] * len(items))
 
 
 @register
@@ -63,6 +68,30 @@ class _OutputDeviation(PenaltyState):
             return up.new_zeros(())
         h = wide(hidden)
         return self.spec.weight / h.shape[0] * ((h.T @ h) * (up.T @ up)).sum()
+
+    @classmethod
+    def total(cls, items: list[Item]) -> Tensor:
+        rows = [
+            (state.spec.weight / hidden.shape[0], hidden, adapter.factors()[1])
+            for state, adapter, hidden in items
+            if hidden is not None and hidden.shape[0]
+        ]
+
+        def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
+            value = wide(factors[0]).new_zeros(())
+            grads: list[Tensor | None] = []
+            for i, (weight, _, _) in enumerate(rows):
+                hidden, up = factors[2 * i : 2 * i + 2]
+                h, u = wide(hidden), wide(up)
+                seen, out = h.T @ h, u.T @ u
+                value = value + weight * (seen * out).sum()
+                grads.append((2.0 * weight * (h @ out)).to(hidden.dtype) if needs[2 * i] else None)
+                grads.append((2.0 * weight * (u @ seen)).to(up.dtype) if needs[2 * i + 1] else None)
+            return value, grads
+
+        if not rows:
+            return torch.stack([state.value(adapter, None) for state, adapter, _ in items]).sum()
+        return closed_form(compute, [t for _, hidden, up in rows for t in (hidden, up)])
 
 
 @register
@@ -129,3 +158,13 @@ class _SourceDeviation(PenaltyState):
         S = self.covariance.to(down.dtype)
         weighted = down * S if S.dim() == 1 else down @ S
         return self.spec.weight * adapter.scale**2 * ((up.T @ up) * (weighted @ down.T)).sum()
+
+    @classmethod
+    def total(cls, items: list[Item]) -> Tensor:
+        return _gram_total(items, [item.state.covariance for item in items])
+
+
+def _gram_total(items: list[Item], covariances: list[Tensor | None]) -> Tensor:
+    weights = [state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
+    factors = [factor for _, adapter, _ in items for factor in adapter.factors()]
+    return closed_form(lambda f, needs: gram_form(f, needs, weights, covariances), factors)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Penalty, PenaltyState, register, wide
+from .base import Item, Penalty, PenaltyState, register, wide
+from .grouped import closed_form
 
 if TYPE_CHECKING:
     from ..methods.base import Adapter, Site
@@ -58,6 +59,7 @@ class _Laplace(PenaltyState):
 
     def __init__(self, spec: Laplace, adapter: Adapter):
         super().__init__(spec)
+        self.nonzero: list[str] | None = None
         self.names = [name for name, p in adapter.named_parameters(recurse=False) if p.requires_grad]
         for name in self.names:
             p = getattr(adapter, name).detach()
@@ -67,6 +69,7 @@ class _Laplace(PenaltyState):
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
 
     def begin_statistics(self, adapter: Adapter) -> None:
+        self.nonzero = None
         for name in self.names:
             getattr(self, f"fisher_{name}").zero_()
             getattr(self, f"centre_{name}").copy_(getattr(adapter, name).detach())
@@ -86,6 +89,7 @@ class _Laplace(PenaltyState):
         self.samples += (share > 0).sum()
 
     def end_statistics(self) -> None:
+        self.nonzero = None
         for name in self.names:
             getattr(self, f"fisher_{name}").div_(self.samples.clamp(min=1))
 
@@ -102,3 +106,38 @@ class _Laplace(PenaltyState):
             precision = getattr(self, f"fisher_{name}").to(moved.dtype) + spec.prior_precision
             total = total + (precision * moved.square()).sum()
         return 0.5 * spec.weight * total  # type: ignore[return-value]
+
+    @classmethod
+    def total(cls, items: list[Item]) -> Tensor:
+        rows = [
+            (state, getattr(adapter, name), getattr(state, f"fisher_{name}"), getattr(state, f"centre_{name}"))
+            for state, adapter, _ in items
+            for name in state.active_names()
+        ]
+
+        def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
+            value = wide(rows[0][1]).new_zeros(())
+            grads: list[Tensor | None] = []
+            for (state, _, fisher, centre), theta, need in zip(rows, factors, needs, strict=True):
+                moved = wide(theta) - wide(centre)
+                grad = moved * fisher.to(moved.dtype)
+                if state.spec.prior_precision:
+                    grad.add_(moved, alpha=state.spec.prior_precision)
+                grad.mul_(state.spec.weight)
+                value = value + 0.5 * torch.vdot(moved.flatten(), grad.flatten())
+                grads.append(grad.to(theta.dtype) if need else None)
+            return value, grads
+
+        if not rows:
+            return torch.stack([wide(next(adapter.parameters())).new_zeros(()) for _, adapter, _ in items]).sum()
+        return closed_form(compute, [row[1] for row in rows])
+
+    def active_names(self) -> list[str]:
+        """Parameters that the penalty can move: all but those whose precision is identically zero."""
+        spec = self.spec
+        assert isinstance(spec, Laplace)
+        if spec.prior_precision:
+            return self.names
+        if self.nonzero is None:  # asked once after each calibration or load
+            self.nonzero = [name for name in self.names if bool(getattr(self, f"fisher_{name}").any())]
+        return self.nonzero

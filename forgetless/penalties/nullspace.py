@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import Penalty, PenaltyState, register, wide
+from .base import Item, Penalty, PenaltyState, register, wide
+from .grouped import buckets, closed_form, like
 
 if TYPE_CHECKING:
     from ..methods.base import Adapter, Site
@@ -63,6 +64,30 @@ class _NullSpace(PenaltyState):
         down, up = adapter.factors()
         return 0.5 * self.spec.weight * (self.input(down) + self.output(up.T))
 
+    @classmethod
+    def total(cls, items: list[Item]) -> Tensor:
+        bases = [basis for state, _, _ in items for basis in (state.input, state.output)]
+        weights = [state.spec.weight for state, _, _ in items for _ in range(2)]
+        factors = [factor for _, adapter, _ in items for factor in adapter.factors()]
+
+        def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
+            grads: list[Tensor | None] = [None] * len(factors)
+            value = wide(factors[0]).new_zeros(())
+            # down (R, K) has the protected dimension last, up (N, R) first
+            keys = [(i % 2, type(b), b.key(), weights[i], like(factors[i])) for i, b in enumerate(bases)]
+            for group in buckets(keys):
+                rows = torch.stack([factors[i] for i in group])
+                rows = rows if group[0] % 2 == 0 else rows.transpose(1, 2)  # (L, R, dim)
+                inside, grad = bases[group[0]].stacked([bases[i] for i in group], rows)
+                value = value + 0.5 * weights[group[0]] * inside
+                grad = grad.mul_(weights[group[0]]).to(rows.dtype)
+                grad = grad if group[0] % 2 == 0 else grad.transpose(1, 2)
+                for i, part in zip(group, grad.unbind(), strict=True):
+                    grads[i] = part if needs[i] else None
+            return value, grads
+
+        return closed_form(compute, factors)
+
 
 def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> nn.Module:
     """Module that maps rows (R, dim) to the squared norm of their projections on k orthonormal columns."""
@@ -73,14 +98,39 @@ def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> nn.Module:
     return BASES[spec.basis](dim, spec.k, like, generator)
 
 
-class _Everything(nn.Module):
+class _Basis(nn.Module):
+    """Orthonormal columns P. ``stacked`` does many bases of one kind at once."""
+
+    complement = False
+
+    def key(self) -> Any:
+        """Bases with equal keys can go through ``stacked`` together."""
+        return ()
+
+    @classmethod
+    def stacked(cls, bases: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over L bases of ||rows_l P_l||^2, and rows_l P_l P_l^T, for rows (L, R, dim), which it may keep."""
+        raise NotImplementedError
+
+
+def _complemented(complement: bool, rows: Tensor, inside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """||rows P||^2 = ||rows||^2 - ||rows P'||^2 with P' the other columns."""
+    return (rows.square().sum() - inside, rows - grad) if complement else (inside, grad)
+
+
+class _Everything(_Basis):
     """All of the space: ||rows||^2."""
+
+    @classmethod
+    def stacked(cls, bases: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = wide(rows)
+        return rows.square().sum(), rows
 
     def forward(self, rows: Tensor) -> Tensor:
         return wide(rows).square().sum()
 
 
-class _Orthogonal(nn.Module):
+class _Orthogonal(_Basis):
     """k Haar-random orthonormal columns; the complement's columns where those are fewer."""
 
     basis: Tensor
@@ -100,8 +150,35 @@ class _Orthogonal(nn.Module):
         inside = wide(rows.to(self.basis.dtype) @ self.basis).square().sum()
         return wide(rows).square().sum() - inside if self.complement else inside
 
+    def key(self) -> Any:
+        return self.complement, like(self.basis)
 
-class _Hadamard(nn.Module):
+    @classmethod
+    def stacked(cls, bases: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        P = cls._one_storage(bases)  # (L, dim, k)
+        z = rows.to(P.dtype) @ P
+        grad = wide(z @ P.transpose(1, 2))
+        return _complemented(bases[0].complement, wide(rows), wide(z).square().sum(), grad)
+
+    @staticmethod
+    def _one_storage(bases: list[Any]) -> Tensor:
+        """The bases as one tensor, without a copy per step: after the first they are views of it."""
+        first = bases[0].basis
+        size = first.numel()
+        together = all(
+            b.basis.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and b.basis.storage_offset() == first.storage_offset() + i * size
+            for i, b in enumerate(bases)
+        )
+        if not together or not first.is_contiguous():
+            stack = torch.stack([b.basis for b in bases])
+            for b, part in zip(bases, stack.unbind(), strict=True):
+                b.basis = part
+            return stack
+        return first.as_strided((len(bases), *first.shape), (size, *first.stride()), first.storage_offset())
+
+
+class _Hadamard(_Basis):
     """k columns of diag(signs) @ H, H block diagonal of orthonormal Hadamard matrices of power-of-two size."""
 
     signs: Tensor
@@ -120,6 +197,21 @@ class _Hadamard(nn.Module):
         turned = hadamard_blocks(wide(rows) * self.signs)
         inside = turned[:, self.columns].square().sum()
         return wide(rows).square().sum() - inside if self.complement else inside
+
+    def key(self) -> Any:
+        return self.complement, like(self.signs), like(self.columns)
+
+    @classmethod
+    def stacked(cls, bases: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        L, R, dim = rows.shape
+        signs = torch.stack([b.signs for b in bases])[:, None]
+        columns = torch.stack([b.columns for b in bases])
+        kept = torch.zeros(L, 1, dim, dtype=wide(rows).dtype, device=rows.device)
+        kept.scatter_(2, columns[:, None], 1.0)
+        turned = hadamard_blocks((wide(rows) * signs).reshape(L * R, dim)).view(L, R, dim) * kept
+        inside = turned.square().sum()
+        grad = hadamard_blocks(turned.reshape(L * R, dim)).view(L, R, dim) * signs  # H is its own transpose
+        return _complemented(bases[0].complement, wide(rows), inside, grad)
 
 
 def hadamard_blocks(rows: Tensor) -> Tensor:

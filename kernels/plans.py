@@ -1,0 +1,158 @@
+"""The whole forward of the layer by other plans than project, then matmul_lowrank."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tl_utils
+from .lowrank import matmul_lowrank, pad_rank, project
+from .tiles import tile_for
+from .tl_utils import cast, dot, dot_precision, drop, drop_args, grouped, narrow, pair_key, row_key, widen
+
+PLANS = ("split", "full", "once")
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _linear_lowrank_kernel(
+    x_ptr, M, K, stride_xm, stride_xk,
+    weight_ptr, N, stride_wn, stride_wk,
+    down_ptr, stride_dr, stride_dk,
+    up_ptr, stride_un, stride_ur,
+    bias_ptr, stride_b,
+    y_ptr, stride_ym, stride_yn,
+    h_ptr, flags_ptr,
+    seed_ptr, threshold, scale,
+    R: tl.constexpr, ONCE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROP: tl.constexpr, DROP_Y: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """h = scale * drop(x (M, K)) @ down (R, K).T, y (M, N) = x @ weight (N, K).T + bias + h @ up (N, R).T"""
+    # ONCE: the first column of tiles makes h, every other tile waits for its rows of it, after its own K loop. This
+    # cannot hang, however blocks are scheduled: a tile is known by a ticket drawn when its block already runs, the
+    # makers hold the first tickets, and a maker never waits. Whoever waits, waits for running blocks that finish.
+    if ONCE:
+        ticket = tl.atomic_add(flags_ptr, 1, sem="relaxed")
+        makers = tl.cdiv(M, BLOCK_M)
+        maker = ticket < makers
+        rest_m, rest_n = grouped(ticket - makers, M, N - BLOCK_N, BLOCK_M, BLOCK_N, GROUP_M)
+        pid_m = tl.where(maker, ticket, rest_m)
+        pid_n = tl.where(maker, 0, rest_n + 1)
+    else:
+        pid_m, pid_n = grouped(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        maker = pid_n >= 0
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    rows_n = (offs_n % N).to(tl.int64)
+    k = offs_k.to(tl.int64)
+    x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
+    w_ptrs = weight_ptr + rows_n[None, :] * stride_wn + k[:, None] * stride_wk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    mask_h = (offs_m < M)[:, None] & mask_r[None, :]
+    if maker:
+        down_ptrs = down_ptr + (offs_r % R).to(tl.int64)[None, :] * stride_dr + k[:, None] * stride_dk
+        low = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        if HAS_DROP and not DROP_Y:
+            rows = row_key(seed_ptr, offs_m)
+        for step in range(0, tl.cdiv(K, BLOCK_K)):
+            if EVEN_K:
+                x = tl.load(x_ptrs)
+                w = tl.load(w_ptrs)
+                down = tl.load(down_ptrs)
+            else:
+                mask_k = offs_k < K - step * BLOCK_K
+                x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+                w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
+                down = tl.load(down_ptrs, mask=mask_k[:, None], other=0.0)
+            acc = dot(x, w, acc, PRECISION)
+            if HAS_DROP and not DROP_Y:
+                pairs = pair_key(seed_ptr, step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2))
+                x = drop(x, rows, pairs, threshold)
+            low = dot(x, cast(down, x.dtype), low, PRECISION)
+            x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+            w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
+            down_ptrs += BLOCK_K * tl.cast(stride_dk, tl.int64)
+        low = narrow(low * scale, x_ptr.dtype.element_ty)
+        if ONCE:
+            tl.store(h_ptrs, low, mask=mask_h)
+            tl.debug_barrier()  # every thread's part of h is written before one thread says so
+            tl.atomic_xchg(flags_ptr + 1 + pid_m, 1, sem="release")
+        elif pid_n == 0:
+            tl.store(h_ptrs, low, mask=mask_h)
+        low = tl.where(mask_r[None, :], low, tl.zeros_like(low))
+    else:
+        for step in range(0, tl.cdiv(K, BLOCK_K)):
+            if EVEN_K:
+                x = tl.load(x_ptrs)
+                w = tl.load(w_ptrs)
+            else:
+                mask_k = offs_k < K - step * BLOCK_K
+                x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+                w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
+            acc = dot(x, w, acc, PRECISION)
+            x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+            w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
+        while tl.atomic_add(flags_ptr + 1 + pid_m, 0, sem="acquire") == 0:
+            pass
+        # past L1, which knows nothing of other multiprocessors' writes
+        low = tl.load(h_ptrs, mask=mask_h, other=0.0, cache_modifier=".cg")
+    up_ptrs = up_ptr + rows_n[None, :] * stride_un + offs_r.to(tl.int64)[:, None] * stride_ur
+    up = cast(tl.load(up_ptrs, mask=mask_r[:, None], other=0.0), x_ptr.dtype.element_ty)
+    if HAS_DROP and DROP_Y:
+        pairs = pair_key(seed_ptr, pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2))
+        term = dot(low, up, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), PRECISION)
+        acc += drop(term, row_key(seed_ptr, offs_m), pairs, threshold)
+    else:
+        acc = dot(low, up, acc, PRECISION)
+    if HAS_BIAS:
+        acc += widen(tl.load(bias_ptr + rows_n * stride_b))[None, :]
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n.to(tl.int64)[None, :] * stride_yn
+    tl.store(y_ptrs, narrow(acc, y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+def linear_lowrank(
+    x: Tensor,  # (M, K)
+    weight: Tensor,  # (N, K), dtype of x
+    down: Tensor,  # (R, K)
+    up: Tensor,  # (N, R)
+    bias: Tensor | None = None,  # (N,)
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+    drop_output: bool = False,
+    plan: str = "split",
+) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
+    """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x"""
+    (M, K), (N, _), (R, _) = x.shape, weight.shape, down.shape
+    assert plan in PLANS
+    if plan == "split" or M == 0 or R > 128:
+        h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
+        return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h
+    y = tl_utils.empty((M, N), x.dtype, x)
+    h = tl_utils.empty((M, R), x.dtype, x)
+    BLOCK_R = pad_rank(R)
+    tile = tile_for(plan, x.device, x.element_size(), BLOCK_R)
+    tiles_m, tiles_n = triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"])
+    with torch.cuda.device_of(x):
+        flags = None
+        if plan == "once":  # a ticket counter and a flag for each block of rows
+            flags = tl_utils.empty((1 + tiles_m,), torch.int32, x).zero_()
+        _linear_lowrank_kernel[tiles_m * tiles_n,](
+            x, M, K, *x.stride(),
+            weight, N, *weight.stride(),
+            down, *down.stride(),
+            up, *up.stride(),
+            bias, 0 if bias is None else bias.stride(0),
+            y, *y.stride(),
+            h, flags, scale=float(scale),
+            R=R, ONCE=plan == "once", HAS_BIAS=bias is not None, DROP_Y=drop_output,
+            EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=dot_precision(x.dtype),
+            BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
+        )  # fmt: skip
+    return y, h

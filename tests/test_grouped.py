@@ -1,0 +1,95 @@
+"""The grouped penalties equal the sum of the per-layer formulas, values and gradients, in float64."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import forgetless as fl
+
+PENALTIES = [
+    *(fl.NullSpace(0.7, k, basis) for k in (5, 30, 47, 1000) for basis in ("orthogonal", "hadamard")),
+    fl.Laplace(3.0),
+    fl.Laplace(3.0, prior_precision=0.5),
+    fl.Laplace(3.0, fisher="batch"),
+    fl.OutputDeviation(0.3),
+    fl.WeightDeviation(0.2),
+    fl.SourceDeviation(0.1),
+    fl.SourceDeviation(0.1, "full"),
+    fl.Decay(0.3),
+]
+
+
+class Net(nn.Module):
+    """Layers of several shapes, some alike."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = [(24, 48), (48, 48), (48, 48), (48, 24), (24, 24)]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
+        self.double()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def moved(method, calibrated):
+    torch.manual_seed(0)
+    model = fl.adapt(Net(), method)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        nn.init.normal_(p, std=0.1)
+    x = torch.randn(6, 24, dtype=torch.float64)
+    if calibrated:
+        fl.calibrate(model, [x, x + 1], loss=lambda m, batch: m(batch).square().mean())
+    for p in trained:
+        p.data += 0.1 * torch.randn_like(p)
+    model(x)
+    return model, trained
+
+
+def per_layer(model):
+    rows = fl.adapters(model).values()
+    return sum(s.value(layer.adapter, layer.trace.hidden) for layer in rows for s in layer.adapter.penalty_states())
+
+
+@pytest.mark.parametrize("method", [fl.LoRA, fl.CURLoRA])
+@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
+def test_grouped_equals_the_sum_over_layers(penalty, method):
+    model, trained = moved(method(4, penalties=(penalty,)), isinstance(penalty, (fl.Laplace, fl.SourceDeviation)))
+    grouped, plain = fl.penalty(model), per_layer(model)
+    assert plain > 0
+    torch.testing.assert_close(grouped, plain, rtol=1e-13, atol=0)
+    ours = torch.autograd.grad(2 * grouped, trained, allow_unused=True, retain_graph=True)
+    theirs = torch.autograd.grad(2 * plain, trained, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_kinds_add_up():
+    both, _ = moved(fl.LoRA(4, penalties=(fl.Decay(0.3), fl.NullSpace(0.7, 5), fl.Decay(0.1))), False)
+    assert torch.allclose(fl.penalty(both), per_layer(both))
+
+
+def test_bases_share_one_storage_and_survive_a_copy():
+    model, _ = moved(fl.CLoRA(4, k=5), False)
+    first = fl.penalty(model)
+    bases = [layer.adapter.penalties[0].input.basis for layer in fl.adapters(model).values()]
+    alike = [b for b in bases if b.shape == (48, 5)]
+    assert len(alike) == 3 and len({b.untyped_storage().data_ptr() for b in alike}) == 1
+    assert torch.equal(fl.penalty(model), first)
+    assert torch.equal(fl.penalty(copy.deepcopy(model)), first)
+
+
+def test_a_frozen_factor_gets_no_gradient():
+    model, _ = moved(fl.CLoRA(4, k=5), False)
+    for layer in fl.adapters(model).values():
+        layer.adapter.down.requires_grad_(False)
+    fl.penalty(model).backward()
+    assert all(layer.adapter.down.grad is None for layer in fl.adapters(model).values())
+    assert all(layer.adapter.up.grad is not None for layer in fl.adapters(model).values())
