@@ -1,27 +1,56 @@
 """Compile every kernel for every card we know, without one: what fits, what spills, what uses tensor cores.
 
+    python -m bench.targets                  a subset, as the tests run it
+    python -m bench.targets --all            everything; writes docs/targets.md and bench/results/targets.json
+    python -m bench.targets --triton 3.9.0   with another Triton, installed beside this one under .cache/
+
 The launchers themselves are run, on tensors without storage and under a driver that names a card but has none: what is
-compiled is what a real call would compile, arguments, tiles, divisibility and all.
+compiled is what a real call would compile, arguments, tiles, divisibility and all. Nothing is executed.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import functools
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+ROOT = Path(__file__).resolve().parent.parent
 
-from forgetless_kernels import tiles
+if (
+    __name__ == "__main__" and "--triton" in sys.argv
+):  # before Triton is imported: go on in a process that finds that one
+    place = sys.argv.index("--triton")
+    version = sys.argv[place + 1]
+    folder = ROOT / ".cache" / f"triton-{version}"
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+        subprocess.run([*pip, f"triton=={version}"], check=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    os.execv(sys.executable, [sys.executable, "-m", "bench.targets", *sys.argv[1:place], *sys.argv[place + 2 :]])
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from forgetless_kernels import backward, descriptors, lowrank, plans, tiles  # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHS = (80, 86, 89, 90, 100, 120)
+PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+REGISTERS = 65536  # of a multiprocessor
+M, N, K = 8192, 4096, 4096
 
 
 class _NoDriver:
@@ -42,40 +71,343 @@ class _NoDriver:
 
 @contextlib.contextmanager
 def compiling_for(arch: int) -> Iterator[list]:
-    """Within the block, launches compile for ``arch`` and run nothing; the list collects the compiled kernels."""
-    kernels: list = []
-    run, arch_of = JITFunction.run, tiles.arch_of
+    """Within the block, launches compile for ``arch`` and run nothing; the list collects (kernel, launch arguments)."""
+    launches: list = []
+    run = JITFunction.run
 
     @functools.wraps(run)
     def warm(self, *args, grid, warmup, **kwargs):
-        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-        return kernels[-1]
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append((kernel, dict(kwargs)))
+        return kernel
 
-    before = driver._active
+    patches = [
+        (JITFunction, "run", warm),
+        (tiles, "arch_of", lambda device: arch),
+        (descriptors, "programs_of", lambda device: PROCESSORS[arch]),
+        (backward, "sweep_pays", lambda *sizes: True),
+    ]
+    before = [getattr(where, name) for where, name, _ in patches]
+    active = driver._active
     driver.set_active(_NoDriver(arch))
-    JITFunction.run, tiles.arch_of = warm, lambda device: arch
+    for where, name, value in patches:
+        setattr(where, name, value)
     try:
-        yield kernels
+        yield launches
     finally:
-        JITFunction.run, tiles.arch_of = run, arch_of
-        driver._active = before
+        driver._active = active
+        for (where, name, _), value in zip(patches, before, strict=True):
+            setattr(where, name, value)
 
 
-def usage(kernel) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call to compile: a launcher with operands of some kind"""
+
+    name: str
+    R: int
+    dtype: str = "bfloat16"
+    default_tile: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} R={self.R} {self.dtype}" + (" default tile" if self.default_tile else "")
+
+
+def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], object]]]:
+    """Name: (the kernel's tile row, the call), on operands without storage and factors in float32"""
+
+    def on(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    factor = torch.float32
+    x, dy, weight, h = on(M, K), on(M, N), on(N, K), on(M, R)
+    down, up, seed = on(R, K, dtype=factor), on(N, R, dtype=factor), on(2, dtype=torch.int32)
+    odd_x, odd_weight = on(M, K + 4)[:, 1 : K - 3], on(N, K + 4)[:, 1 : K - 3]  # not 16-byte aligned, K not even
+    odd_down, bias = on(R, K - 4, dtype=factor), on(N)
+    return {
+        "project": ("project", lambda: lowrank.project(x, down)),
+        "project dropout": ("project", lambda: lowrank.project(x, down, 1.0, 0.1, seed)),
+        "project ragged": ("project", lambda: lowrank.project(odd_x, odd_down)),
+        "project dy": ("project", lambda: lowrank.project(dy, up.T)),
+        "forward": ("matmul_lowrank", lambda: lowrank.matmul_lowrank(x, weight, h, up)),
+        "forward bias": ("matmul_lowrank", lambda: lowrank.matmul_lowrank(x, weight, h, up, bias)),
+        "forward ragged": ("matmul_lowrank", lambda: lowrank.matmul_lowrank(odd_x, odd_weight, h, up)),
+        "dx": ("matmul_lowrank_t", lambda: lowrank.matmul_lowrank(dy, weight.T, h, down.T)),
+        "dx dropout": ("matmul_lowrank_t", lambda: lowrank.matmul_lowrank(dy, weight.T, h, down.T, None, 0.1, seed)),
+        "dx ragged": ("matmul_lowrank_t", lambda: lowrank.matmul_lowrank(dy, odd_weight.T, h, odd_down.T)),
+        "outer": ("outer", lambda: lowrank.outer(h, x, dtype=factor)),
+        "outer dropout": ("outer", lambda: lowrank.outer(h, x, 0.1, seed, factor)),
+        "sweep": ("project_outer", lambda: backward.project_outer(dy, up.T, h, 1.0, factor)),
+        **{
+            f"{plan}{' dropout' if p else ''}": (
+                plan,
+                functools.partial(plans.linear_lowrank, x, weight, down, up, None, 1.0, p, seed, False, plan),
+            )
+            for plan in ("full", "once")
+            for p in (0.0, 0.1)
+        },
+        **{
+            f"{plan} dx dropout": (
+                plan,
+                functools.partial(plans.linear_lowrank, dy, weight.T, up.T, down.T, None, 1.0, 0.1, seed, True, plan),
+            )
+            for plan in ("full", "once")
+        },
+    }  # fmt: skip
+
+
+def subset() -> list[Case]:
+    """What the tests compile on every card"""
+    names = ("project dropout", "forward", "dx dropout", "outer dropout", "sweep", "once")
+    return [Case(name, 16) for name in names]
+
+
+def everything() -> list[Case]:
+    names = list(calls(16, torch.bfloat16))
+    cases = [Case(name, R) for R in (16, 64, 128) for name in names]
+    cases += [Case(name, 8, "float16") for name in names]
+    cases += [Case(name, 200) for name in ("project", "forward", "dx dropout", "outer", "forward ragged")]
+    cases += [Case(name, 16, "float32") for name in ("project", "forward", "dx dropout", "outer dropout", "sweep")]
+    by_default = ("project dropout", "forward", "dx dropout", "outer dropout", "sweep", "full", "once")
+    cases += [Case(name, 16, default_tile=True) for name in by_default]
+    return cases
+
+
+def measure(case: Case, arch: int) -> list[dict]:
+    """Compile one case for one card: a record for each kernel it launches"""
+    row, call = calls(case.R, getattr(torch, case.dtype))[case.name]
+    with contextlib.ExitStack() as stack:
+        if case.default_tile:
+            default = dataclasses.asdict(tiles.TABLE[row][0, getattr(torch, case.dtype).itemsize])
+            stack.enter_context(tiles.forced(row, **{k: v for k, v in default.items() if v}))
+            stack.enter_context(_without_descriptors())
+        launches = stack.enter_context(compiling_for(arch))
+        call()
+    return [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, **_usage(*one)} for one in launches]
+
+
+@contextlib.contextmanager
+def _without_descriptors() -> Iterator[None]:
+    before, lowrank.has_row = lowrank.has_row, lambda kernel, device: False
+    try:
+        yield
+    finally:
+        lowrank.has_row = before
+
+
+STORE = re.compile(r"\bst(?:\.\w+)*?\.global(?:\.[A-Za-z:_]+)*?(?:\.v(\d))?\.[bfu](\d+)")
+BULK_STORE = re.compile(r"\bst(?:\.\w+)*?\.global(?:\.[A-Za-z:_]+)*?(?:\.v(\d))?\.[bfu](\d+)")
+
+
+def _usage(kernel, launch: dict) -> dict:
     """Registers, stack, shared memory and the instructions that matter of one compiled kernel"""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+
+        def dump(option: str) -> str:
+            return subprocess.run([BIN / "cuobjdump", option, file.name], capture_output=True, text=True).stdout
+
+        resources, sass = dump("-res-usage"), dump("-sass")
     ptx = kernel.asm["ptx"]
+    mma = re.findall(r"^[^/\n]*?\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.([^\s;]+)", ptx, re.M)
+    warps = launch.get("num_warps", kernel.metadata.num_warps)
+    macs = 0
+    for kind, rest in mma:
+        shape = re.search(r"m(\d+)n(\d+)k(\d+)", rest)
+        m, n, k = map(int, shape.groups()) if shape else (128, launch.get("BLOCK_N", 256), 16)
+        macs += m * n * k * {"mma.sync": warps, "wgmma.mma_async": warps // 4}.get(kind, 1)
+    written = sum(int(v or 1) * int(bits) // 8 * 32 * warps for v, bits in STORE.findall(ptx))
+    registers = int(re.search(r"REG:(\d+)", resources)[1])
+    shared = kernel.metadata.shared
+    block = {k.removeprefix("BLOCK_"): v for k, v in launch.items() if k.startswith("BLOCK")}
+    all_warps = kernel.metadata.num_warps
     return {
-        "kernel": kernel.metadata.name,
-        "registers": int(re.search(r"REG:(\d+)", text)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", text)[1]),
-        "shared": kernel.metadata.shared,
-        "mma": len(re.findall(r"^.*\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx, re.M)),
-        "stores": len(re.findall(r"\bst\.global|cp\.async\.bulk\.tensor\.\S*global\.shared|cp\.async\.bulk\.tensor[^\n]*\.global\.shared", ptx)),
-        "warps": kernel.metadata.num_warps,
+        "kernel": kernel.metadata.name.strip("_").removesuffix("_kernel"),
+        "block": block,
+        "stages": launch.get("num_stages", 0),
+        "warps": all_warps,
+        "registers": registers,
+        "stack": int(re.search(r"STACK:(\d+)", resources)[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": shared,
+        "blocks_per_sm": _occupancy(registers, shared, all_warps, kernel.metadata.target.arch),
+        "mma": sorted({kind for kind, _ in mma}),
+        "mmas": len(mma),
+        "macs": macs,
+        "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        "written": written,
+        "bulk_stores": len(BULK_STORE.findall(ptx)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", sass, re.M)),
     }
+
+
+def _occupancy(registers: int, shared: int, warps: int, arch: int) -> int:
+    """Blocks of a multiprocessor, as registers (in units of 8 a thread), shared memory and warps allow"""
+    by_registers = REGISTERS // (32 * warps * (registers + 7 & ~7))
+    room = {80: 167936, 90: 233472, 100: 233472}.get(arch, 102400)
+    limit = {80: 64, 90: 64, 100: 64}.get(arch, 48)
+    return min(by_registers, room // (shared + 1024), limit // warps)
+
+
+def macs_a_step(record: dict) -> int:
+    """Multiply-adds that one step of the kernel's main loop, and what surrounds it, must hold"""
+    block, name = record["block"], record["kernel"]
+    M, K, R, N = (block.get(axis, 0) for axis in "MKRN")
+    if name == "project":
+        return M * K * R
+    if name == "outer":
+        return M * K * R
+    if name == "project_outer":
+        return 2 * M * K * R
+    if name.startswith("matmul_lowrank"):
+        return M * N * K + M * N * R
+    if name == "linear_lowrank":
+        return M * N * K + M * K * R + M * N * R
+    return 0
+
+
+def bytes_a_tile(record: dict) -> int:
+    """Bytes that a program must store at least, whatever it stores them with"""
+    block, name = record["block"], record["kernel"]
+    size = 4 if record["dtype"] == "float32" else 2
+    if name == "project":
+        return block["M"] * block["R"] * size
+    if name == "outer":
+        return block["R"] * block["K"] * 4
+    if name == "project_outer":
+        return (block["M"] + block["K"]) * block["R"] * 4
+    if name in ("matmul_lowrank", "linear_lowrank"):
+        return block["M"] * block["N"] * size
+    return 0
+
+
+def problems(record: dict) -> list[str]:
+    """What is wrong with a compiled kernel; nothing, if all is well"""
+    found = []
+    limit = tiles.SHARED[record["arch"]]
+    if record["shared"] > limit:
+        found.append(f"{record['shared']} bytes of shared memory, the card has {limit}")
+    if record["stack"] or record["spills"]:
+        found.append(f"spills: STACK:{record['stack']}, {record['spills']} local loads and stores")
+    wanted = macs_a_step(record)
+    if record["dtype"] == "float32":
+        if wanted and not record["fma"]:
+            found.append("no FMA")
+    elif record["macs"] < wanted:
+        found.append(f"{record['macs']} multiply-adds on tensor cores, a step holds {wanted}")
+    best = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(record["arch"])
+    wide = record["kernel"].startswith(("matmul", "linear")) and record["block"]["M"] >= 64
+    if best and wide and record["dtype"] != "float32" and best not in record["mma"]:
+        found.append(f"{record['mma']} where the card has {best}")
+    if record["kernel"].endswith("descriptor"):
+        if record["bulk_stores"] < 2:
+            found.append(f"{record['bulk_stores']} bulk stores of 2")
+    elif record["written"] < bytes_a_tile(record) or not record["written"]:
+        found.append(f"{record['written']} bytes stored of {bytes_a_tile(record)}")
+    if not record["blocks_per_sm"]:
+        found.append("not one block fits a multiprocessor")
+    return found
+
+
+def attempt(case: Case, arch: int) -> list[dict]:
+    """measure, with a failure to compile as a record"""
+    try:
+        records = measure(case, arch)
+    except Exception as error:  # whatever the compiler raises is the finding
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, "problems": [text[:300]]}]
+    return [{**record, "problems": problems(record)} for record in records]
+
+
+def _one(job: tuple[Case, int]) -> list[dict]:
+    return attempt(*job)
+
+
+def collect(cases: list[Case], archs: tuple[int, ...] = ARCHS, jobs: int = 1, show: bool = False) -> list[dict]:
+    """Every case on every card; a kernel met again is listed once"""
+    work = [(case, arch) for arch in archs for case in cases]
+    records, seen = [], set()
+    with contextlib.ExitStack() as stack:
+        done = map(_one, work) if jobs == 1 else stack.enter_context(ProcessPoolExecutor(jobs)).map(_one, work)
+        for index, found in enumerate(done):
+            for record in found:
+                key = json.dumps({k: v for k, v in record.items() if k != "case"}, sort_keys=True)
+                if key not in seen:
+                    seen.add(key)
+                    records.append(record)
+                if show and record["problems"]:
+                    print(f"sm_{record['arch']} {record['case']}: {'; '.join(record['problems'])}", flush=True)
+            if show and sys.stderr.isatty():
+                print(f"\r{index + 1}/{len(work)}", end="", file=sys.stderr, flush=True)
+    return records
+
+
+def table(records: list[dict]) -> str:
+    head = "| case | kernel | blocks | warps | stages | registers | spills | shared | blocks/SM | MMA | instructions |"
+    lines = []
+    for arch in sorted({r["arch"] for r in records}):
+        lines += [f"\n### sm_{arch}\n", head, "|" + "---|" * 11]
+        for r in records:
+            if r["arch"] != arch:
+                continue
+            if "kernel" not in r:
+                lines.append(f"| {r['case']} | {'; '.join(r['problems'])} |" + " |" * 9)
+                continue
+            block = " ".join(f"{k}{v}" for k, v in r["block"].items() if k)
+            kinds = ", ".join(f"{kind.split('.')[0]}" for kind in r["mma"])
+            lines.append(
+                f"| {r['case']} | {r['kernel']} | {block} | {r['warps']} | {r['stages']} | {r['registers']} "
+                f"| {r['stack']} B | {r['shared']} | {r['blocks_per_sm']} | {r['mmas']} {kinds} | {r['instructions']} |"
+            )
+    return "\n".join(lines)
+
+
+def write(records: list[dict]) -> None:
+    """bench/results/targets.json, by Triton version, and docs/targets.md from it"""
+    path = ROOT / "bench" / "results" / "targets.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[triton.__version__] = records
+    path.write_text(json.dumps(dict(sorted(results.items())), indent=0) + "\n")
+    pins = (ROOT / "constraints.txt").read_text()
+    pinned = re.search(r"^triton==(\S+)", pins, re.M)[1]
+    lines = [
+        "# What the kernels compile to",
+        "",
+        "Generated by `python -m bench.targets --all`: real compilations for real cards; no card was used, nothing was",
+        f"timed. Layer of M={M}, N={N}, K={K}; bfloat16 activations and float32 factors unless the row says otherwise.",
+        "Spills is the stack the assembler reports; MMA counts instructions in the PTX.",
+        "",
+        "| Triton | kernels compiled | with problems |",
+        "|---|---|---|",
+    ]
+    for version, found in sorted(results.items()):
+        lines.append(f"| {version} | {len(found)} | {sum(bool(r['problems']) for r in found)} |")
+    lines += [f"\n## Triton {pinned}", table(results.get(pinned, []))]
+    docs = ROOT / "docs" / "targets.md"
+    docs.parent.mkdir(exist_ok=True)
+    docs.write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every case; writes docs/targets.md and its JSON")
+    parser.add_argument("--archs", type=lambda s: tuple(map(int, s.split(","))), default=ARCHS)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--triton", help="another version of Triton")
+    options = parser.parse_args(arguments)
+    cases = [case for case in (everything() if options.all else subset()) if options.only in str(case)]
+    records = collect(cases, options.archs, options.jobs, show=True)
+    bad = [r for r in records if r["problems"]]
+    if options.all and not options.only and options.archs == ARCHS:
+        write(records)
+    else:
+        print(table(records))
+    print(f"Triton {triton.__version__}: {len(records)} kernels compiled, {len(bad)} with problems")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

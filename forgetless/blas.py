@@ -106,3 +106,35 @@ def outer(
             bits = keep_bits(seed, p, *x.shape)
         x = _dropped(x, bits)
     return (g.T @ x).to(dtype or x.dtype)
+
+
+def project_outer(
+    x: Tensor,  # (M, K)
+    down: Tensor,  # (R, K)
+    h: Tensor,  # (M, R), dtype of x
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
+    """g = scale * x @ down.T and out = h.T @ x.
+
+    The second is laid out as the transpose of a
+    contiguous (K, R), the layout of the factor whose gradient it is.
+    """
+    return project(x, down, scale), (x.T @ h).to(dtype or x.dtype).T
+
+
+def linear_lowrank(
+    x: Tensor,  # (M, K)
+    weight: Tensor,  # (N, K), dtype of x
+    down: Tensor,  # (R, K)
+    up: Tensor,  # (N, R)
+    bias: Tensor | None = None,  # (N,)
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+    drop_output: bool = False,
+    plan: str = "split",
+) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
+    """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x"""
+    h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
+    return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h

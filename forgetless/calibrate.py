@@ -68,6 +68,8 @@ def calibrate(
                 with torch.set_grad_enabled(gradients):
                     value = _loss(model, window.batch, loss, gradients)
                     if gradients:
+                        if not torch.isfinite(value).all():
+                            raise ValueError(f"batch {done + 1} has a loss of {value.item()}; has it any label?")
                         parameters = [p for layer in wanting.values() for p in layer.adapter.parameters()]
                         wanted = [p for p in parameters if p.requires_grad]
                         torch.autograd.grad(value, wanted, allow_unused=True)
@@ -75,6 +77,11 @@ def calibrate(
             sequences += window.sequences
             if on_batch is not None:
                 on_batch(done)
+    except BaseException:  # sums that were never divided must not be taken for statistics
+        for layer in wanting.values():
+            for state in _states(layer):
+                state.begin_statistics(layer.adapter)
+        raise
     finally:
         for module, training in modes.items():
             module.training = training

@@ -108,7 +108,14 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if ours.get("format") != FORMAT:
         raise ValueError(f"{folder / OURS}: format {ours.get('format')!r}, this version reads {FORMAT}")
     digests, layers = ours.get("sha256"), ours.get("layers")
-    if not isinstance(layers, dict) or not layers or not isinstance(digests, dict) or "method" not in ours:
+    if not (
+        isinstance(layers, dict)
+        and layers
+        and all(isinstance(facts, dict) for facts in layers.values())
+        and isinstance(digests, dict)
+        and isinstance(digests.get(WEIGHTS), str)
+        and isinstance(ours.get("method"), dict)
+    ):
         raise ValueError(f"{folder / OURS}: damaged, wants method, layers and sha256")
     method = Method.from_json(ours["method"])
     tensors = _read_tensors(folder / WEIGHTS, digests.get(WEIGHTS))
@@ -238,10 +245,18 @@ def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
         "rank_pattern": "per-layer ranks",
         "alpha_pattern": "per-layer alphas",
         "lora_bias": "a bias in lora_B",
+        "layer_replication": "replicated layers",
+        "trainable_token_indices": "trained tokens",
     }
     for key, what in refused.items():
         if config.get(key):
             raise ValueError(f"{folder / CONFIG}: the checkpoint has {what} ({key}), which forgetless does not load")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+        raise ValueError(
+            f"{folder / CONFIG}: init_lora_weights is {start!r}, which changes the base weights as well; "
+            "convert the checkpoint to plain LoRA with PEFT first"
+        )
     tensors = _read_tensors(folder / WEIGHTS, None)
     names = []
     for key in tensors:
@@ -296,8 +311,20 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        for name in files:
-            os.replace(scratch / name, folder / name)
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, scratch / f"{name}.old")
+        try:
+            for name in files:
+                os.replace(scratch / name, folder / name)
+        except BaseException:  # files of two saves do not fit together: put the old ones back
+            for name in files:
+                if (scratch / name).exists():
+                    continue
+                if (scratch / f"{name}.old").exists():
+                    os.replace(scratch / f"{name}.old", folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+            raise
         if STATE not in files:
             (folder / STATE).unlink(missing_ok=True)
     finally:

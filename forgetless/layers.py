@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .methods.base import Adapter, Method, Site
-from .ops import lowrank_linear
+from .ops import lowrank_linear, settled_module
 from .siblings import Group, add_lowrank, families, project_stacked
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -27,12 +28,18 @@ def is_conv1d(module: nn.Module) -> bool:
 def form_groups(layers: dict[str, AdaptedLinear]) -> None:
     """Let siblings share their projection of x, where one scale and stored ``down`` factors allow it."""
     for names in families(list(layers)):
-        members = [layers[name] for name in names if isinstance(getattr(layers[name].adapter, "down", None), Tensor)]
+        members = [layers[name] for name in names if _holds_down(layers[name].adapter)]
         alike = {(m.weight.device, m.weight.dtype, m.adapter.scale, m.in_features) for m in members}
         if len(members) > 1 and len(alike) == 1:
             group = Group(members)
             for member in members:
                 member.group = group
+
+
+def _holds_down(adapter: Adapter) -> bool:
+    """Whether ``adapter.down`` is the factor itself, not something it is made of."""
+    down = getattr(adapter, "down", None)
+    return isinstance(down, Tensor) and adapter.factors()[0] is down
 
 
 def site_of(name: str, base: nn.Module) -> Site:
@@ -47,7 +54,6 @@ class Trace:
     """What the last forward pass left behind."""
 
     x: Tensor  # (tokens, K) every so many tokens of x, DRIFT_TOKENS at most, detached; shared by siblings
-    h: Tensor  # (M, R), detached
     hidden: Tensor | None  # (M, R) with its graph, only if a penalty needs it
     source: Callable[[], Tensor | None] | None  # weak reference to the x of the call
 
@@ -111,47 +117,52 @@ class AdaptedLinear(nn.Module):
             return None
         taken = group.take(self, x)
         if taken is None:
+            group = self.group or group  # it may have changed
             if self not in group.members or len(group.members) < 2:
                 return None
-            rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-            rows = rows.to(weight.dtype)
-            downs = [member.adapter.down for member in group.members]
-            alias, parts = project_stacked(rows, downs, self.adapter.scale)
-            waiting = {id(member): part for member, part in zip(group.members, parts, strict=True)}
-            h = waiting.pop(id(self))
+            rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(weight.dtype)
+            downs: list[Tensor] = [member.adapter.down for member in group.members]
+            run = settled_module(rows, weight, downs[0])
+            if run is None:
+                return None
+            alias, parts = project_stacked(rows, downs, self.adapter.scale, run)
+            waiting = {id(member): p for member, p in zip(group.members, parts, strict=True)}
+            part = waiting.pop(id(self))
             group.offer(x, alias, waiting)
         else:
-            alias, h = taken
-        y = add_lowrank(alias, weight, h, up, bias)
-        return y.view(*x.shape[:-1], y.shape[-1]), h
+            alias, part = taken
+        y = add_lowrank(alias, weight, part, up, bias)
+        return y.view(*x.shape[:-1], y.shape[-1]), part[0]
 
     def _trace(self, x: Tensor, h: Tensor) -> Trace:
-        h = h if h.dim() == 2 else h.reshape(x.numel() // max(x.shape[-1], 1), h.shape[-1])
+        M = x.numel() // max(x.shape[-1], 1)
+        h = h if h.dim() == 2 else h.reshape(M, h.shape[-1])
         hidden = h if self.needs_hidden else None
         compiling = torch.compiler.is_compiling()  # no weak references there
-        trace = None if compiling or self.group is None else self.group.members[0].trace
+        first = None if compiling or self.group is None else self.group.members[0]
+        trace = None if first is None or first is self else first.trace  # its own is of an earlier pass
         if trace is None or trace.source is None or trace.source() is not x:
-            x_rows = x.detach().reshape(h.shape[0], x.shape[-1])
-            sample = x_rows[:: -(-h.shape[0] // DRIFT_TOKENS) or 1].clone()
+            sample = x.detach().reshape(M, x.shape[-1])[:: -(-M // DRIFT_TOKENS) or 1].clone()
         else:
             sample = trace.x
-        return Trace(sample, h.detach(), hidden, None if compiling else weakref.ref(x))
+        return Trace(sample, hidden, None if compiling else weakref.ref(x))
 
     def drift(self) -> float | None:
         """Mean over tokens of ||delta x|| / ||x|| in the last forward pass, CLoRA's F (Eq. 3); None before one."""
         if self.trace is None or self.trace.x.shape[0] == 0:
             return None
-        with torch.no_grad():
-            h = self.trace.h[:: -(-self.trace.h.shape[0] // DRIFT_TOKENS)].float()
-            up = self.adapter.factors()[1].float()
+        x = self.trace.x.float()
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            down, up = (factor.float() for factor in self.adapter.factors())
+            h = self.adapter.scale * (x @ down.T)
             moved = ((h @ (up.T @ up)) * h).sum(1).clamp(min=0).sqrt()
-            size = self.trace.x.float().norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-            return (moved / size).mean().item()
+            return (moved / x.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)).mean().item()
 
     def delta(self) -> Tensor:  # (N, K) float32, or float64
         """scale * up @ down in at least float32, as ``fl.merge`` adds it."""
-        down, up = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in self.adapter.factors())
-        return self.adapter.scale * (up @ down)
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            down, up = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in self.adapter.factors())
+            return self.adapter.scale * (up @ down)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "trace": None}  # a graph can be neither copied nor pickled

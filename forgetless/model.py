@@ -90,7 +90,8 @@ def penalty(model: nn.Module) -> Tensor:
             if _calibrated(state):
                 kinds.setdefault((type(state), layer.weight.device), []).append(Item(state, layer.adapter, hidden))
     device = next(iter(found.values())).weight.device
-    totals = [kind.total(items).to(device) for (kind, _), items in kinds.items()]  # type: ignore[attr-defined]
+    with torch.autocast(device.type, enabled=False):  # trainers add it within autocast, which would round it
+        totals = [kind.total(items).to(device) for (kind, _), items in kinds.items()]  # type: ignore[attr-defined]
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
 
 
@@ -112,8 +113,8 @@ def _calibrated(state: nn.Module) -> bool:
 def drift(model: nn.Module) -> dict[str, float]:
     """Per layer, the mean over tokens of ||delta x|| / ||x|| in the last forward pass: CLoRA's F, its Eq. 3.
 
-    Taken over at most 128 evenly spaced tokens, with the adapters as they are now. Under dropout the dropped-out x
-    enters the numerator. Layers that have not run yet are left out.
+    Taken over at most 128 evenly spaced tokens, with the adapters as they are now and without dropout. Layers that
+    have not run yet are left out.
 
     Raises:
         ValueError: the model has no adapters.
@@ -158,12 +159,13 @@ def explain(model: nn.Module) -> Report:
     """
     report = Report()
     for name, layer in _adapters(model).items():
-        _, path, reason = ops.plan_for(layer.weight.device, layer.weight.dtype)
+        with torch.no_grad():
+            rank = layer.adapter.factors()[0].shape[0]
+        N, K = layer.out_features, layer.in_features
+        path, reason = ops.explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
         partners = [m.name.rpartition(".")[2] for m in layer.group.members if m is not layer] if layer.group else []
         if partners and layer in layer.group.members:  # type: ignore[union-attr]
             reason += f"; one pass over x with {', '.join(partners)}"
-        with torch.no_grad():
-            rank = layer.adapter.factors()[0].shape[0]
         trainable = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
         report[name] = LayerReport(
             layer.method.name, layer.in_features, layer.out_features, rank, trainable, path, reason
@@ -218,6 +220,6 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for parent in list(model.modules()):
         if parent is new or (isinstance(parent, AdaptedLinear) and parent is not old and parent.base is old):
             continue
-        for key, child in list(parent.named_children()):
+        for key, child in list(parent._modules.items()):  # named_children skips a second name of the same child
             if child is old and parent is not old:
                 setattr(parent, key, new)

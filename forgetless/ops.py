@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blas, reference
+from . import blas, plans, reference
 
 try:
-    from forgetless_kernels import lowrank as _kernels
+    from forgetless_kernels import backend as _kernels
 except ImportError as error:
     if error.name is None or not error.name.startswith("triton"):
         raise
     _kernels = None
 
-#: Module that runs the op, by device type. Each offers project, matmul_lowrank and outer with one signature.
+#: Module that runs the op, by device type. All offer the functions of ``reference`` with one signature.
 BACKENDS: dict[str, ModuleType] = {"cpu": blas}
 if _kernels is not None:
     BACKENDS["cuda"] = _kernels
@@ -39,17 +39,23 @@ if _kernels is not None:
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def plan_for(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, str, str]:
-    """The module that runs the op there, the plan's name, and the reason in words."""
+def module_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module that runs the op on that device in that dtype, before any plan is chosen."""
     module = BACKENDS.get(device.type, blas)
-    if module is _kernels and _kernels is not None:
-        if dtype not in KERNEL_DTYPES:
-            return blas, "blas", f"the fused kernels do not take {_name(dtype)}"
-        return module, "split", "fused kernels are the default on this device"
-    name = module.__name__.rpartition(".")[2]
-    if device.type == "cuda":
-        return module, name, "Triton is not installed"
-    return module, name, f"in-place BLAS is the {device.type} path" if module is blas else "chosen"
+    return blas if module is _kernels and dtype not in KERNEL_DTYPES else module
+
+
+def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: int) -> tuple[str, str]:
+    """The plan's name for a layer, and the reason in words; for 4096 tokens where it depends on them."""
+    module = module_for(device, dtype)
+    if module is not _kernels or _kernels is None:
+        if BACKENDS.get(device.type) is _kernels and _kernels is not None:
+            return "blas", f"the fused kernels do not take {_name(dtype)}"
+        if module is blas and device.type == "cuda":
+            return "blas", "Triton is not installed"
+        return module.__name__.rpartition(".")[2], f"in-place BLAS is the {device.type} path" if module is blas else ""
+    choice = plans.choose(plans.problem(device, "forward", 4096, N, K, R, dtype))
+    return choice.plan, choice.reason
 
 
 @contextmanager
@@ -86,9 +92,72 @@ def _forward(
     scale: float,
     p: float,
 ) -> tuple[Tensor, Tensor]:  # y (M, N), h (M, R)
-    run = plan_for(x.device, x.dtype)[0]
-    h = run.project(x, down, scale / (1.0 - p), p, seed)
-    return run.matmul_lowrank(x, weight, h, up, bias), h
+    arguments = (x, weight, down, up, bias, scale / (1.0 - p), p, seed)
+    run = module_for(x.device, x.dtype)
+    if run is not _kernels or _kernels is None:
+        return run.linear_lowrank(*arguments)
+    wanted = _problem("forward", x, weight, down)
+    kernels = _kernels
+    return _planned(
+        wanted,
+        x.device,
+        lambda plan: kernels.linear_lowrank(*arguments, plan=plan),
+        lambda: blas.linear_lowrank(*arguments),
+    )
+
+
+def _problem(sweep: str, like: Tensor, weight: Tensor, down: Tensor) -> plans.Problem:
+    N, K = weight.shape
+    return plans.problem(like.device, sweep, like.shape[0], N, K, down.shape[0], like.dtype)
+
+
+def settled_module(x: Tensor, weight: Tensor, down: Tensor) -> ModuleType | None:
+    """The module that the plan for this layer comes down to; None while a first use has yet to be checked."""
+    run = module_for(x.device, x.dtype)
+    if run is not _kernels or _kernels is None:
+        return run
+    wanted = _problem("forward", x, weight, down)
+    if checkable(x.device) and plans.undecided(wanted):
+        return None
+    return blas if plans.choose(wanted).plan == "blas" else run
+
+
+def _planned(wanted: plans.Problem, device: torch.device, fused: Any, trusted: Any) -> Any:
+    """The result by the chosen plan; ``trusted`` (blas) where the fused one is out or fails."""
+    if checkable(device) and plans.undecided(wanted):
+        plans.first_use(wanted, lambda: _given(fused(plans.DEFAULT)), lambda: _given(trusted()), device)
+    choice = plans.choose(wanted)
+    if choice.plan == "blas":
+        return trusted()
+    try:
+        with tile_forced(choice.tile):
+            return fused(choice.plan)
+    except torch.OutOfMemoryError:  # blas needs more
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
+        plans.fail(wanted, choice.plan, error)
+        return trusted()
+
+
+@contextmanager
+def tile_forced(tile: tuple[tuple[str, int], ...]) -> Iterator[None]:
+    """Within the block the GEMM kernels run with these tile fields; none leaves them as they are."""
+    if not tile:
+        yield
+        return
+    from forgetless_kernels import tiles
+
+    with tiles.forced("matmul_lowrank", **dict(tile)), tiles.forced("matmul_lowrank_t", **dict(tile)):
+        yield
+
+
+def checkable(device: torch.device) -> bool:
+    """Whether a first use may be checked there now: launches can be timed and nothing is being recorded."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def _given(results: Any) -> list[Tensor]:
+    return [t for t in results if t is not None]
 
 
 def _backward(
@@ -106,21 +175,56 @@ def _backward(
     down_dtype: torch.dtype,  # of the gradients; the factors themselves may have been cast
     up_dtype: torch.dtype,
 ) -> list[Tensor | None]:
-    run = plan_for(dy.device, dy.dtype)[0]
-    dx = dweight = ddown = dup = dbias = None
-    if need[0] or need[2]:
-        s = scale / (1.0 - p)
-        g = run.project(dy, up.T, s)
-        if dh is not None:
-            g = g.add_(dh, alpha=s)
-        if need[0]:
-            dx = run.matmul_lowrank(dy, weight.T, g, down.T, None, p, seed)
-        if need[2]:
-            assert x is not None
-            ddown = run.outer(g, x, p, seed, down_dtype)
-    if need[3]:
+    arguments = (dy, dh, x, weight, down, up, h, seed, scale / (1.0 - p), p, need, down_dtype, up_dtype)
+    run = module_for(dy.device, dy.dtype)
+    if run is not _kernels or _kernels is None:
+        return _gradients(run, "split", *arguments)
+    return _planned(
+        _problem("backward", dy, weight, down),
+        dy.device,
+        lambda plan: _gradients(_kernels, plan, *arguments),
+        lambda: _gradients(blas, "split", *arguments),
+    )
+
+
+def _gradients(
+    run: Any,
+    plan: str,
+    dy: Tensor,
+    dh: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    h: Tensor | None,
+    seed: Tensor | None,
+    s: float,
+    p: float,
+    need: list[bool],
+    down_dtype: torch.dtype,
+    up_dtype: torch.dtype,
+) -> list[Tensor | None]:
+    """The gradients that are needed, by one backend: dy is read for g and dup at once, then for dx; x for ddown."""
+    dx = dweight = ddown = dup = dbias = g = None
+    if need[0] and dh is None and plan in ("full", "once"):  # g inside the kernel that makes dx
+        dx, g = run.linear_lowrank(dy, weight.T, up.T, down.T, None, s, p, seed, True, plan)
+    elif (need[0] or need[2]) and need[3]:
         assert h is not None
-        dup = run.outer(dy, h, 0.0, None, up_dtype)
+        g, out = run.project_outer(dy, up.T, h, s, up_dtype)
+        dup = out.T
+    elif need[0] or need[2]:
+        g = run.project(dy, up.T, s)
+    if dup is None and need[3]:
+        assert h is not None
+        dup = run.outer(h, dy, 0.0, None, up_dtype).T
+    if g is not None and dh is not None:
+        g = g.add_(dh, alpha=s)
+    if need[0] and dx is None:
+        assert g is not None
+        dx = run.matmul_lowrank(dy, weight.T, g, down.T, None, p, seed)
+    if need[2]:
+        assert x is not None and g is not None
+        ddown = run.outer(g, x, p, seed, down_dtype)
     if need[1]:
         assert x is not None
         dweight = dy.T @ x

@@ -1,6 +1,6 @@
 """The low-rank linear layer in plain torch: the truth every fast path is measured against.
 
-Three functions carry the forward and the backward of every method (see ``forgetless.ops`` for how they compose):
+Three products carry the forward and the backward of every method (see ``forgetless.ops`` for how they compose):
 
     h  = scale * drop(x) @ down.T             project
     y  = x @ weight.T + bias + drop(h @ up.T) matmul_lowrank
@@ -8,7 +8,8 @@ Three functions carry the forward and the backward of every method (see ``forget
 
 ``drop`` zeroes the elements that ``keep_mask`` says; it does not rescale, callers fold 1 / (1 - p) into ``scale``.
 Products are taken in float32 (float64 for float64 inputs) and rounded once, to the dtype of the first argument.
-The modules ``forgetless.blas`` and ``forgetless_kernels.lowrank`` offer the same names with the same signatures.
+``project_outer`` and ``linear_lowrank`` are pairs of them, which a kernel may do in one launch. The modules
+``forgetless.blas`` and ``forgetless_kernels.backend`` offer the same names with the same signatures.
 """
 
 from __future__ import annotations
@@ -109,3 +110,31 @@ def outer(
     """g.T @ drop(x), summed over the M rows"""
     wide = _wide(x.dtype)
     return (g.to(wide).T @ _drop(x, p, seed).to(wide)).to(dtype or x.dtype)
+
+
+def project_outer(
+    x: Tensor,  # (M, K)
+    down: Tensor,  # (R, K)
+    h: Tensor,  # (M, R), dtype of x
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
+    """g = scale * x @ down.T and out = h.T @ x"""
+    return project(x, down, scale), outer(h, x, dtype=dtype)
+
+
+def linear_lowrank(
+    x: Tensor,  # (M, K)
+    weight: Tensor,  # (N, K), dtype of x
+    down: Tensor,  # (R, K)
+    up: Tensor,  # (N, R)
+    bias: Tensor | None = None,  # (N,)
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+    drop_output: bool = False,
+    plan: str = "split",
+) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
+    """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x"""
+    h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
+    return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h

@@ -7,7 +7,8 @@ own and leaves the group. Results are those of the single layers up to the order
     forward   [h_1 .. h_n] = scale * x @ [down_1 .. down_n].T        one pass over x instead of n
               y_i = x @ weight_i.T + bias_i + h_i @ up_i.T
     backward  g_i = scale * dy_i @ up_i,  dup_i = dy_i.T @ h_i
-              dx = sum_i dy_i @ weight_i + [g_1 .. g_n] @ [down_1 .. down_n], accumulated in place
+              dx = sum_i dy_i @ weight_i + [g_1 .. g_n] @ [down_1 .. down_n], accumulated in place (BLAS),
+                   or sum_i (dy_i @ weight_i + g_i @ down_i), each in one accumulator (kernels)
               [ddown_1 .. ddown_n] = [g_1 .. g_n].T @ x                one pass over x instead of n
 """
 
@@ -15,12 +16,16 @@ from __future__ import annotations
 
 import threading
 import weakref
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ops import plan_for
+from . import blas, reference
+
+#: h (M, R) of one sibling, scale * down (R, K) in the dtype of x, and the backend
+Part = tuple[Tensor, Tensor, ModuleType]
 
 #: Names under one parent that are called with one x in the models of the field.
 KNOWN = (
@@ -58,23 +63,29 @@ class Group:
         self.members = list(members)  # the adapted layers
         self._local = threading.local()
 
-    def take(self, member: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What ``offer`` left for this member and this very x: the x to use, and h. None if there is nothing."""
+    def take(self, member: Any, x: Tensor) -> tuple[Tensor, Part] | None:
+        """What ``offer`` left for this member and this very x: the x to use, and its part. None if there is nothing."""
         waiting: _Waiting | None = self._local.__dict__.get("waiting")
         if waiting is None or id(member) not in waiting.parts:
             return None
-        h = waiting.parts.pop(id(member))
+        part = waiting.parts.pop(id(member))
         alias = waiting.alias
         if not waiting.parts:
             self._local.waiting = None
         held = waiting.x()
         if held is x and waiting.version == x._version and waiting.grad == torch.is_grad_enabled():
-            return alias, h
-        if held is not None and held is not x:  # projected along for nothing: from now on it goes its own way
-            self.members = [other for other in self.members if other is not member]
+            return alias, part
+        if held is not None and held is not x:
+            # Projected along for nothing. From now on it goes its own way, with those that wait like it.
+            left = [other for other in self.members if other is member or id(other) in waiting.parts]
+            self.members = [other for other in self.members if all(other is not gone for gone in left)]
+            self._local.waiting = None
+            group = Group(left)
+            for other in left:
+                other.group = group
         return None
 
-    def offer(self, x: Tensor, alias: Tensor, parts: dict[int, Tensor]) -> None:
+    def offer(self, x: Tensor, alias: Tensor, parts: dict[int, Part]) -> None:
         """Leave projections of x for the other members, by their ids."""
         self._local.waiting = _Waiting(x, alias, parts) if parts else None
 
@@ -86,7 +97,7 @@ class Group:
 
 
 class _Waiting:
-    def __init__(self, x: Tensor, alias: Tensor, parts: dict[int, Tensor]):
+    def __init__(self, x: Tensor, alias: Tensor, parts: dict[int, Part]):
         self.x = weakref.ref(x)
         self.version = x._version
         self.grad = torch.is_grad_enabled()
@@ -94,40 +105,49 @@ class _Waiting:
         self.parts = parts
 
 
-def project_stacked(x: Tensor, downs: list[Tensor], scale: float) -> tuple[Tensor, list[Tensor]]:
+def project_stacked(x: Tensor, downs: list[Tensor], scale: float, run: ModuleType) -> tuple[Tensor, list[Part]]:
     """h_i = scale * x @ down_i.T for all i, in one pass over x.
 
     Args:
         x: (M, K).
         downs: (R_i, K) each.
         scale: of all of them.
+        run: the backend.
 
     Returns:
-        The x to hand to ``add_lowrank``, and the h_i (M, R_i), columns of one matrix.
+        The x to hand to ``add_lowrank``, and for each i its h (M, R_i) and scale * down_i in the dtype of x.
     """
-    alias, *parts = _ProjectStacked.apply(x, scale, *downs)
-    return (alias if x.requires_grad else x), parts
+    with torch.no_grad():
+        stacked = (torch.cat(downs) * scale).to(x.dtype)
+    alias, *parts = _ProjectStacked.apply(x, stacked, scale, run, *downs)
+    rows = stacked.split([down.shape[0] for down in downs])
+    return (alias if x.requires_grad else x), [(h, row, run) for h, row in zip(parts, rows, strict=True)]
 
 
-def add_lowrank(x: Tensor, weight: Tensor, h: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x @ weight.T + bias + h @ up.T, with x and h from ``project_stacked``."""
-    return _AddLowrank.apply(x, weight, h, up, bias)
+def add_lowrank(x: Tensor, weight: Tensor, part: Part, up: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x @ weight.T + bias + h @ up.T, with x and the part from ``project_stacked``."""
+    h, down, run = part
+    return _AddLowrank.apply(x, weight, h, up, bias, down, run)
+
+
+def _fuses(run: ModuleType) -> bool:
+    """Whether dx takes its low-rank term inside each sibling's kernel; else once, in place, for all of them."""
+    return run is not blas and run is not reference
 
 
 class _ProjectStacked(torch.autograd.Function):
-    """Hands x through, so that the gradients of all uses meet here and take the low-rank term in place."""
+    """Hands x through, so that the gradients of all uses meet here and can take the low-rank term in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, *downs: Tensor) -> tuple[Tensor, ...]:
-        run = plan_for(x.device, x.dtype)[0]
-        stacked = torch.cat(downs).to(x.dtype)
+    def forward(
+        ctx: Any, x: Tensor, stacked: Tensor, scale: float, run: ModuleType, *downs: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.ranks = [down.shape[0] for down in downs]
-        ctx.scale = scale
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, stacked)
-        ctx.down_dtype = downs[0].dtype
+        ctx.scale, ctx.down_dtype = scale, downs[0].dtype
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, stacked)
         ctx.set_materialize_grads(False)
-        h = run.project(x, stacked, scale)
-        return (x, *h.split(ctx.ranks, dim=1))
+        ctx.run = run
+        return (x, *run.project(x, stacked).split(ctx.ranks, dim=1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -135,48 +155,51 @@ class _ProjectStacked(torch.autograd.Function):
         x, stacked = ctx.saved_tensors
         like = next((t for t in (*dhs, dx) if t is not None), None)
         if like is None:
-            return (None,) * (2 + len(dhs))
-        run = plan_for(like.device, like.dtype)[0]
+            return (None,) * (4 + len(dhs))
+        run = ctx.run
         rows = like.shape[0]
         g = torch.cat(
             [like.new_zeros(rows, r) if dh is None else dh for r, dh in zip(ctx.ranks, dhs, strict=True)], dim=1
-        ).mul_(ctx.scale)
+        )
         ddowns: list[Tensor | None] = [None] * len(dhs)
         if x is not None:
-            wanted = ctx.needs_input_grad[2:]
-            parts = run.outer(g, x, 0.0, None, ctx.down_dtype).split(ctx.ranks)
+            wanted = ctx.needs_input_grad[4:]
+            parts = run.outer(g, x, 0.0, None, ctx.down_dtype).mul_(ctx.scale).split(ctx.ranks)
             ddowns = [part if want else None for part, want in zip(parts, wanted, strict=True)]
         if not ctx.needs_input_grad[0]:
             dx = None
         elif dx is None:
             dx = g @ stacked
-        else:
+        elif not _fuses(run):
             # Ours alone: the sum of what the _AddLowrank calls returned, seen by nobody else.
             dx = dx.addmm_(g, stacked)
-        return (dx, None, *ddowns)
+        return (dx, None, None, None, *ddowns)
 
 
 class _AddLowrank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, h: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
-        run = plan_for(x.device, x.dtype)[0]
-        _, need_weight, _, need_up, _ = ctx.needs_input_grad
-        ctx.up_dtype = up.dtype
-        if x.device.type == "cpu":  # BLAS wants one dtype: cast once for both passes
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, h: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, run: ModuleType
+    ) -> Tensor:
+        need_weight, need_up = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        ctx.up_dtype, ctx.run = up.dtype, run
+        if not _fuses(run):  # BLAS wants one dtype: cast once for both passes
             up = up.to(x.dtype)
-        ctx.save_for_backward(x if need_weight else None, weight, h if need_up else None, up)
+        ctx.save_for_backward(x if need_weight else None, weight, h if need_up else None, up, down)
         return run.matmul_lowrank(x, weight, h, up, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, h, up = ctx.saved_tensors
-        need_x, need_weight, need_h, need_up, need_bias = ctx.needs_input_grad
-        run = plan_for(dy.device, dy.dtype)[0]
-        return (
-            dy @ weight if need_x else None,
-            dy.T @ x if need_weight else None,
-            run.project(dy, up.T) if need_h else None,
-            run.outer(dy, h, 0.0, None, ctx.up_dtype) if need_up else None,
-            dy.sum(0) if need_bias else None,
-        )
+        x, weight, h, up, down = ctx.saved_tensors
+        need_x, need_weight, need_h, need_up, need_bias = ctx.needs_input_grad[:5]
+        run = ctx.run
+        dx = dh = dup = None
+        if need_up:
+            dh, out = run.project_outer(dy, up.T, h, 1.0, ctx.up_dtype)
+            dup = out.T
+        elif need_h or need_x:
+            dh = run.project(dy, up.T)
+        if need_x:
+            dx = run.matmul_lowrank(dy, weight.T, dh, down.T) if _fuses(run) else dy @ weight
+        return dx, dy.T @ x if need_weight else None, dh, dup, dy.sum(0) if need_bias else None, None, None

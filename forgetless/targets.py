@@ -31,14 +31,17 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
     Raises:
         ValueError: nothing matches (near names are listed), or a match cannot be adapted.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     linear = {name: module for name, module in modules.items() if supported(module)}
+    first = {id(module): name for name, module in reversed(linear.items())}  # a shared layer goes by its first name
     if isinstance(targets, str) and targets == ALL_LINEAR:
         heads = _heads(model)
         found = {
             name: module
             for name, module in linear.items()
-            if id(module) not in heads and (heads or name.rpartition(".")[2] not in _HEADS)
+            if first[id(module)] == name
+            and id(module) not in heads
+            and (heads or name.rpartition(".")[2] not in _HEADS)
         }
         if not found:
             raise ValueError(f"targets is 'all-linear', but {type(model).__name__} has no nn.Linear or Conv1D layer")
@@ -58,7 +61,7 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
         hits = {name for name in modules if matcher.fullmatch(name)}
         if not hits & linear.keys():
             raise ValueError(_nothing(pattern, hits, modules, linear))
-        found_names |= hits & linear.keys()
+        found_names |= {first[id(linear[name])] for name in hits & linear.keys()}
     return {name: module for name, module in linear.items() if name in found_names}
 
 

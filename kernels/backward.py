@@ -87,6 +87,8 @@ def project_outer(
     """g = scale * x @ down.T and out = h.T @ x, in one pass over x where that saves bytes"""
     (M, K), (R, _) = x.shape, down.shape
     assert down.shape == (R, K) and h.shape == (M, R) and x.dtype in FLOATS and h.dtype == x.dtype
+    if M == 0:
+        return project(x, down, scale), outer(h, x, dtype=dtype)
     BLOCK_R = pad_rank(R, most=64)  # above, two passes are cheaper than the partial sums
     tile = tile_for("project_outer", x.device, x.element_size(), BLOCK_R)
     columns = triton.cdiv(K, tile["BLOCK_K"])

@@ -15,6 +15,95 @@ from .tl_utils import cast, dot, dot_precision, drop, drop_args, grouped, narrow
 PLANS = ("split", "full", "once")
 
 
+@triton.jit
+def _step(x_ptrs, w_ptrs, offs_k, left, EVEN_K: tl.constexpr):
+    """One block of x and of the weight, with ``left`` columns left"""
+    if EVEN_K:
+        x = tl.load(x_ptrs)
+        w = tl.load(w_ptrs)
+    else:
+        x = tl.load(x_ptrs, mask=(offs_k < left)[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=(offs_k < left)[:, None], other=0.0)
+    return x, w
+
+
+@triton.jit
+def _product(
+    x_ptrs, stride_xk, w_ptrs, stride_wk, K,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x @ weight.T of one tile"""
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(0, tl.cdiv(K, BLOCK_K)):
+        x, w = _step(x_ptrs, w_ptrs, offs_k, K - step * BLOCK_K, EVEN_K)
+        acc = dot(x, w, acc, PRECISION)
+        x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+        w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
+    return acc
+
+
+@triton.jit
+def _both_products(
+    x_ptrs, stride_xk, w_ptrs, stride_wk, K,
+    down_ptr, stride_dr, stride_dk, seed_ptr, threshold, rows, scale,
+    R: tl.constexpr, DROP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x @ weight.T and scale * drop(x) @ down.T of one tile, from one read of x"""
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
+    down_ptrs = down_ptr + (offs_r % R).to(tl.int64)[None, :] * stride_dr
+    down_ptrs += offs_k.to(tl.int64)[:, None] * stride_dk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    low = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    if DROP:
+        key = row_key(seed_ptr, rows)
+    for step in range(0, tl.cdiv(K, BLOCK_K)):
+        x, w = _step(x_ptrs, w_ptrs, offs_k, K - step * BLOCK_K, EVEN_K)
+        if EVEN_K:
+            down = tl.load(down_ptrs)
+        else:
+            down = tl.load(down_ptrs, mask=(offs_k < K - step * BLOCK_K)[:, None], other=0.0)
+        acc = dot(x, w, acc, PRECISION)
+        if DROP:
+            pairs = pair_key(seed_ptr, step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2))
+            x = drop(x, key, pairs, threshold)
+        low = dot(x, cast(down, x.dtype), low, PRECISION)
+        x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+        w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
+        down_ptrs += BLOCK_K * tl.cast(stride_dk, tl.int64)
+    low = tl.where((offs_r < R)[None, :], low, 0.0)
+    return acc, narrow(low * scale, x_ptrs.dtype.scalar.element_ty)
+
+
+@triton.jit
+def _finish(
+    acc, low, offs_m, M, first_n, N,
+    up_ptr, stride_un, stride_ur, bias_ptr, stride_b, y_ptr, stride_ym, stride_yn,
+    seed_ptr, threshold,
+    R: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """y = acc + bias + drop(low @ up.T) for WIDTH columns from first_n on"""
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_n = first_n + tl.arange(0, WIDTH)
+    rows_n = (offs_n % N).to(tl.int64)
+    up_ptrs = up_ptr + rows_n[None, :] * stride_un + offs_r.to(tl.int64)[:, None] * stride_ur
+    up = cast(tl.load(up_ptrs, mask=(offs_r < R)[:, None], other=0.0), low.dtype)
+    if DROP:
+        term = dot(low, up, tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32), PRECISION)
+        pairs = pair_key(seed_ptr, first_n // 2 + tl.arange(0, WIDTH // 2))
+        acc += drop(term, row_key(seed_ptr, offs_m), pairs, threshold)
+    else:
+        acc = dot(low, up, acc, PRECISION)
+    if HAS_BIAS:
+        acc += widen(tl.load(bias_ptr + rows_n * stride_b))[None, :]
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n.to(tl.int64)[None, :] * stride_yn
+    tl.store(y_ptrs, narrow(acc, y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def _linear_lowrank_kernel(
     x_ptr, M, K, stride_xm, stride_xk,
@@ -37,83 +126,60 @@ def _linear_lowrank_kernel(
         ticket = tl.atomic_add(flags_ptr, 1, sem="relaxed")
         makers = tl.cdiv(M, BLOCK_M)
         maker = ticket < makers
-        rest_m, rest_n = grouped(ticket - makers, M, N - BLOCK_N, BLOCK_M, BLOCK_N, GROUP_M)
+        rest = tl.maximum(ticket - makers, 0)
+        rest_m, rest_n = grouped(rest, M, tl.maximum(N - BLOCK_N, 1), BLOCK_M, BLOCK_N, GROUP_M)
         pid_m = tl.where(maker, ticket, rest_m)
         pid_n = tl.where(maker, 0, rest_n + 1)
     else:
         pid_m, pid_n = grouped(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        maker = pid_n >= 0
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    first_n = pid_n * BLOCK_N
     offs_r = tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
-    rows_n = (offs_n % N).to(tl.int64)
-    k = offs_k.to(tl.int64)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    rows_n = ((first_n + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
     x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
     w_ptrs = weight_ptr + rows_n[None, :] * stride_wn + k[:, None] * stride_wk
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-    mask_h = (offs_m < M)[:, None] & mask_r[None, :]
-    if maker:
-        down_ptrs = down_ptr + (offs_r % R).to(tl.int64)[None, :] * stride_dr + k[:, None] * stride_dk
-        low = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        if HAS_DROP and not DROP_Y:
-            rows = row_key(seed_ptr, offs_m)
-        for step in range(0, tl.cdiv(K, BLOCK_K)):
-            if EVEN_K:
-                x = tl.load(x_ptrs)
-                w = tl.load(w_ptrs)
-                down = tl.load(down_ptrs)
-            else:
-                mask_k = offs_k < K - step * BLOCK_K
-                x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-                w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-                down = tl.load(down_ptrs, mask=mask_k[:, None], other=0.0)
-            acc = dot(x, w, acc, PRECISION)
-            if HAS_DROP and not DROP_Y:
-                pairs = pair_key(seed_ptr, step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2))
-                x = drop(x, rows, pairs, threshold)
-            low = dot(x, cast(down, x.dtype), low, PRECISION)
-            x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
-            w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
-            down_ptrs += BLOCK_K * tl.cast(stride_dk, tl.int64)
-        low = narrow(low * scale, x_ptr.dtype.element_ty)
-        if ONCE:
+    mask_h = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    if ONCE:
+        if maker:
+            acc, low = _both_products(
+                x_ptrs, stride_xk, w_ptrs, stride_wk, K, down_ptr, stride_dr, stride_dk,
+                seed_ptr, threshold, offs_m, scale, R, HAS_DROP and not DROP_Y, EVEN_K, PRECISION,
+                BLOCK_R, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
             tl.store(h_ptrs, low, mask=mask_h)
             tl.debug_barrier()  # every thread's part of h is written before one thread says so
             tl.atomic_xchg(flags_ptr + 1 + pid_m, 1, sem="release")
-        elif pid_n == 0:
+        else:
+            acc = _product(
+                x_ptrs, stride_xk, w_ptrs, stride_wk, K, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            )  # fmt: skip
+            while tl.atomic_add(flags_ptr + 1 + pid_m, 0, sem="acquire") == 0:
+                pass
+            # past L1, which knows nothing of other multiprocessors' writes
+            low = tl.load(h_ptrs, mask=mask_h, other=0.0, cache_modifier=".cg")
+    else:
+        acc, low = _both_products(
+            x_ptrs, stride_xk, w_ptrs, stride_wk, K, down_ptr, stride_dr, stride_dk,
+            seed_ptr, threshold, offs_m, scale, R, HAS_DROP and not DROP_Y, EVEN_K, PRECISION,
+            BLOCK_R, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if pid_n == 0:
             tl.store(h_ptrs, low, mask=mask_h)
-        low = tl.where(mask_r[None, :], low, tl.zeros_like(low))
-    else:
-        for step in range(0, tl.cdiv(K, BLOCK_K)):
-            if EVEN_K:
-                x = tl.load(x_ptrs)
-                w = tl.load(w_ptrs)
-            else:
-                mask_k = offs_k < K - step * BLOCK_K
-                x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-                w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-            acc = dot(x, w, acc, PRECISION)
-            x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
-            w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
-        while tl.atomic_add(flags_ptr + 1 + pid_m, 0, sem="acquire") == 0:
-            pass
-        # past L1, which knows nothing of other multiprocessors' writes
-        low = tl.load(h_ptrs, mask=mask_h, other=0.0, cache_modifier=".cg")
-    up_ptrs = up_ptr + rows_n[None, :] * stride_un + offs_r.to(tl.int64)[:, None] * stride_ur
-    up = cast(tl.load(up_ptrs, mask=mask_r[:, None], other=0.0), x_ptr.dtype.element_ty)
-    if HAS_DROP and DROP_Y:
-        pairs = pair_key(seed_ptr, pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2))
-        term = dot(low, up, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), PRECISION)
-        acc += drop(term, row_key(seed_ptr, offs_m), pairs, threshold)
-    else:
-        acc = dot(low, up, acc, PRECISION)
-    if HAS_BIAS:
-        acc += widen(tl.load(bias_ptr + rows_n * stride_b))[None, :]
-    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n.to(tl.int64)[None, :] * stride_yn
-    tl.store(y_ptrs, narrow(acc, y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+    # two halves: the mask of a whole 128x256 tile spills
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+    _finish(
+        left, low, offs_m, M, first_n, N, up_ptr, stride_un, stride_ur, bias_ptr, stride_b,
+        y_ptr, stride_ym, stride_yn, seed_ptr, threshold,
+        R, HAS_BIAS, HAS_DROP and DROP_Y, PRECISION, BLOCK_R, BLOCK_M, HALF,
+    )  # fmt: skip
+    _finish(
+        right, low, offs_m, M, first_n + HALF, N, up_ptr, stride_un, stride_ur, bias_ptr, stride_b,
+        y_ptr, stride_ym, stride_yn, seed_ptr, threshold,
+        R, HAS_BIAS, HAS_DROP and DROP_Y, PRECISION, BLOCK_R, BLOCK_M, HALF,
+    )  # fmt: skip
 
 
 def linear_lowrank(

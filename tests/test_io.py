@@ -260,9 +260,9 @@ def test_curlora_of_a_merged_base_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: tiny_llama(layers=1), "has a layer model.layers.1.self_attn.q_proj, this LlamaForCausalLM has none"),
+        (lambda: tiny_llama(layers=1), "has a layer model.layers.1.mlp.down_proj, this LlamaForCausalLM has none"),
         (lambda: tiny_llama(intermediate_size=32), r"down_proj was \(out 16, in 24\), this model's is \(16, 32\)"),
-        (tiny_gpt2, "has a layer model.layers.0.self_attn.q_proj, this GPT2LMHeadModel has none"),
+        (tiny_gpt2, "has a layer model.layers.0.mlp.down_proj, this GPT2LMHeadModel has none"),
     ],
     ids=["fewer layers", "other sizes", "other model"],
 )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 
 import pytest
 import torch
-from forgetless_kernels import lowrank, tiles, tl_utils
 from helpers import assert_as_good_as_eager
 
 from forgetless import reference
+from forgetless_kernels import backend, backward, descriptors, lowrank, plans, tiles, tl_utils
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANKS = (1, 4, 8, 16, 24, 64, 128, 200)
@@ -76,9 +77,9 @@ FUNCTIONS = ("project", "matmul_lowrank", "outer")
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
-@every_function
+@pytest.mark.parametrize("function", [*FUNCTIONS, "project_outer", "linear_lowrank"])
 def test_signatures_are_the_reference_s(function):
-    assert inspect.signature(getattr(lowrank, function)) == inspect.signature(getattr(reference, function))
+    assert inspect.signature(getattr(backend, function)) == inspect.signature(getattr(reference, function))
 
 
 @every_function
@@ -161,7 +162,7 @@ def test_nothing_beside_the_operands_is_touched(function, monkeypatch):
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-5, 0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("M, K", [(1, 1), (33, 65), (70, 128)])
+@pytest.mark.parametrize("M, K", [(1, 1), (33, 65)])
 def test_masks_are_bit_exact(p, M, K):
     for values in ((0, 0), SEED, (2**31 - 1, -(2**31))):
         seed = seeds(*values)
@@ -234,6 +235,111 @@ def test_rows_sum_alike_on_every_card():
         for columns in (1, 8, 32, 1000):
             strips, steps = lowrank.strips_of(M, 64, columns)
             assert strips * steps * 64 >= M > (strips - 1) * steps * 64
+
+
+@contextlib.contextmanager
+def descriptors_forced(monkeypatch, **tile):
+    """matmul_lowrank on descriptors, on any device; yields the calls that took that way"""
+    calls = []
+
+    def spy(*args):
+        calls.append(args)
+        return descriptors.matmul_lowrank_descriptor(*args)
+
+    monkeypatch.setattr(lowrank, "matmul_lowrank_descriptor", spy)
+    with (
+        tiles.forced("matmul_lowrank_descriptor", **tile),
+        tiles.forced("matmul_lowrank_t_descriptor", **tile),
+    ):
+        yield calls
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("M, N, K, R", [(1, 8, 16, 1), (70, 56, 88, 24), (33, 128, 64, 128)])
+@pytest.mark.parametrize("p", [0.0, P])
+def test_descriptors(M, N, K, R, transposed, p, monkeypatch):
+    x, weight, h, up, bias = operands("matmul_lowrank", M, N, K, R, torch.bfloat16)
+    weight = restride(weight, "transposed") if transposed else weight
+    with descriptors_forced(monkeypatch, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32) as calls:
+        check("matmul_lowrank", x, weight, h, up, bias, p=p)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_what_no_descriptor_can_name_takes_the_pointer_kernel(which, monkeypatch):
+    tensors = operands("matmul_lowrank", 33, 48, 64, 8, torch.bfloat16)
+    tensors[which] = restride(tensors[which], "sliced")
+    with descriptors_forced(monkeypatch) as calls:
+        check("matmul_lowrank", *tensors)
+        check("matmul_lowrank", *operands("matmul_lowrank", 33, 50, 65, 8, torch.bfloat16))
+        check("matmul_lowrank", *operands("matmul_lowrank", 33, 48, 64, 8, torch.float32))
+        check("matmul_lowrank", *operands("matmul_lowrank", 33, 48, 64, 200, torch.bfloat16))
+    assert not calls
+
+
+@pytest.mark.parametrize("R", RANKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_sweep_projects_and_sums(R, dtype, monkeypatch):
+    monkeypatch.setattr(backward, "sweep_pays", lambda *sizes: True)
+    x, down, h = draw(70, 50, dtype=dtype), draw(50, R).T, draw(70, R, dtype=dtype, seed=1)
+    with tiles.forced("project_outer", BLOCK_M=16, BLOCK_K=32):
+        g, out = backward.project_outer(x, down, h, 0.5, torch.float32)
+    truth = [t.double() for t in (x, down, h)]
+    assert_as_good_as_eager(g, plain("project", x, down, scale=0.5), plain("project", *truth[:2], scale=0.5))
+    exact = plain("outer", truth[2], truth[0])
+    torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-4)
+    if R <= 64:
+        assert out.T.is_contiguous()
+
+
+@pytest.mark.parametrize("M", [0, 1, 33])
+def test_a_sweep_that_does_not_pay_is_two(M):
+    x, down, h = draw(M, 40), draw(8, 40), draw(M, 8)
+    g, out = backward.project_outer(x, down, h, 0.5)
+    torch.testing.assert_close(g, reference.project(x, down, 0.5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, reference.outer(h, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sweep_reads_strided_gradients(monkeypatch):
+    monkeypatch.setattr(backward, "sweep_pays", lambda *sizes: True)
+    x, down, h = draw(70, 90), draw(24, 90), draw(70, 24)
+    want = reference.project(x, down), reference.outer(h, x)
+    for how in ("transposed", "sliced"):
+        ours = backward.project_outer(*[restride(t, how) for t in (x, down, h)])
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("plan", plans.PLANS)
+@pytest.mark.parametrize("drop_output", [False, True])
+@pytest.mark.parametrize("M, N, K, R", [(1, 1, 1, 1), (40, 50, 45, 24), (33, 70, 17, 128), (40, 20, 30, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_plan_is_the_same_layer(plan, drop_output, M, N, K, R, dtype):
+    x, weight, _, up, bias = operands("matmul_lowrank", M, N, K, R, dtype)
+    down, seed, scale = draw(R, K) / K**0.5, seeds(*SEED), 0.5
+    with tiles.forced(plan, BLOCK_M=32, BLOCK_N=32, BLOCK_K=16) if plan != "split" else contextlib.nullcontext():
+        y, h = plans.linear_lowrank(x, weight, down, up, bias, scale, P, seed, drop_output, plan)
+    keep = reference.keep_mask(seed, P, M, N if drop_output else K)
+    keep_x, keep_y = (None, keep) if drop_output else (keep, None)
+
+    def layer(x, weight, down, up, bias):
+        h = plain("project", x, down, scale=scale, keep=keep_x)
+        return plain("matmul_lowrank", x, weight, h, up, bias, keep=keep_y), h
+
+    eager = layer(x, weight, down, up, bias)
+    truth = layer(*[t.double() for t in (x, weight, down, up, bias)])
+    for ours in zip((y, h), eager, truth, strict=True):
+        assert_as_good_as_eager(*ours)
+
+
+@pytest.mark.parametrize("plan", plans.PLANS)
+def test_every_plan_keeps_to_its_operands(plan, monkeypatch):
+    """Any strides, NaN in between, no bias; twice the same bits."""
+    x, weight, _, up, _ = operands("matmul_lowrank", 70, 50, 60, 24, torch.bfloat16)
+    args = [restride(t, "sliced") for t in (x, weight, draw(24, 60), up)]
+    runs = [plans.linear_lowrank(*args, None, 0.5, P, seeds(*SEED), plan=plan) for _ in range(2)]
+    h = reference.project(x, draw(24, 60), 0.5, P, seeds(*SEED))
+    torch.testing.assert_close(runs[0][0], reference.matmul_lowrank(x, weight, h, up), rtol=2e-2, atol=2e-1)
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
 
 
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

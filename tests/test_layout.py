@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import json
 import os
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from forgetless import blas, ops, reference
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -25,7 +26,7 @@ LIBRARY = [path for path in sorted((ROOT / "forgetless").rglob("*.py")) if path.
 STUDY = [path for path in LIBRARY if "study" in path.relative_to(ROOT).parts]
 LIBRARY = [path for path in LIBRARY if path not in STUDY]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-LAUNCHERS = ("project", "matmul_lowrank", "outer")
+LAUNCHERS = ("project", "matmul_lowrank", "outer", "project_outer", "linear_lowrank")
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
@@ -88,9 +89,10 @@ def test_kernels_and_bench_are_namespace_folders():
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_backends_are_twins(launcher):
-    backends = ["forgetless.reference", "forgetless.blas", "forgetless_kernels.lowrank"]
-    signatures = {inspect.signature(getattr(importlib.import_module(name), launcher)) for name in backends}
-    assert len(signatures) == 1
+    backends = [reference, blas, ops._kernels]
+    if backends[-1] is None:
+        pytest.skip("Triton is not installed")
+    assert len({inspect.signature(getattr(module, launcher)) for module in backends}) == 1
 
 
 def test_every_package_is_packaged():

@@ -289,6 +289,8 @@ def test_the_toy_leaves_no_trace_in_the_others():
         (fl.LoRA, {"rank": True}, r"LoRA.rank is True"),
         (fl.LoRA, {"alpha": float("nan")}, r"LoRA.alpha is nan, wants a finite number"),
         (fl.LoRA, {"alpha": "16"}, r"LoRA.alpha is '16', wants a number"),
+        (fl.LoRA, {"alpha": None}, r"LoRA.alpha is None, wants a number"),
+        (fl.CURLoRA, {"alpha": None}, r"CURLoRA.alpha is None, wants a number"),
         (fl.LoRA, {"dropout": 1.0}, r"LoRA.dropout is 1.0, wants a probability in \[0, 1\)"),
         (fl.LoRA, {"penalties": ("decay",)}, r"LoRA.penalties holds 'decay', wants Penalty instances"),
         (fl.CLoRA, {"k": 0}, r"NullSpace.k is 0, wants an integer >= 1"),

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import fnmatch
 import re
 from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
-from helpers import stir, tiny_gpt2, tiny_llama, token_batch
+from helpers import assert_as_good_as_eager, stir, tiny_gpt2, tiny_llama, token_batch
 from torch import Tensor, nn
 
 import forgetless as fl
 from forgetless import ops
 from forgetless.layers import DRIFT_TOKENS, AdaptedLinear
 from forgetless.methods import LoRA, Method
+from forgetless.methods.lora import LoRAAdapter
 from forgetless.targets import find_layers
 
 BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -251,7 +254,8 @@ def moved_by(model: nn.Module, inputs: dict[str, list[Tensor]], limit: int | Non
     for name, layer in fl.adapters(model).items():
         x = inputs[name][-1].reshape(-1, layer.in_features).double()
         x = x if limit is None else x[:: -(-len(x) // limit)]
-        values[name] = ((x @ layer.delta().double().T).norm(dim=1) / x.norm(dim=1)).mean().item()
+        ratio = (x @ layer.delta().double().T).norm(dim=1) / x.norm(dim=1).clamp(min=1e-30)  # padding may embed as 0
+        values[name] = ratio.mean().item()
     return values
 
 
@@ -412,23 +416,241 @@ def test_a_plain_model_has_nothing_to_merge_or_remove(function):
         function(tiny_llama())
 
 
+# ---------------------------------------------------------------------------------------- siblings
+
+
+class Heads(nn.Module):
+    """Three projections of one x, as in attention. More of siblings in test_siblings.py."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(9, 8), nn.Linear(9, 5, bias=False), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x).square().sum(-1) + (self.k_proj(x) * self.v_proj(x).sin()).sum(-1)
+
+
+def heads(method: Any = None, dtype: torch.dtype = torch.float64) -> Heads:
+    torch.manual_seed(0)
+    return stir(fl.adapt(Heads().to(dtype), method or lora(), "all-linear"))
+
+
+def alone(model: Heads) -> Heads:
+    """The same adapters, each for itself."""
+    twin = copy.deepcopy(model)
+    for layer in fl.adapters(twin).values():
+        layer.group = None
+    return twin
+
+
+def rows(*lead: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*lead, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def everything(model: Heads, x: Tensor) -> list[Tensor]:
+    """Output and the gradients of x and the parameters."""
+    y = model(x)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y.sum(), [x, *trained] if x.requires_grad else trained)]
+
+
+@pytest.mark.parametrize("wants_x", [True, False], ids=["x trained", "x frozen"])
+@pytest.mark.parametrize("lead", [(7,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize(
+    "method", [lora(), fl.CURLoRA(rank=4), fl.CLoRA(rank=3, k=4)], ids=["lora", "curlora", "clora"]
+)
+def test_siblings_compute_what_each_would_alone(method, lead, wants_x):
+    model = heads(method)
+    x = rows(*lead).requires_grad_(wants_x)
+    torch.testing.assert_close(everything(model, x), everything(alone(model), x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blas", "triton"])
+def test_siblings_are_as_good_as_eager_in_half(backend):
+    model = heads(dtype=torch.bfloat16)
+
+    def plain(model: nn.Module, x: Tensor) -> Tensor:
+        outs = []
+        for layer in fl.adapters(model).values():
+            down, up = (factor.to(x.dtype) for factor in layer.adapter.factors())
+            low = nn.functional.linear(layer.adapter.scale * nn.functional.linear(x, down), up)
+            outs.append(nn.functional.linear(x, layer.weight, layer.bias) + low)
+        return torch.cat(outs, dim=-1)
+
+    def grouped(model: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in fl.adapters(model).values()], dim=-1)
+
+    results = []
+    for function, dtype in ((grouped, torch.bfloat16), (plain, torch.bfloat16), (plain, torch.float64)):
+        twin = copy.deepcopy(model)
+        twin = twin.double() if dtype == torch.float64 else twin
+        x = rows(40, dtype=torch.bfloat16).to(dtype).requires_grad_()
+        with ops.backend(backend):
+            y = function(twin, x)
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
+            trained = [p for p in twin.parameters() if p.requires_grad]
+            results.append([y.detach(), *torch.autograd.grad(y, [x, *trained], dy)])
+    for ours, eager, truth in zip(*results, strict=True):
+        assert_as_good_as_eager(ours, eager, truth)
+
+
+@pytest.mark.parametrize("frozen", ["q_proj.up", "k_proj.down", "v_proj.*", "*.down"])
+def test_siblings_with_frozen_factors(frozen):
+    model = heads()
+    for name, p in model.named_parameters():
+        if fnmatch.fnmatch(name.replace("adapter.", ""), frozen):
+            p.requires_grad_(False)
+    x = rows(7).requires_grad_()
+    torch.testing.assert_close(everything(model, x), everything(alone(model), x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("order", ["k q v", "q q k v v", "v", "q", "k v"])
+def test_siblings_may_be_called_in_any_order(order):
+    model, names = heads(), {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
+    twin = alone(model)
+    for seed in (0, 1):
+        x = rows(7, seed=seed).requires_grad_()
+        for letter in order.split():
+            pair = [getattr(m, names[letter])(x) for m in (model, twin)]
+            torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-11)
+            grads = [torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in pair]
+            torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("change", ["nothing", "x", "a factor", "autocast", "gradients", "dropout"])
+def test_a_change_between_two_siblings_is_seen(change):
+    """What the first projected for the second is then stale."""
+    x, model = rows(7, dtype=torch.float32), heads(lora(dropout=0.5), dtype=torch.float32).eval()
+    within = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16), "gradients": torch.no_grad}
+    with within.get(change, contextlib.nullcontext)():
+        model.q_proj(x)
+    if change == "x":
+        x.mul_(2)
+    elif change == "a factor":
+        stir(model, seed=3)
+    elif change == "dropout":
+        model.train()
+        torch.manual_seed(1)
+        assert not torch.allclose(model.k_proj(x), alone(model).eval().k_proj(x))
+        model.eval()
+    y = model.k_proj(x)
+    assert y.requires_grad
+    torch.testing.assert_close(y, alone(model).k_proj(x))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_siblings_without_gradients(mode):
+    model = heads()
+    twin = alone(model)
+    with mode():
+        x = rows(7)
+        torch.testing.assert_close(model(x), twin(x), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(everything(model, rows(7)), everything(twin, rows(7)), rtol=1e-11, atol=1e-11)
+
+
+def test_siblings_backward_twice_gives_the_same():
+    model, x = heads(), rows(7).requires_grad_()
+    y = model(x).sum()
+    inputs = [x, *[p for p in model.parameters() if p.requires_grad]]
+    first = torch.autograd.grad(y, inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs), first, rtol=0, atol=0)
+
+
+def test_siblings_refuse_a_second_derivative():
+    model, x = heads(), rows(7).requires_grad_()
+    with pytest.raises(RuntimeError, match="twice|second"):
+        (dx,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        (dx.square().sum() + model(x).sum()).backward()
+
+
+def test_copied_siblings_are_siblings_of_each_other():
+    model = heads()
+    twin = copy.deepcopy(model)
+    members = {id(layer) for layer in fl.adapters(twin).values()}
+    assert {id(m) for layer in fl.adapters(twin).values() for m in layer.group.members} == members
+    x = rows(7).requires_grad_()
+    torch.testing.assert_close(everything(twin, x), everything(model, x), rtol=0, atol=0)
+
+
+def test_a_down_that_is_not_the_factor_itself_is_not_shared():
+    """A method may compute its factor from a parameter of that name."""
+
+    class GatedAdapter(LoRAAdapter):
+        def factors(self) -> tuple[Tensor, Tensor]:
+            return self.down * 2, self.up
+
+    class Gated(LoRA):
+        def build(self, site: Any) -> Any:
+            return GatedAdapter(site, self.rank, self.scale, self.dropout)
+
+    model, x = heads(Gated(rank=3)), rows(7).requires_grad_()
+    torch.testing.assert_close(everything(model, x), everything(alone(model), x), rtol=1e-11, atol=1e-11)
+
+
+def test_siblings_compile_whole():
+    torch._dynamo.reset()
+    model, x = heads(dtype=torch.float32), rows(2, 3, dtype=torch.float32).requires_grad_()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = [x, *[p for p in model.parameters() if p.requires_grad]]
+    got, want = (torch.autograd.grad(m(x).sum(), inputs) for m in (compiled, model))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_drift_of_an_input_buffer_that_is_refilled():
+    """As under CUDA graphs: the same tensor, other numbers."""
+    model, x = heads(), rows(7)
+    model(x)
+    x.copy_(rows(7, seed=5) * torch.linspace(0, 3, 9))
+    seen = watch(model)
+    model(x)
+    assert fl.drift(model) == pytest.approx(moved_by(model, seen), rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------- end to end
 
 
-def test_training_lowers_the_loss_with_gradient_checkpointing_and_dropout():
-    """Hugging Face's own checkpointing over a model with frozen embeddings."""
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_hugging_face_s_checkpointing_changes_no_gradient(reentrant):
+    def gradients(recompute: bool) -> list[Tensor]:
+        model = stir(fl.adapt(tiny_llama(), fl.CLoRA(rank=4, k=5, dropout=0.1))).train()
+        if recompute:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        torch.manual_seed(0)
+        (model(**token_batch((9, 6))).loss + fl.penalty(model)).backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_gradients_of_a_whole_model_are_those_of_its_dense_weights(make):
+    """Every layer with its siblings, against W + delta put into the model by torch.func."""
+    model = stir(fl.adapt(make().double(), lora(), "all-linear"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ours = model(**token_batch((9, 6))).loss
+    weights = {}
+    for name, layer in fl.adapters(model).items():
+        delta = layer.adapter.scale * layer.adapter.up @ layer.adapter.down
+        weights[f"{name}.weight"] = layer.base.weight + (delta.T if layer.transposed else delta)
+    dense = torch.func.functional_call(make().double(), weights, (), token_batch((9, 6)))
+    torch.testing.assert_close(ours, dense.loss, rtol=1e-6, atol=0)
+    got, want = (torch.autograd.grad(loss, trained) for loss in (ours, dense.loss))
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=1e-7)  # Llama's norms and softmax are float32
+
+
+def test_training_lowers_the_loss():
     model = fl.adapt(tiny_llama(), fl.CLoRA(rank=4, k=5, weight=1e-3, dropout=0.1)).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     torch.manual_seed(0)
-    for _ in range(12):
+    for _ in range(40):
         loss = model(**token_batch((9, 6))).loss
         (loss + fl.penalty(model)).backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.05
 
 
 def test_generation_runs_on_an_adapted_model():

@@ -65,19 +65,17 @@ def dense(adapter: Any) -> Tensor:
 # ---------------------------------------------------------------------------------------- NullSpace
 
 
-def columns_of(basis: nn.Module, dim: int) -> Tensor:
+def columns_of(basis: Any, dim: int) -> Tensor:
     """The protected columns (dim, k) of a basis, as a plain matrix."""
-    if not hasattr(basis, "complement"):
+    buffers = dict(basis.named_buffers())
+    if not buffers:  # all of the space
         return torch.eye(dim, dtype=torch.float64)
-    if hasattr(basis, "basis"):
-        kept = basis.basis.double()
-    else:
-        turned = hadamard_blocks(torch.eye(dim, dtype=torch.float64) * basis.signs)
-        kept = turned[:, basis.columns]
+    kept = buffers.get("basis")
+    if kept is None:
+        kept = hadamard_blocks(torch.eye(dim, dtype=torch.float64) * basis.signs)[:, basis.columns]
     if not basis.complement:
-        return kept
-    q = torch.linalg.qr(kept, mode="complete").Q
-    return q[:, kept.shape[1] :]
+        return kept.double()
+    return torch.linalg.qr(kept.double(), mode="complete").Q[:, kept.shape[1] :]
 
 
 @every_adapter
@@ -348,7 +346,7 @@ def test_every_registered_penalty_is_tested_here():
 def test_the_value_is_float32_or_wider(name, dtype):
     adapter = adapter_with(PENALTIES[name](), dtype=dtype)
     (state,) = adapter.penalty_states()
-    hidden = torch.ones(3, R, dtype=dtype) if state.needs_hidden else None
+    hidden = torch.ones(3, R, dtype=dtype, requires_grad=True) if state.needs_hidden else None
     assert state.value(adapter, hidden).dtype == torch.promote_types(dtype, torch.float32)
 
 
@@ -364,7 +362,8 @@ def test_the_weight_multiplies(name):
             stir(adapter)
         if name == "source-deviation":
             state.covariance.fill_(1.0)
-        values.append(state.value(adapter, torch.ones(3, R, dtype=torch.float64)).item())
+        hidden = torch.ones(3, R, dtype=torch.float64, requires_grad=True)
+        values.append(state.value(adapter, hidden).item())
     assert values[0] == 0 and values[1] > 0
     assert values[2] == pytest.approx(2 * values[1], rel=1e-12)
 

@@ -75,10 +75,13 @@ class Method:
         """
         data = dict(data)
         name = data.pop("name", None)
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise ValueError(f"unknown method {name!r}, wants one of {sorted(METHODS)}")
         if "penalties" in data:
-            data["penalties"] = tuple(Penalty.from_json(item) for item in data["penalties"])
+            items = data["penalties"]
+            if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+                raise ValueError(f"method {name!r}: penalties is {items!r}, wants a list of objects")
+            data["penalties"] = tuple(Penalty.from_json(item) for item in items)
         try:
             return METHODS[name](**data)
         except TypeError as error:
@@ -122,8 +125,10 @@ def check_fields(method: Method) -> None:
     title = type(method).__name__
 
     def number(name: str) -> float | None:
-        value = getattr(method, name, None)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if not hasattr(method, name):
+            return None
+        value = getattr(method, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{title}.{name} is {value!r}, wants a number")
         return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,16 @@ class CURLoRAAdapter(Adapter):
         into, out_of = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
         self.down = weight[into].contiguous()  # (R, K)
         self.lift = weight[:, out_of].contiguous()  # (N, R)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in ("rows", "columns"):
+            theirs = state_dict.get(prefix + name)
+            if theirs is not None and not torch.equal(theirs.cpu(), getattr(self, name).cpu()):
+                args[-1].append(
+                    f"{prefix}{name}: other {name} than this adapter's; draw with the same seed, or fl.load"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         core = self.core.T if self.transposed else self.core

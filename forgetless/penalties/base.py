@@ -56,7 +56,7 @@ class Penalty:
         """
         data = dict(data)
         name = data.pop("name", None)
-        if name not in PENALTIES:
+        if not isinstance(name, str) or name not in PENALTIES:
             raise ValueError(f"unknown penalty {name!r}, wants one of {sorted(PENALTIES)}")
         try:
             return PENALTIES[name](**data)

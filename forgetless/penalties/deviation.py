@@ -63,19 +63,22 @@ class _OutputDeviation(PenaltyState):
     needs_hidden = True
 
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        up = wide(adapter.factors()[1])
+        down, up = adapter.factors()
+        up = wide(up)
         if hidden is None or hidden.shape[0] == 0:  # no forward pass yet: nothing has deviated
             return up.new_zeros(())
+        _check_graph(hidden, down)
         h = wide(hidden)
         return self.spec.weight / h.shape[0] * ((h.T @ h) * (up.T @ up)).sum()
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        rows = [
-            (state.spec.weight / hidden.shape[0], hidden, adapter.factors()[1])
-            for state, adapter, hidden in items
-            if hidden is not None and hidden.shape[0]
-        ]
+        rows = []
+        for state, adapter, hidden in items:
+            if hidden is not None and hidden.shape[0]:
+                down, up = adapter.factors()
+                _check_graph(hidden, down)
+                rows.append((state.spec.weight / hidden.shape[0], hidden, up))
 
         def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
             value = wide(factors[0]).new_zeros(())
@@ -92,6 +95,14 @@ class _OutputDeviation(PenaltyState):
         if not rows:
             return torch.stack([state.value(adapter, None) for state, adapter, _ in items]).sum()
         return closed_form(compute, [t for _, hidden, up in rows for t in (hidden, up)])
+
+
+def _check_graph(hidden: Tensor, down: Tensor) -> None:
+    if torch.is_grad_enabled() and down.requires_grad and not hidden.requires_grad:
+        raise ValueError(
+            "OutputDeviation: the last forward pass kept no graph, so the gradient of down would be missing; run it "
+            "with gradients, checkpoint with use_reentrant=False, or look at the value under torch.no_grad()"
+        )
 
 
 @register

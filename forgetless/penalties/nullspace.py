@@ -230,8 +230,8 @@ def _fwht(rows: Tensor) -> Tensor:
     R, size = rows.shape
     half = 1
     while half < size:
-        a, b = rows.view(R, -1, 2, half).unbind(2)
-        rows = torch.stack((a + b, a - b), dim=2).view(R, size)
+        a, b = rows.reshape(R, -1, 2, half).unbind(2)
+        rows = torch.stack((a + b, a - b), dim=2).reshape(R, size)
         half *= 2
     return rows / math.sqrt(size)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -61,6 +63,8 @@ def handled(command: Callable[..., int]) -> Callable[..., None]:
     @wraps(command)
     def run(**kwargs: Any) -> None:
         quiet_libraries()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a batch system stops a job
         try:
             code = command(**kwargs)
         except (BadInput, DataError, ModelError, MissingPackage) as error:

@@ -133,7 +133,8 @@ def _penalty(text: str, spec: str) -> Any:
     name, _, value = text.partition("=")
     matches = [known for known in PENALTIES if known.startswith(name)]
     if not name or len(matches) != 1:
-        raise BadInput(f"method {spec!r}: unknown penalty {name!r};{near(name, PENALTIES)}")
+        short = {known.partition("-")[0] for known in PENALTIES}
+        raise BadInput(f"method {spec!r}: unknown penalty {name!r};{near(name, short)}")
     cls = PENALTIES[matches[0]]
     try:
         return cls(weight=number(value, f"weight of {text!r}")) if value else cls()

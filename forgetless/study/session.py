@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import forgetless as fl
 from forgetless.penalties import PenaltyState
 
-from .data import Domain, encode_domain, load_domain
+from .data import Domain, encode, encode_domain, load_domain
 from .models import load_model
 from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
 from .train import Encoded, TrainConfig, encode_for_training
@@ -37,8 +38,8 @@ class CompareOptions:
     alpha: float | None = None
     weight: float | None = None
     lr: float | None = None
-    steps: int = 30
-    batch_size: int = 12
+    steps: int = 24
+    batch_size: int = 6
     accumulate: int = 1
     max_length: int = 96
     eval_tokens: int = 1024
@@ -134,6 +135,18 @@ def take_tokens(encoded: Encoded, budget: int) -> Encoded:
     return taken
 
 
+def fitting(domain: Domain, tokenizer: PreTrainedTokenizerBase, options: CompareOptions) -> Domain:
+    """The domain with only those training examples that need no cutting, if they are many enough to learn from."""
+    long = max(options.max_length + 1, 2)
+    fits = tuple(
+        example
+        for example in domain.train
+        if not example.prompt or len(encode(example, tokenizer, long)["input_ids"]) < long
+    )
+    enough = 4 * options.batch_size * options.accumulate
+    return dataclasses.replace(domain, train=fits) if len(fits) >= enough else domain
+
+
 def prepare(options: CompareOptions) -> Session:
     """Load and check all inputs: after this, only training can fail."""
     plans = check(options)
@@ -144,6 +157,7 @@ def prepare(options: CompareOptions) -> Session:
     tasks = [load_domain(spec) for spec in options.tasks]
     kept = [load_domain(spec) for spec in options.keep if spec != FACTS]
     model, tokenizer = load_model(options.model, DTYPES[options.dtype], options.device)
+    tasks = [fitting(task, tokenizer, options) for task in tasks]
     for task in tasks:
         encode_for_training(task.train, tokenizer, options.max_length)
     held_out = {

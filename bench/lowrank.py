@@ -1,0 +1,332 @@
+"""One low-rank layer, forward and backward, against every other way of computing it.
+
+    python -m bench lowrank [--shapes smollm2.q llama3.q] [--dtypes bfloat16 float32] [--dropout 0 0.1] [--sweep]
+
+The frozen layer with the gradient of its input is the floor: an ideal adapter costs 1.00x of it. Backward is that of the
+input and of the adapter. FLOPs and bytes are those the layer cannot do without, the same for all providers, so that
+TFLOP/s and GB/s compare like with like; "of peak" is the time a machine at its measured peaks would need, over the time
+taken. ``--sweep`` adds ranks 8 to 128 and 512 to 16384 tokens of one shape each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import forgetless as fl
+
+from . import baselines
+from .harness import (
+    available_bytes,
+    compiler_missing,
+    finish,
+    graphed,
+    interleave,
+    number,
+    parser,
+    peak_bytes,
+    peaks,
+    saved_bytes,
+    share,
+    short,
+    start,
+    table,
+)
+from .shapes import CPU, GPU, RANKS, SHAPES, TOKENS, bytes_needed, work
+
+PHASES = ("forward", "backward", "both")
+METHODS = ("lora", "curlora")
+COLUMNS = (
+    "provider",
+    "fwd ms",
+    "bwd ms",
+    "both ms",
+    "+-",
+    "x frozen",
+    "x PEFT",
+    "overhead",
+    "peak MiB",
+    "saved MiB",
+    "TFLOP/s",
+    "GB/s",
+    "of peak",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    shape: str
+    M: int
+    R: int
+    dtype: torch.dtype
+    dropout: float
+    method: str
+
+    def title(self) -> str:
+        s = SHAPES[self.shape]
+        return (
+            f"{s.name}  M={self.M} N={s.N} K={s.K} R={self.R}  {short(self.dtype)}  {self.method}"
+            f"  dropout {self.dropout:g}"
+        )
+
+
+class Layer:
+    """One provider on one input; ``forward`` and ``backward`` are timed, what they leave behind is dropped."""
+
+    def __init__(self, module: nn.Module, x: Tensor, dy: Tensor, around: Callable[[], Any] | None = None):
+        self.module, self.x, self.dy = module, x.detach().requires_grad_(True), dy
+        self.wanted = [self.x, *(p for p in module.parameters() if p.requires_grad)]
+        self.around = around
+        self.y: Tensor | None = None
+
+    def forward(self) -> None:
+        if self.around is None:
+            self.y = self.module(self.x)
+            return
+        with self.around():
+            self.y = self.module(self.x)
+
+    def backward(self) -> tuple[Tensor, ...]:
+        if self.around is None:
+            grads = torch.autograd.grad(self.y, self.wanted, self.dy)
+        else:
+            with self.around():
+                grads = torch.autograd.grad(self.y, self.wanted, self.dy)
+        self.y = None
+        return grads
+
+    def both(self) -> tuple[Tensor, ...]:
+        self.forward()
+        return self.backward()
+
+
+def plans(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Our other plans on this device: name of the row -> name of the backend."""
+    if device.type != "cuda" or fl.ops.plan_for(device, dtype)[1] == "blas":
+        return {}
+    return {"forgetless, blas": "blas"}
+
+
+def layers(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str, Layer], nn.Linear]:
+    shape = SHAPES[case.shape]
+    base = baselines.frozen_linear(shape.N, shape.K, False, case.dtype, device)
+    x = torch.randn(case.M, shape.K, device=device).to(case.dtype)
+    dy = torch.randn(case.M, shape.N, device=device).to(case.dtype)
+    if case.method == "curlora":
+        modules = baselines.curlora_layers(base, case.R)
+    else:
+        down, up = baselines.random_factors(base, case.R)
+        modules = baselines.lora_layers(base, down, up, 2.0, case.dropout, compiled)
+    made = {name: Layer(module, x, dy) for name, module in modules.items()}
+    for name, backend in plans(device, case.dtype).items():
+        module = modules["forgetless"]
+        made[name] = Layer(module, x, dy, lambda backend=backend: fl.ops.backend(backend))
+    return made, base
+
+
+def measure(
+    case: Case, device: torch.device, roofs: dict[str, float], rounds: int, seconds: float | None, compiled: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of one case, and what could not be run."""
+    made, base = layers(case, device, compiled)
+    notes: list[str] = []
+    for name in list(made):
+        try:
+            made[name].both()
+        except Exception as error:  # one peer's failure is a missing row, with its reason, not a missing table
+            if name in ("frozen", "forgetless"):
+                raise
+            notes.append(f"{case.title()}: no {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            del made[name]
+    runs: dict[str, Any] = {name: (layer.forward, layer.backward) for name, layer in made.items()}
+    times = interleave(runs, rounds, 2, None, device, seconds)
+    rows = []
+    for name, layer in made.items():
+        rows.append({"provider": name, "graph": False, **_phases(times[name])})
+        if name != "torch.compile":
+            rows[-1]["saved_bytes"] = saved_bytes(lambda layer=layer: layer.module(layer.x), [layer.module, base])
+        rows[-1]["peak_bytes"] = peak_bytes(layer.both, device)
+    if device.type == "cuda":
+        rows += _graph_rows(case, made, rounds, seconds, device, notes)
+    shape = SHAPES[case.shape]
+    for row in rows:
+        row.update(models=shape.models, projection=shape.projection, N=shape.N, K=shape.K, case=case.shape)
+        row.update(M=case.M, R=case.R, dtype=short(case.dtype), dropout=case.dropout, method=case.method)
+        kind = "frozen" if row["provider"] == "frozen" else case.method
+        for phase, (flops, size) in work(shape, case.M, case.R, case.dtype, kind).items():
+            if phase in row:
+                _rates(row[phase], flops, size, roofs, short(case.dtype))
+    _ratios(rows)
+    return rows, notes
+
+
+def _phases(times: dict[str, Any]) -> dict[str, Any]:
+    whole = {key: value for key, value in times.items() if key != "parts"}
+    return {"forward": times["parts"][0], "backward": times["parts"][1], "both": whole}
+
+
+def _graph_rows(
+    case: Case,
+    made: dict[str, Layer],
+    rounds: int,
+    seconds: float | None,
+    device: torch.device,
+    notes: list[str],
+) -> list[dict[str, Any]]:
+    """Forward and backward as one CUDA graph each: the same work without the host."""
+    runs = {}
+    for name, layer in made.items():
+        try:
+            runs[name] = graphed(layer.both)
+        except Exception as error:  # a library that cannot be captured says so in its own words
+            notes.append(f"{case.title()}: no graph of {name}: {str(error).splitlines()[0]}")
+            torch.cuda.synchronize()
+    times = interleave(runs, rounds, 2, None, device, seconds)
+    return [{"provider": name, "graph": True, "both": found} for name, found in times.items()]
+
+
+def _rates(phase: dict[str, Any], flops: float, size: float, roofs: dict[str, float], dtype: str) -> None:
+    t = phase["median"]
+    roof = max(flops / (roofs[f"tflops_{dtype}"] * 1e12), size / (roofs["gbs_copy"] * 1e9))
+    phase.update(tflops=flops / t * 1e-12, gbs=size / t * 1e-9, share_of_peak=roof / t, intensity=flops / size)
+
+
+def rival(method: str, providers: Sequence[str]) -> str | None:
+    """Whom ``x PEFT`` and ``overhead`` refer to."""
+    wanted = ("PEFT", "PEFT's formula") if method == "lora" else ("authors' CURLoRA",)
+    return next((name for name in wanted if name in providers), None)
+
+
+def _ratios(rows: list[dict[str, Any]]) -> None:
+    for graph in (False, True):
+        group = {row["provider"]: row for row in rows if row["graph"] == graph}
+        other = rival(rows[0]["method"], list(group))
+        for row in group.values():
+            for phase in PHASES:
+                if phase not in row:
+                    continue
+                mine, floor = row[phase]["median"], group["frozen"][phase]["median"]
+                row[phase]["times_frozen"] = mine / floor
+                row[phase]["times_peft"] = row[phase]["overhead_share"] = None
+                if other is not None:
+                    theirs = group[other][phase]["median"]
+                    row[phase]["times_peft"] = mine / theirs
+                    row[phase]["overhead_share"] = share(mine, theirs, floor)
+
+
+def text_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
+    found = []
+    for row in rows:
+        both = row["both"]
+        name = row["provider"] + (", graph" if row["graph"] else "")
+        cells = [name]
+        cells += [number(row[p]["median"] * 1e3, 3) if p in row else "-" for p in ("forward", "backward")]
+        cells += [number(both["median"] * 1e3, 3), number(both["spread"] * 1e3, 3)]
+        cells += [number(both[key]) for key in ("times_frozen", "times_peft", "overhead_share")]
+        cells += [number(row[key] / 2**20) if key in row else "-" for key in ("peak_bytes", "saved_bytes")]
+        cells += [number(both["tflops"], 3), number(both["gbs"], 1), number(both["share_of_peak"])]
+        found.append(cells)
+    return found
+
+
+def cases(options: argparse.Namespace, device: torch.device, notes: list[str]) -> list[Case]:
+    """The grid, then the sweeps; what does not fit the machine is left out and said so."""
+    found = [
+        Case(shape, M, R, getattr(torch, dtype), dropout, method)
+        for shape in options.shapes
+        for dtype in options.dtypes
+        for method in options.methods
+        for dropout in (options.dropout if method == "lora" else [0.0])
+        for M in options.tokens
+        for R in options.ranks
+    ]
+    if options.sweep and found:
+        few = replace(found[0], shape="smollm2.up" if device.type == "cpu" else "llama3.q", method="lora", dropout=0.0)
+        many = replace(few, shape="llama3.k")
+        found += [replace(few, R=R) for R in RANKS] + [replace(many, M=M) for M in TOKENS]
+    fitting = []
+    for case in dict.fromkeys(found):
+        need = bytes_needed(SHAPES[case.shape], case.M, case.dtype)
+        if need < 0.6 * available_bytes(device):
+            fitting.append(case)
+        else:
+            notes.append(f"{case.title()}: left out, wants about {need / 2**30:.1f} GiB")
+    return fitting
+
+
+def main(arguments: list[str] | None = None, deadline: float | None = None) -> dict[str, Any]:
+    """Run from the command line; ``deadline`` (``time.monotonic``) leaves the remaining cases out."""
+    made = parser(__doc__, "lowrank", 9)
+    cuda = torch.cuda.is_available()
+    made.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(GPU if cuda else CPU))
+    made.add_argument("--tokens", nargs="+", type=int, default=[8192] if cuda else [512])
+    made.add_argument("--ranks", nargs="+", type=int, default=[16])
+    made.add_argument("--dtypes", nargs="+", default=["bfloat16"] if cuda else ["bfloat16", "float32"])
+    made.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    made.add_argument("--sweep", action="store_true", help="ranks 8 to 128 and 512 to 16384 tokens as well")
+    made.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options = made.parse_args(arguments)
+    if options.smoke:
+        options.shapes, options.tokens, options.ranks = ["tiny"], [8], [4]
+        options.dtypes, options.rounds, options.sweep = options.dtypes[:1], 2, False
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    result = start("lowrank", options, arguments)
+    missing = "torch.compile: left out" if options.smoke or options.no_compile else compiler_missing(device)
+    if missing:
+        result["notes"].append(missing)
+    grid = cases(options, device, result["notes"])
+    dtypes = list(dict.fromkeys(case.dtype for case in grid))
+    result["peaks"] = peaks(device, dtypes, options.smoke)
+    print("measured peaks: " + ", ".join(f"{key} {value:.3g}" for key, value in result["peaks"].items()))
+    result["rows"] = []
+    left = 0
+    for case in grid:
+        if deadline is not None and time.monotonic() > deadline:
+            left += 1
+            continue
+        rows, notes = measure(case, device, result["peaks"], options.rounds, options.seconds, not missing)
+        result["rows"] += rows
+        result["notes"] += notes
+        columns = [c if case.method == "lora" else c.replace("PEFT", "authors'") for c in COLUMNS]
+        print(f"\n{case.title()}\n" + table(columns, text_rows(rows)), flush=True)
+        torch._dynamo.reset()
+    if left:
+        result["notes"].append(f"{left} cases left out: out of time")
+    result["summary"] = summarise(result["rows"])
+    return finish(result, options)
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Our share of the rival's overhead (LoRA), and how many times faster we are than the authors (CURLoRA), by case."""
+    found: dict[str, Any] = {"overhead_share": {}, "curlora_speedup": {}, "curlora_saved": {}}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if not row["graph"]:
+            key = tuple(row[k] for k in ("case", "M", "R", "dtype", "dropout", "method"))
+            groups.setdefault(key, {})[row["provider"]] = row
+    for (case, M, R, dtype, dropout, method), group in groups.items():
+        name = f"{case} M={M} R={R} {dtype} dropout {dropout:g}"
+        other = rival(method, list(group))
+        if other is None:
+            continue
+        ours, theirs = group["forgetless"], group[other]
+        if method == "lora":
+            found["overhead_share"][name] = ours["both"]["overhead_share"]
+        else:
+            found["curlora_speedup"][name] = theirs["both"]["median"] / ours["both"]["median"]
+            found["curlora_saved"][name] = ours["saved_bytes"] / theirs["saved_bytes"]
+    return found
+
+
+if __name__ == "__main__":
+    main()
