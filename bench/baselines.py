@@ -115,7 +115,7 @@ class UnslothStyle(Baseline):
 class _LoRAFusion(torch.autograd.Function):
     """The graph cut at S = drop(x) A^T: the big product accumulates onto S B^T, and dx onto dS A.
 
-    Stored: the dropped copy of x, the mask in bytes, S. Its fused kernels do (dS, dB) in one pass over dy; BLAS takes two.
+    Stored: the dropped copy of x, the mask in bytes, S. Its kernels do (dS, dB) in one pass over dy; BLAS takes two.
     """
 
     @staticmethod
@@ -157,7 +157,7 @@ class LoRAFusionStyle(Baseline):
 
 
 class CurloraAuthors(nn.Module):
-    """The authors' forward: C U R as a dense (N, K) matrix, every time. U in the layer's dtype (there: float32 alone)."""
+    """The authors' forward: C U R as a dense (N, K) matrix, every time. U has the layer's dtype (theirs: float32)."""
 
     def __init__(self, base: nn.Linear, rows: Tensor, columns: Tensor, alpha: float = 1.0):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Timing and bookkeeping shared by all benchmarks: interleaved runs, medians, peaks, memory, and where a number came from."""
+"""Timing and bookkeeping shared by all benchmarks: interleaved runs, peaks, memory, and where a number came from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+#: Committed results lie beside this file; outside of a source checkout, in the current folder.
+RESULTS = HERE / "results" if (HERE.parent / "pyproject.toml").exists() else Path("bench-results")
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 #: Raised by one whenever a reader of the old form would misunderstand the new one.
 SCHEMA = 1
@@ -71,8 +73,7 @@ def _processor() -> str:
 def _commit() -> str | None:
     """The commit of the source; a change of the results alone does not make it another one."""
     try:
-        here = Path(__file__).parent
-        run = {"cwd": here, "capture_output": True, "text": True, "check": True}
+        run = {"cwd": HERE, "capture_output": True, "text": True, "check": True}
         head = subprocess.run(["git", "rev-parse", "HEAD"], **run)
         what = [":/", ":(top,exclude)bench/results", ":(top,exclude)docs", ":(top,exclude)README.md"]
         dirty = subprocess.run(["git", "status", "--porcelain", "--", *what], **run)

@@ -2,8 +2,8 @@
 
     python -m bench lowrank [--shapes smollm2.q llama3.q] [--dtypes bfloat16 float32] [--dropout 0 0.1] [--sweep]
 
-The frozen layer with the gradient of its input is the floor: an ideal adapter costs 1.00x of it. Backward is that of the
-input and of the adapter. FLOPs and bytes are those the layer cannot do without, the same for all providers, so that
+The frozen layer with the gradient of its input is the floor: an ideal adapter costs 1.00x of it. Backward is that of
+the input and of the adapter. FLOPs and bytes are those the layer cannot do without, the same for all providers, so that
 TFLOP/s and GB/s compare like with like; "of peak" is the time a machine at its measured peaks would need, over the time
 taken. ``--sweep`` adds ranks 8 to 128 and 512 to 16384 tokens of one shape each.
 """
@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None, deadline: float | None = None) -> d
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Our share of the rival's overhead (LoRA), and how many times faster we are than the authors (CURLoRA), by case."""
+    """By case: our share of the rival's overhead (LoRA); time and bytes against the authors' (CURLoRA)."""
     found: dict[str, Any] = {"overhead_share": {}, "curlora_speedup": {}, "curlora_saved": {}}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:

@@ -1,6 +1,6 @@
-"""One training step of a whole model: frozen, with our LoRA, with PEFT's, on the same weights and data.
+"""One training step of a whole model: frozen, with our adapters, with the peers', on the same weights and data.
 
-    python -m bench.step [--rounds 7] [--dropout 0 0.1] [--curves 0] [--out bench/results/step-cpu.json]
+    python -m bench step [--rounds 7] [--dropout 0 0.1] [--methods lora clora curlora] [--curves 0]
 
 The frozen model with gradients of its inputs is the floor: an ideal adapter costs 1.00x of it. With ``--curves N`` both
 libraries also train N steps from the same start, to show that they follow the same loss curve.
@@ -8,10 +8,6 @@ libraries also train N steps from the same start, to show that they follow the s
 
 from __future__ import annotations
 
-import argparse
-import copy
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,33 +15,37 @@ from torch import Tensor, nn
 
 import forgetless as fl
 
-from .harness import RESULTS, interleave, machine, write_json
+from . import models
+from .baselines import have_peft
+from .harness import finish, interleave, number, parser, peaks, share, start, table
 
-RANK, ALPHA = 16, 32
-
-
-def peft_model(base: nn.Module, dropout: float) -> nn.Module:
-    """PEFT's LoRA with its defaults: float32 adapters beside a bfloat16 base."""
-    import peft
-
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
-    model = peft.PeftModel(copy.deepcopy(base), config)
-    return model.train()
+METHODS = ("lora", "clora", "curlora")
 
 
-def our_model(base: nn.Module, dropout: float) -> nn.Module:
-    return fl.adapt(copy.deepcopy(base), fl.LoRA(RANK, ALPHA, dropout)).train()
+def providers(base: Any, inputs: Tensor, ids: Tensor, dropouts: list[float], methods: list[str], k: int) -> dict:
+    """name -> a step."""
 
+    def step(model: Any, penalty: Any = None) -> Any:
+        return models.step(model, inputs, ids, penalty)
 
-def step(model: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[], Any]:
-    """Forward and backward, input gradients included, as in the middle of a deeper model."""
-
-    def run() -> None:
-        x = inputs.detach().requires_grad_(True)
-        model(inputs_embeds=x, labels=labels).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return run
+    found = {"frozen": step(models.twin(base).train())}
+    peft = have_peft()
+    for p in dropouts if "lora" in methods else ():
+        found[f"forgetless, dropout {p:g}"] = step(models.our_lora(base, p))
+        if peft:
+            found[f"PEFT, dropout {p:g}"] = step(models.peft_lora(base, p))
+            found[f"PEFT bf16 adapters, dropout {p:g}"] = step(models.peft_lora(base, p, autocast=False))
+    if "clora" in methods:
+        for basis in ("orthogonal", "hadamard"):
+            model = models.our_clora(base, basis, k)
+            found[f"forgetless CLoRA, {basis}"] = step(model, lambda model=model: fl.penalty(model))
+        if peft:
+            model = models.peft_lora(base, 0.0)
+            found["PEFT + authors' CLoRA"] = step(model, models.authors_clora(model, k))
+    if "curlora" in methods:
+        found["forgetless CURLoRA"] = step(models.ours(base, fl.CURLoRA(models.RANK)))
+        found["authors' CURLoRA"] = step(models.authors_curlora(base))
+    return found
 
 
 def curve(model: nn.Module, ids: Tensor, steps: int) -> list[float]:
@@ -70,59 +70,68 @@ def share_start(ours: nn.Module, theirs: nn.Module) -> None:
             layer.adapter.down.copy_(match)
 
 
+def curves(base: Any, ids: Tensor, steps: int) -> dict[str, Any]:
+    """Both libraries' losses from the same start, without dropout."""
+    theirs, ours = models.peft_lora(base, 0.0), models.our_lora(base, 0.0)
+    share_start(ours, theirs)
+    ours_curve, theirs_curve = curve(ours, ids, steps), curve(theirs, ids, steps)
+    apart = max(abs(a - b) for a, b in zip(ours_curve, theirs_curve, strict=True))
+    print(f"loss curves over {steps} steps: at most {apart:.4f} nats apart")
+    return {"forgetless": ours_curve, "peft": theirs_curve, "largest_difference": apart}
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, nargs=2, default=(4, 128), metavar=("SEQUENCES", "TOKENS"))
-    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
-    parser.add_argument("--curves", type=int, default=0, metavar="STEPS")
-    parser.add_argument("--out", type=Path, default=RESULTS / "step-cpu.json")
-    options = parser.parse_args(arguments)
-
-    from forgetless.study.models import load_model
-
+    made = parser(__doc__, "step", 7)
+    made.add_argument("--batch", type=int, nargs=2, default=(4, 128), metavar=("SEQUENCES", "TOKENS"))
+    made.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    made.add_argument("--curves", type=int, default=0, metavar="STEPS")
+    options = made.parse_args(arguments)
+    k = models.K
+    if options.smoke:
+        options.rounds, options.batch, k = 2, (2, 8), 8
+    device = torch.device(options.device)
     torch.manual_seed(0)
-    base, _ = load_model()
-    base.requires_grad_(False)
-    device = next(base.parameters()).device
-    ids = torch.randint(0, base.config.vocab_size, tuple(options.batch), device=device)
-    inputs = base.get_input_embeddings()(ids).detach()
-    providers = {"frozen": step(base.train(), inputs, ids)}
-    for p in options.dropout:
-        providers[f"forgetless, dropout {p:g}"] = step(our_model(base, p), inputs, ids)
-        providers[f"PEFT, dropout {p:g}"] = step(peft_model(base, p), inputs, ids)
-    times = interleave(providers, options.rounds, warmup=2)
+    result = start("step", options, arguments)
+    if not have_peft():
+        result["notes"].append("PEFT is not installed: its rows are missing; pip install 'forgetless[bench]'")
+    base, name = models.smollm2(device, options.smoke)
+    inputs, ids = models.batch(base, *options.batch)
+    runs = providers(base, inputs, ids, options.dropout, options.methods, k)
+    result["peaks"] = peaks(device, [torch.bfloat16], options.smoke)
+    times = interleave(runs, options.rounds, 2, None, device, options.seconds)
     floor = times["frozen"]["median"]
+    flops = step_flops(base, ids.numel())
     for row in times.values():
         row["times_frozen"] = row["median"] / floor
+        row["tflops"] = flops / row["median"] * 1e-12
+        row["share_of_peak"] = row["tflops"] / result["peaks"]["tflops_bfloat16"]
     shares = {}
     for p in options.dropout:
-        ours, theirs = (times[f"{name}, dropout {p:g}"]["median"] - floor for name in ("forgetless", "PEFT"))
-        shares[f"{p:g}"] = ours / theirs
-    result: dict[str, Any] = {
-        "benchmark": "step",
-        "model": "SmolLM2-135M, bfloat16, all linear layers, rank 16",
-        "batch": list(options.batch),
-        "rounds": options.rounds,
-        "machine": machine(),
-        "seconds": times,
-        "overhead_over_peft": shares,
-    }
-    for name, row in times.items():
-        print(f"{name:26s} {row['median']:.3f} s  +-{row['spread']:.3f}   {row['times_frozen']:.2f}x frozen")
-    for p, share in shares.items():
-        print(f"dropout {p}: our overhead is {share:.2f} of PEFT's")
-    if options.curves:
-        theirs_model, ours_model = peft_model(base, 0.0), our_model(base, 0.0)
-        share_start(ours_model, theirs_model)
-        ours_curve = curve(ours_model, ids, options.curves)
-        theirs_curve = curve(theirs_model, ids, options.curves)
-        apart = max(abs(a - b) for a, b in zip(ours_curve, theirs_curve, strict=True))
-        result["curves"] = {"forgetless": ours_curve, "peft": theirs_curve, "largest_difference": apart}
-        print(f"loss curves over {options.curves} steps: at most {apart:.4f} nats apart")
-    write_json(options.out, result)
-    print(f"written to {options.out}")
-    return result
+        names = [f"{library}, dropout {p:g}" for library in ("forgetless", "PEFT")]
+        if all(name in times for name in names):
+            shares[f"{p:g}"] = share(*(times[name]["median"] for name in names), floor)
+    result.update(
+        model=f"{name}, bfloat16, all linear layers, rank {models.RANK}",
+        batch=list(options.batch),
+        rounds=options.rounds,
+        seconds=times,
+        overhead_over_peft=shares,
+    )
+    columns = ("provider", "seconds", "+-", "x frozen", "TFLOP/s", "of peak")
+    keys = {"median": 3, "spread": 3, "times_frozen": 2, "tflops": 3, "share_of_peak": 2}
+    print(table(columns, [[name, *(number(row[k], d) for k, d in keys.items())] for name, row in times.items()]))
+    for p, value in shares.items():
+        print(f"dropout {p}: our overhead is {number(value)} of PEFT's")
+    if options.curves and have_peft():
+        result["curves"] = curves(base, ids, options.curves)
+    return finish(result, options)
+
+
+def step_flops(base: nn.Module, tokens: int) -> float:
+    """FLOPs of the frozen linear layers, head included, forward and for the inputs' gradients: the floor's own work."""
+    weights = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear))
+    return 4.0 * tokens * weights
 
 
 if __name__ == "__main__":

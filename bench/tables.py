@@ -1,22 +1,57 @@
-"""README's measured section, generated from the committed JSON: ``python -m bench.tables [--check]``."""
+"""README's measured section and docs/benchmarks.md, from the committed JSON: ``python -m bench.tables [--check]``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .harness import RESULTS
+from .harness import RESULTS, SCHEMA, number
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+MIB = 2**20
+KINDS = ("step", "lowrank", "penalty", "memory", "dispatch")
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file; what a smoke run or another version wrote is no result."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data.get("smoke"):
+        raise ValueError(f"{path.name} is of a smoke run, which measures nothing: remove it")
+    if data.get("schema", SCHEMA) != SCHEMA:
+        raise ValueError(f"{path.name} has schema {data['schema']}, this version reads {SCHEMA}")
+    return data
+
+
+def results_of(bench: str) -> list[Path]:
+    """The committed files of one benchmark, the CPU's first."""
+    return sorted(RESULTS.glob(f"{bench}-*.json"), key=lambda path: (not path.stem.endswith("-cpu"), path.name))
+
+
+def where(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    place = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+    versions = ", ".join(f"{n} {v}" for n, v in sorted(machine["packages"].items()) if n in ("torch", "triton", "peft"))
+    return f"{place}; {versions}; commit {(machine['commit'] or 'unknown')[:12]}, {machine['date']}"
+
+
+def median(values: list[float]) -> float:
+    values = sorted(values)
+    return values[len(values) // 2]
+
+
+# ----------------------------------------------------------------------------------------- README
 
 
 def compare_section(results: dict[str, Any]) -> str:
@@ -40,16 +75,17 @@ def step_section(results: dict[str, Any]) -> str:
         [name, f"{row['median']:.3f}", f"{row['spread']:.3f}", f"{row['times_frozen']:.2f}"]
         for name, row in results["seconds"].items()
     ]
-    shares = ", ".join(f"{share:.2f} at dropout {p}" for p, share in results["overhead_over_peft"].items())
+    shares = ", ".join(f"{number(share)} at dropout {p}" for p, share in results["overhead_over_peft"].items())
     batch = "×".join(map(str, results["batch"]))
     machine = results["machine"]
     text = (
-        f"**One training step** (`python -m bench.step --curves 20`), {results['model']}, {batch} tokens, forward and "
+        f"**One training step** (`{results.get('command', 'python -m bench step')}`), {results['model']}, "
+        f"{batch} tokens, forward and "
         f"backward, medians of {results['rounds']} interleaved rounds. Our overhead over the frozen model is {shares} "
         "of PEFT's (its defaults: float32 adapters).\n\n"
         + markdown(["provider", "seconds", "±", "× frozen"], rows)
         + f"\n{machine['processor']}, {machine['threads']} threads, torch {machine['packages']['torch']}, "
-        f"PEFT {machine['packages']['peft']}; `bench/results/step-cpu.json`."
+        f"PEFT {machine['packages'].get('peft', '-')}; `bench/results/step-cpu.json`."
     )
     if "curves" in results:
         steps = len(results["curves"]["peft"])
@@ -60,17 +96,56 @@ def step_section(results: dict[str, Any]) -> str:
     return text + "\n"
 
 
-SECTIONS = {"compare-smollm2.json": compare_section, "step-cpu.json": step_section}
+def rest_section(found: dict[str, dict[str, Any]]) -> str:
+    """One row for each of the other benchmarks on the CPU."""
+    rows: list[list[str]] = []
+    lowrank, penalty, memory, dispatch = (found.get(name) for name in ("lowrank", "penalty", "memory", "dispatch"))
+    if lowrank:
+        shares = {name: s for name, s in lowrank["summary"]["overhead_share"].items() if s is not None}
+        for p in ("0", "0.1"):
+            values = [s for name, s in shares.items() if name.endswith(f" dropout {p}")]
+            if values:
+                rows.append([f"one layer, dropout {p}: our overhead / PEFT's", spread(values)])
+        for key, title in (
+            ("curlora_speedup", "CURLoRA layer: times faster than the authors' formulation"),
+            ("curlora_saved", "CURLoRA layer: bytes saved for backward / the authors'"),
+        ):
+            values = list(lowrank["summary"][key].values())
+            if values:
+                rows.append([title, spread(values)])
+    if penalty:
+        text = ", ".join(f"{basis} {value:.1f}" for basis, value in penalty["clora_speedup"].items())
+        rows.append(["CLoRA's penalty: times faster than the authors' loop, by basis", text])
+    if memory:
+        text = ", ".join(f"{value:.2f} at dropout {p}" for p, value in memory["saved_over_peft"].items())
+        rows.append(["whole step: bytes saved for backward / PEFT's", text])
+    if dispatch:
+        text = f"{dispatch['seconds']['forgetless, op']['times_bare']:.2f}"
+        rows.append(["dispatch of the op / a bare `autograd.Function`", text])
+    if not rows:
+        return ""
+    table = markdown(["same machine, `python -m bench all`", "measured"], rows)
+    return f"{table}\nEvery row and how it was taken: [docs/benchmarks.md](docs/benchmarks.md).\n"
+
+
+def spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{min(values):.2f} to {max(values):.2f}, median {median(values):.2f} ({len(values)} cases)"
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "compare-smollm2.json": compare_section,
+    "step-cpu.json": step_section,
+}
 
 
 def measured() -> str:
     """The section's text, from whatever results are committed."""
-    parts = []
-    for name, section in SECTIONS.items():
-        path = RESULTS / name
-        if path.exists():
-            parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
-    return "\n" + "\n".join(parts) + "\n"
+    parts = [section(read(RESULTS / name)) for name, section in SECTIONS.items() if (RESULTS / name).exists()]
+    others = {bench: RESULTS / f"{bench}-cpu.json" for bench in KINDS if bench != "step"}
+    parts.append(rest_section({bench: read(path) for bench, path in others.items() if path.exists()}))
+    return "\n" + "\n".join(filter(None, parts)) + "\n"
 
 
 def updated(readme: str) -> str:
@@ -79,17 +154,171 @@ def updated(readme: str) -> str:
     return before + BEGIN + measured() + END + after
 
 
+# ------------------------------------------------------------------------------ docs/benchmarks.md
+
+
+def lowrank_page(results: dict[str, Any]) -> str:
+    peaks = results["peaks"]
+    roofs = ", ".join(f"{v:.3g} TFLOP/s {k.removeprefix('tflops_')}" for k, v in peaks.items() if k != "gbs_copy")
+    text = (
+        "Forward and backward of one layer, the gradient of its input included. *overhead*: (this − frozen) / "
+        "(rival − frozen), the rival being PEFT with its defaults, or the authors' CURLoRA. TFLOP/s and GB/s count "
+        "what the layer cannot do without, the same for every provider; *of peak* is the time at the machine's own "
+        f"measured peaks ({roofs}; copies at {peaks['gbs_copy']:.3g} GB/s) over the time taken.\n"
+    )
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        key = tuple(row[k] for k in ("models", "projection", "M", "N", "K", "R", "dtype", "dropout", "method"))
+        groups.setdefault(key, []).append(row)
+    columns = ["provider", "fwd ms", "bwd ms", "both ms", "±", "× frozen", "× rival", "overhead", "peak MiB"]
+    columns += ["saved MiB", "TFLOP/s", "GB/s", "of peak"]
+    from .lowrank import text_rows
+
+    for (models, projection, M, N, K, R, dtype, dropout, method), rows in groups.items():
+        title = f"{models} {projection}, M={M} N={N} K={K} R={R}, {dtype}, {method}"
+        title += f", dropout {dropout:g}" if method == "lora" else ""
+        text += f"\n**{title}**\n\n" + markdown(columns, text_rows(rows))
+    return text
+
+
+def step_page(results: dict[str, Any]) -> str:
+    batch = "×".join(map(str, results["batch"]))
+    rows = [
+        [
+            name,
+            number(row["median"], 3),
+            number(row["spread"], 3),
+            number(row["times_frozen"]),
+            number(row.get("tflops"), 3),
+            number(row.get("share_of_peak")),
+        ]
+        for name, row in results["seconds"].items()
+    ]
+    shares = ", ".join(f"{number(share)} at dropout {p}" for p, share in results["overhead_over_peft"].items())
+    text = f"{results['model']}, {batch} tokens, forward and backward. TFLOP/s of the frozen layers' own products.\n\n"
+    text += markdown(["provider", "seconds", "±", "× frozen", "TFLOP/s", "of peak"], rows)
+    return text + (f"\nOur overhead / PEFT's: {shares}.\n" if shares else "")
+
+
+def penalty_page(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            number(row["median"] * 1e3),
+            number(row["spread"] * 1e3),
+            f"{100 * row['share_of_step']:.1f} %",
+            number(row.get("times_authors"), 1) if name.startswith("NullSpace") else "-",
+            number(row["bytes_held"] / MIB, 1) if "bytes_held" in row else "-",
+        ]
+        for name, row in results["seconds"].items()
+    ]
+    columns = ["value and gradient", "ms", "±", "of a step", "× faster than the authors' loop", "held MiB"]
+    return f"{results['model']}.\n\n" + markdown(columns, rows)
+
+
+def memory_page(results: dict[str, Any]) -> str:
+    def mib(value: int | None, digits: int = 1) -> str:
+        return "-" if value is None else f"{value / MIB:.{digits}f}"
+
+    rows = [
+        [name, *(mib(row[key]) for key in ("saved_bytes", "peak_bytes", "peak_rss"))]
+        for name, row in results["step"].items()
+    ]
+    batch = "×".join(map(str, results["batch"]))
+    text = (
+        f"{results['model']}, {batch} tokens. Saved: distinct storages packed for the backward pass, weights left out. "
+        "Peak: of torch's allocator, above what was held before the step; RSS: of a fresh process, likewise.\n\n"
+    )
+    text += markdown(["whole step", "saved MiB", "peak MiB", "peak RSS MiB"], rows) + "\n"
+    rows = [
+        [
+            row["case"],
+            f"{row['method']}, dropout {row['dropout']:g}",
+            row["provider"],
+            mib(row["saved_bytes"], 3),
+            number(row["saved_over_rival"]),
+            mib(row["peak_bytes"], 3),
+        ]
+        for row in results["layers"]
+    ]
+    return text + markdown(["layer", "method", "provider", "saved MiB", "/ rival's", "peak MiB"], rows)
+
+
+def dispatch_page(results: dict[str, Any]) -> str:
+    rows = [
+        [name, number(row["median"] * 1e6, 1), number(row["spread"] * 1e6, 1), number(row["times_bare"])]
+        for name, row in results["seconds"].items()
+    ]
+    return "Forward and backward of one tiny layer, one thread.\n\n" + markdown(["provider", "µs", "±", "× bare"], rows)
+
+
+PAGES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "step": ("One training step", step_page),
+    "lowrank": ("One layer", lowrank_page),
+    "penalty": ("Penalties", penalty_page),
+    "memory": ("Memory", memory_page),
+    "dispatch": ("Dispatch", dispatch_page),
+}
+HEAD = """# Benchmarks
+
+Written by `python -m bench tables` from the JSON in `bench/results`; change nothing here by hand. Providers of one
+table ran interleaved in one process, one call of each per round: times are medians, ± the median absolute deviation.
+Compare within a table, never across machines. "-style" rows are our own rewriting of that project's schedule, on this
+machine's BLAS; each provider is proved equal to the reference in `tests/test_bench.py`.
+"""
+
+
+def page() -> str:
+    """docs/benchmarks.md"""
+    text = HEAD
+    for bench, (title, write) in PAGES.items():
+        text += f"\n## {title}\n"
+        paths = results_of(bench)
+        if not paths:
+            text += f"\nNot measured yet: `python -m bench {bench}`.\n"
+        for path in paths:
+            data = read(path)
+            command = data.get("command", f"python -m bench {bench}")
+            text += f"\n`{command}`; {where(data)}; `bench/results/{path.name}`.\n\n"
+            text += write(data)
+            for note in data.get("notes", []):
+                text += f"\nNote: {note}\n"
+            for image in images(path):
+                text += f"\n![{title}](images/{image.name})\n"
+    if not any(not path.stem.endswith("-cpu") for bench in PAGES for path in results_of(bench)):
+        text += (
+            "\n## On GPUs\n\nNothing has been measured on a GPU yet: these tables have no GPU rows. "
+            "`python -m bench gpu` on a CUDA machine fills\nthem in at most ten minutes, correctness checks first.\n"
+        )
+    return text
+
+
+def images(path: Path) -> list[Path]:
+    return sorted((PAGE.parent / "images").glob(f"bench-{path.stem}*.png"))
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    parser = argparse.ArgumentParser(prog="forgetless bench tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the files are up to date")
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
-    fresh = updated(text)
+    stale = []
+    for path, write in ((README, updated), (PAGE, lambda _: page())):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        fresh = write(text)
+        if fresh == text:
+            continue
+        stale.append(path.name)
+        if not options.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(fresh, encoding="utf-8")
     if options.check:
-        if fresh != text:
-            print("README.md is not what python -m bench.tables writes", file=sys.stderr)
-        return int(fresh != text)
-    README.write_text(fresh, encoding="utf-8")
+        for name in stale:
+            print(f"{name} is not what python -m bench tables writes", file=sys.stderr)
+        return int(bool(stale))
+    print(f"written: {', '.join(stale) or 'nothing, all is up to date'}")
     return 0
 
 

@@ -196,7 +196,7 @@ def _without_descriptors() -> Iterator[None]:
 
 
 STORE = re.compile(r"\bst(?:\.\w+)*?\.global(?:\.[A-Za-z:_]+)*?(?:\.v(\d))?\.[bfu](\d+)")
-BULK_STORE = re.compile(r"\bst(?:\.\w+)*?\.global(?:\.[A-Za-z:_]+)*?(?:\.v(\d))?\.[bfu](\d+)")
+BULK_STORE = re.compile(r"cp\.async\.bulk\.tensor\.\S*global\.shared")
 
 
 def _usage(kernel, launch: dict) -> dict:

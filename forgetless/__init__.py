@@ -7,6 +7,7 @@ loss = model(**batch).loss + fl.penalty(model)
 
 from . import methods, ops, penalties
 from .calibrate import calibrate
+from .consolidate import consolidate
 from .io import load, save
 from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
 from .model import adapt, adapters, drift, explain, merge, penalty, remove
@@ -35,6 +36,7 @@ __all__ = [
     "adapt",
     "adapters",
     "calibrate",
+    "consolidate",
     "drift",
     "explain",
     "load",

@@ -62,13 +62,17 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     for name, layer in found.items():
         layers[name] = {"in_features": layer.in_features, "out_features": layer.out_features}
         if isinstance(layer.adapter, LoRAAdapter):
-            for factor, key in _peft_keys(name).items():
-                tensors[key] = getattr(layer.adapter, factor)
+            # consolidated tasks follow as further ranks: on the original base PEFT computes the whole change
+            down = torch.cat([layer.adapter.down.detach().cpu(), *(down.cpu() for down, _ in layer.folded)])
+            up = torch.cat([layer.adapter.up.detach().cpu(), *(up.cpu() for _, up in layer.folded)], dim=1)
+            tensors.update(zip(_peft_keys(name).values(), (down, up), strict=True))
         else:
             for key, tensor in _own_tensors(layer).items():
                 tensors[f"{name}.{key}"] = tensor
+            for index, factors in enumerate(layer.folded):
+                tensors.update(zip(_folded_keys(name, index), factors, strict=True))
         if isinstance(layer.adapter, CURLoRAAdapter):
-            layers[name]["weight_sha256"] = weight_hash(layer.weight)
+            layers[name]["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(layer.weight)
         for index, penalty in enumerate(layer.adapter.penalty_states()):
             for key, tensor in penalty.state_dict().items():
                 state[f"{name}.{index}.{key}"] = tensor
@@ -77,6 +81,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "method": method.to_json(),
         "layers": layers,
+        "consolidated": len(next(iter(found.values())).folded),
         "sha256": {WEIGHTS: hashlib.sha256(weights).hexdigest()},
     }
     files = {WEIGHTS: weights, CONFIG: _json(_peft_config(model, found, method))}
@@ -117,6 +122,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         and isinstance(ours.get("method"), dict)
     ):
         raise ValueError(f"{folder / OURS}: damaged, wants method, layers and sha256")
+    count = ours.get("consolidated", 0)
+    if type(count) is not int or count < 0:
+        raise ValueError(f"{folder / OURS}: consolidated is {count!r}, wants a count")
     method = Method.from_json(ours["method"])
     tensors = _read_tensors(folder / WEIGHTS, digests.get(WEIGHTS))
     state = _read_tensors(folder / STATE, digests[STATE]) if STATE in digests else {}
@@ -135,12 +143,16 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             )
     adapt(model, method, list(layers))
     try:
+        folded = {name: _take_folded(tensors, layer, count) for name, layer in adapters(model).items()}
         filled = _fill(model, tensors, state)
         for target, tensor in filled:
             target.copy_(tensor)
-        for layer in adapters(model).values():
+        for name, layer in adapters(model).items():
             if isinstance(layer.adapter, CURLoRAAdapter):
                 layer.adapter.gather(site_of(layer.name, layer.base).weight)
+                layer.adapter.weight_sha256 = layers[name].get("weight_sha256")
+            for factors in folded[name]:
+                layer.fold(factors)
     except Exception:
         from .model import remove
 
@@ -160,6 +172,31 @@ def _find(model: nn.Module, names: Any, folder: Path) -> dict[str, nn.Module]:
 
 def _own_tensors(layer: AdaptedLinear) -> dict[str, Tensor]:
     return {key: value for key, value in layer.adapter.state_dict().items() if not key.startswith("penalties.")}
+
+
+def _folded_keys(name: str, index: int) -> tuple[str, str]:
+    return f"{name}.folded.{index}.down", f"{name}.folded.{index}.up"
+
+
+def _take_folded(tensors: dict[str, Tensor], layer: AdaptedLinear, count: int) -> list[tuple[Tensor, Tensor]]:
+    """The factors of ``count`` consolidated tasks, taken out of ``tensors``, checked against the layer."""
+    N, K = layer.out_features, layer.in_features
+    device = layer.weight.device
+    if not isinstance(layer.adapter, LoRAAdapter):
+        found = []
+        for index in range(count):
+            keys = _folded_keys(layer.name, index)
+            R = layer.adapter.factors()[0].shape[0]
+            like = dict(zip(keys, (torch.empty(R, K), torch.empty(N, R)), strict=True))
+            found.append(tuple(tensor.to(device) for _, tensor in _take(tensors, like, WEIGHTS)))
+        return found  # type: ignore[return-value]
+    R = layer.adapter.down.shape[0]
+    a, b = _peft_keys(layer.name).values()
+    like = {a: torch.empty((1 + count) * R, K), b: torch.empty(N, (1 + count) * R)}
+    (_, down), (_, up) = _take(tensors, like, WEIGHTS)
+    downs, ups = down.split(R), [part.contiguous() for part in up.split(R, dim=1)]
+    tensors[a], tensors[b] = downs[0], ups[0]
+    return [(d.to(device), u.to(device)) for d, u in zip(downs[1:], ups[1:], strict=True)]
 
 
 def _peft_keys(name: str) -> dict[str, str]:
@@ -209,16 +246,18 @@ def _peft_config(model: nn.Module, found: dict[str, AdaptedLinear], method: Meth
     if not isinstance(first.adapter, LoRAAdapter):
         return {"peft_type": method.name.upper(), "base_model_name_or_path": base}
     alpha = getattr(method, "alpha", None)
-    alpha = first.adapter.scale * first.adapter.down.shape[0] if alpha is None else alpha
+    rslora = bool(getattr(method, "rslora", False)) and not first.folded
+    if alpha is None or first.folded:  # more ranks, the same scale
+        alpha = first.adapter.scale * first.adapter.down.shape[0] * (1 + len(first.folded))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "r": first.adapter.down.shape[0],
+        "r": first.adapter.down.shape[0] * (1 + len(first.folded)),
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": first.adapter.dropout,
-        "use_rslora": bool(getattr(method, "rslora", False)),
+        "use_rslora": rslora,
         "fan_in_fan_out": first.transposed,
         "bias": "none",
         "init_lora_weights": True,

@@ -72,6 +72,7 @@ class AdaptedLinear(nn.Module):
         self.name = name
         self.transposed = is_conv1d(base)
         self.trace: Trace | None = None
+        self.folded: list[tuple[Tensor, Tensor]] = []  # (down, up) of tasks that are in the weight already
         self.group: Group | None = None  # siblings that get the same x
         self.needs_hidden = any(state.needs_hidden for state in adapter.penalty_states())
 
@@ -107,6 +108,8 @@ class AdaptedLinear(nn.Module):
         assert group is not None
         if dropout > 0.0 or x.dim() < 2 or x.shape[-1] != weight.shape[1] or torch.compiler.is_compiling():
             return None  # each sibling has a dropout mask of its own; nonsense is refused by the op
+        if x.is_inference() or up.is_inference():
+            return None  # a change of them could not be seen
         device = x.device.type
         bias = self.bias
         autocast = torch.is_autocast_enabled(device)
@@ -126,8 +129,8 @@ class AdaptedLinear(nn.Module):
             if run is None:
                 return None
             alias, parts = project_stacked(rows, downs, self.adapter.scale, run)
-            waiting = {id(member): p for member, p in zip(group.members, parts, strict=True)}
-            part = waiting.pop(id(self))
+            waiting = dict(zip(group.members, parts, strict=True))
+            part = waiting.pop(self)
             group.offer(x, alias, waiting)
         else:
             alias, part = taken
@@ -160,9 +163,28 @@ class AdaptedLinear(nn.Module):
 
     def delta(self) -> Tensor:  # (N, K) float32, or float64
         """scale * up @ down in at least float32, as ``fl.merge`` adds it."""
-        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-            down, up = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in self.adapter.factors())
-            return self.adapter.scale * (up @ down)
+        return self._delta(*self.adapter.factors())
+
+    def _delta(self, down: Tensor, up: Tensor) -> Tensor:
+        down, up = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (down, up))
+        return self.adapter.scale * (up @ down)
+
+    @torch.no_grad()
+    def fold(self, factors: tuple[Tensor, Tensor] | None = None) -> float:
+        """Add the update (or that of earlier ``factors``) to the frozen weight, rounded once, and keep its factors.
+
+        Returns:
+            What rounding lost: ||W_new - (W_old + delta)|| / ||delta||, 0 for no update.
+        """
+        down, up = (t.detach().clone() for t in factors or self.adapter.factors())
+        with torch.autocast(self.weight.device.type, enabled=False):
+            delta = self._delta(down, up)
+        weight = self.weight.T if self.transposed else self.weight
+        exact = weight.to(delta.dtype) + delta
+        weight.copy_(exact.to(weight.dtype))
+        self.folded = [*self.folded, (down, up)]
+        size = delta.norm()
+        return ((weight.to(delta.dtype) - exact).norm() / size).item() if size > 0 else 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "trace": None}  # a graph can be neither copied nor pickled

@@ -183,6 +183,13 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: no adapters; an adapter holds NaN or Inf; a weight is shared with another module (a tied
             embedding), which merging would change too. Nothing is changed then.
     """
+    for layer in check_foldable(model, "merged").values():
+        layer.fold()
+    return remove(model)
+
+
+def check_foldable(model: nn.Module, done: str) -> dict[str, AdaptedLinear]:
+    """The adapted layers, if all updates can go into their weights; ValueError otherwise (``done``: for its text)."""
     found = _adapters(model)
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -190,17 +197,11 @@ def merge(model: nn.Module) -> nn.Module:
             owners.setdefault(id(p), []).append(name)
     for name, layer in found.items():
         if not all(torch.isfinite(p).all() for p in layer.adapter.parameters()):
-            raise ValueError(f"the adapter of {name} holds NaN or Inf; nothing was merged")
+            raise ValueError(f"the adapter of {name} holds NaN or Inf; nothing was {done}")
         others = [other for other in owners[id(layer.weight)] if other != f"{name}.base"]
         if others:
-            raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them before merging")
-    with torch.no_grad():
-        for layer in found.values():
-            delta = layer.delta()
-            weight = layer.weight
-            delta = delta.T if layer.transposed else delta
-            weight.copy_((weight.to(delta.dtype) + delta).to(weight.dtype))
-    return remove(model)
+            raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them first; nothing was {done}")
+    return found
 
 
 def remove(model: nn.Module) -> nn.Module:

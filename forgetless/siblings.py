@@ -68,13 +68,12 @@ class Group:
         waiting: _Waiting | None = self._local.__dict__.get("waiting")
         if waiting is None or id(member) not in waiting.parts:
             return None
-        part = waiting.parts.pop(id(member))
-        alias = waiting.alias
+        part, state = waiting.parts.pop(id(member))
         if not waiting.parts:
             self._local.waiting = None
         held = waiting.x()
-        if held is x and waiting.version == x._version and waiting.grad == torch.is_grad_enabled():
-            return alias, part
+        if held is x and state == _state(x, member.adapter.down):
+            return waiting.alias, part
         if held is not None and held is not x:
             # Projected along for nothing. From now on it goes its own way, with those that wait like it.
             left = [other for other in self.members if other is member or id(other) in waiting.parts]
@@ -85,9 +84,10 @@ class Group:
                 other.group = group
         return None
 
-    def offer(self, x: Tensor, alias: Tensor, parts: dict[int, Part]) -> None:
-        """Leave projections of x for the other members, by their ids."""
-        self._local.waiting = _Waiting(x, alias, parts) if parts else None
+    def offer(self, x: Tensor, alias: Tensor, parts: dict[Any, Part]) -> None:
+        """Leave projections of x for the other members."""
+        held = {id(member): (part, _state(x, member.adapter.down)) for member, part in parts.items()}
+        self._local.waiting = _Waiting(x, alias, held) if held else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members}
@@ -96,11 +96,16 @@ class Group:
         self.__init__(state["members"])  # type: ignore[misc]
 
 
+def _state(x: Tensor, down: Tensor) -> Any:
+    """What must be the same when a projection is picked up as when it was made."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return x._version, id(down), down._version, torch.is_grad_enabled(), autocast
+
+
 class _Waiting:
-    def __init__(self, x: Tensor, alias: Tensor, parts: dict[int, Part]):
+    def __init__(self, x: Tensor, alias: Tensor, parts: dict[int, tuple[Part, Any]]):
         self.x = weakref.ref(x)
-        self.version = x._version
-        self.grad = torch.is_grad_enabled()
         self.alias = alias
         self.parts = parts
 

@@ -129,18 +129,22 @@ def test_leaving_out_logits_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert trimmed.loss == pytest.approx(whole.loss, rel=1e-4)
 
 
-def test_batches_use_every_row_equally_and_pad_little() -> None:
+def test_batches_use_every_row_once_an_epoch() -> None:
     rows = [{"input_ids": [0] * (1 + i % 7), "labels": [i] * (1 + i % 7)} for i in range(24)]
-    ordered = in_batches(rows, size=4, count=12, seed=3)
-    names = [row["labels"][0] for row in ordered]
-    assert sorted(names) == sorted(2 * list(range(24)))
-    assert names != [row["labels"][0] for row in in_batches(rows, 4, 12, 4)]
-    assert len(in_batches(rows[:2], size=4, count=3, seed=0)) == 12  # fewer rows than a batch: they come again
+
+    def names(order: list[dict[str, list[int]]]) -> list[int]:
+        return [row["labels"][0] for row in order]
 
     def padded(order: list[dict[str, list[int]]]) -> int:
         return sum(4 * max(len(r["input_ids"]) for r in order[i : i + 4]) for i in range(0, 48, 4))
 
-    assert padded(ordered) < padded(2 * rows)
+    plain = in_batches(rows, size=4, count=12, seed=3)
+    assert sorted(names(plain)[:24]) == sorted(names(plain)[24:]) == list(range(24))
+    assert names(plain)[:24] != names(plain)[24:]
+    assert names(plain) != names(in_batches(rows, 4, 12, 4)) and names(plain) == names(in_batches(rows, 4, 12, 3))
+    assert len(in_batches(rows[:2], size=4, count=3, seed=0)) == 12  # fewer rows than a batch: they come again
+    pooled = in_batches(rows, 4, 12, 3, pool=6)
+    assert sorted(names(pooled)) == sorted(names(plain)) and padded(pooled) < padded(plain)
 
 
 def test_nothing_to_learn_is_refused() -> None:

@@ -109,6 +109,10 @@ class Adapter(nn.Module):
         """Gradients of the parameters from those of the factors: ddown (S, R, K), dup (S, N, R), any S."""
         raise NotImplementedError
 
+    def restart(self, site: Site) -> None:
+        """Start again from no update, as ``fl.consolidate`` wants after folding; ``site`` has the new weight."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to start again")
+
     def attach(self, penalties: tuple[Penalty, ...], site: Site) -> None:
         for penalty in penalties:
             self.penalties.append(penalty.attach(self, site))

@@ -89,6 +89,8 @@ class CURLoRAAdapter(Adapter):
         self.register_buffer("columns", columns.to(device))
         self.register_buffer("down", torch.empty(0), persistent=False)
         self.register_buffer("lift", torch.empty(0), persistent=False)
+        #: of the weight C and R were taken from, once that has been changed by folding
+        self.weight_sha256: str | None = None
         self.gather(weight)
 
     def gather(self, weight: Tensor) -> None:
@@ -106,6 +108,10 @@ class CURLoRAAdapter(Adapter):
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def restart(self, site: Site) -> None:
+        self.core.zero_()  # C and R stay those of the first weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
         core = self.core.T if self.transposed else self.core

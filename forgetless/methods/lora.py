@@ -57,6 +57,11 @@ class LoRAAdapter(Adapter):
         self.up = nn.Parameter(torch.zeros(N, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
+    @torch.no_grad()
+    def restart(self, site: Site) -> None:
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.up.zero_()
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down, self.up
 

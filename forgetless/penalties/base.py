@@ -105,6 +105,17 @@ class PenaltyState(nn.Module):
     def end_statistics(self) -> None:
         """All data has been seen: normalise."""
 
+    def export_statistics(self) -> dict[str, Tensor]:
+        """Copies of what has been measured, for ``add_statistics`` after another calibration."""
+        return {}
+
+    def add_statistics(self, held: dict[str, Tensor]) -> None:
+        """Add what was measured earlier: several domains are kept at full strength each."""
+
+    def reset_caches(self) -> None:
+        """Buffers have been overwritten from outside."""
+        self.known_calibrated = False
+
     @property
     def calibrated(self) -> bool:
         """Whether ``value`` has the statistics it needs."""

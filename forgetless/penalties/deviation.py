@@ -160,6 +160,13 @@ class _SourceDeviation(PenaltyState):
     def end_statistics(self) -> None:
         self.covariance /= self.tokens.clamp(min=1)
 
+    def export_statistics(self) -> dict[str, Tensor]:
+        return {"covariance": self.covariance.clone(), "tokens": self.tokens.clone()}
+
+    def add_statistics(self, held: dict[str, Tensor]) -> None:
+        self.covariance += held["covariance"]
+        self.tokens += held["tokens"]
+
     @property
     def calibrated(self) -> bool:
         return bool(self.tokens > 0)

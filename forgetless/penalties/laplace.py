@@ -93,6 +93,19 @@ class _Laplace(PenaltyState):
         for name in self.names:
             getattr(self, f"fisher_{name}").div_(self.samples.clamp(min=1))
 
+    def export_statistics(self) -> dict[str, Tensor]:
+        names = [f"fisher_{name}" for name in self.names]
+        return {name: getattr(self, name).clone() for name in [*names, "samples"]}
+
+    def add_statistics(self, held: dict[str, Tensor]) -> None:
+        self.nonzero = None
+        for name, tensor in held.items():
+            getattr(self, name).add_(tensor)
+
+    def reset_caches(self) -> None:
+        super().reset_caches()
+        self.nonzero = None
+
     @property
     def calibrated(self) -> bool:
         return bool(self.samples > 0)

@@ -52,7 +52,7 @@ def evaluate(session: Session, adapted: bool) -> dict[str, Any]:
 
 
 def fingerprint(session: Session, plan: Plan | None, seed: int | None) -> str:
-    """What decides a row's numbers: the model's bits, the texts, the settings. Not the folder, nor the others."""
+    """What decides a row's numbers: code, machine, the model's bits, the texts, the settings; not the other rows."""
     options = session.options
     names = ["steps", "batch_size", "accumulate", "max_length", "dtype"]
     texts = {
@@ -63,7 +63,9 @@ def fingerprint(session: Session, plan: Plan | None, seed: int | None) -> str:
     }
     about: dict[str, Any] = {
         "schema": book.SCHEMA,
-        "version": book.versions()["forgetless"],
+        "versions": book.versions(),
+        "commit": (book.commit() or "").rstrip("+"),
+        "machine": book.machine(session.device),
         "model": session.checksum,
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
     }
@@ -93,6 +95,7 @@ def slug(label: str) -> str:
 def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui) -> None:
     """Adapt, calibrate, learn every task in a row and evaluate after each; fills ``row`` as it goes."""
     options, model = session.options, session.model
+    started = time.perf_counter()
     set_seed(seed)
     method = plan.seeded(seed)
     row |= {"label": plan.label, "seed": seed, "settings": plan.settings, "stages": [], "tasks": []}
@@ -124,6 +127,7 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
     row["stopped"] = row["tasks"][-1]["stopped"]
     row["seconds_per_step"] = statistics.median(t["seconds_per_step"] for t in row["tasks"])
     row["peak_mib"] = max(t["peak_mib"] for t in row["tasks"])
+    row["seconds"] = time.perf_counter() - started
     row["drift"] = _mean(row["stages"][-1]["drift"])
     book.derive(row, session.results["base"], *session.names)
 
@@ -212,6 +216,7 @@ def compare(options: CompareOptions, ui: Ui) -> dict[str, Any]:
                 if row["stopped"] == DIVERGED:
                     keep_adapter(session, row, ui)
                 put_back(session, plan.label)
+                row = book.plain(row)
                 book.dump(where, row)
                 found["rows"].append(row)
                 book.dump(path, found)

@@ -14,6 +14,8 @@ from .results import by_label, spread
 
 #: Okabe and Ito's palette: told apart by colour-blind readers, and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+#: Steps that a bold loss curve averages over; the thin one behind it does not.
+WINDOW = 5
 STYLES = ("-", "--", ":", "-.")
 Rows = dict[str, list[dict[str, Any]]]
 Value = Callable[[dict[str, Any]], float | None]
@@ -81,14 +83,11 @@ def _curves(axis: Any, groups: Rows, tasks: list[str]) -> None:
             runs = [row["tasks"][j]["loss"] for row in rows if j < len(row["tasks"])]
             length = max(map(len, runs), default=0)
             mean = [_mean_at(runs, step) for step in range(length)]
-            axis.plot(
-                range(start + 1, start + length + 1),
-                mean,
-                color=COLOURS[i % len(COLOURS)],
-                linestyle=STYLES[i // len(COLOURS) % len(STYLES)],
-                linewidth=1.4,
-                label=label if j == 0 else None,
-            )
+            colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+            steps = range(start + 1, start + length + 1)
+            axis.plot(steps, mean, color=colour, linewidth=0.7, alpha=0.35)
+            shown = label if j == 0 else None
+            axis.plot(steps, smooth(mean), color=colour, linestyle=style, linewidth=1.6, label=shown)
             start += length
             ends = ends if j < len(ends) else [*ends, start]
             ends[j] = max(ends[j], start)
@@ -99,8 +98,15 @@ def _curves(axis: Any, groups: Rows, tasks: list[str]) -> None:
             task, ((begin + end) / 2 + 0.5, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom"
         )
     axis.set_xlabel("optimizer step")
-    axis.set_ylabel("training loss, nats per token")
+    axis.set_ylabel(f"training loss, nats per token\n(bold: mean of {WINDOW} steps)")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean over up to WINDOW values around each one."""
+    half = WINDOW // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def _mean_at(runs: list[list[float | None]], step: int) -> float:

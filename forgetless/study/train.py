@@ -57,6 +57,7 @@ class TrainConfig:
     max_length: int = 96
     seed: int = 0
     snapshot_every: int = 5
+    pool: int = 1  # batches sorted by length together, see in_batches
 
 
 @dataclass(frozen=True)
@@ -236,22 +237,23 @@ def encode_for_training(examples: Sequence[Example], tokenizer: PreTrainedTokeni
     return encoded
 
 
-def in_batches(encoded: Encoded, size: int, count: int, seed: int) -> Encoded:
-    """``count`` batches of ``size`` rows in the order of training, rows of like length together.
+def in_batches(encoded: Encoded, size: int, count: int, seed: int, pool: int = 1) -> Encoded:
+    """``count`` batches of ``size`` rows in the order of training: a shuffled stream, epoch after epoch.
 
-    Rows come from a shuffled stream without end, epoch after epoch. A pool of eight batches at a time is sorted by
-    length, cut, and its batches are shuffled: little is padded, and short and long batches alternate.
+    With ``pool`` above 1 that many batches at a time are sorted by length, cut and shuffled: less is padded, but a
+    batch of short rows alone has another loss than one of long rows.
     """
     draw = random.Random(seed)
     stream: list[int] = []
     ordered: list[list[int]] = []
     while len(ordered) < count:
-        pool = min(8, count - len(ordered)) * size
-        while len(stream) < pool:
+        wanted = min(pool, count - len(ordered)) * size
+        while len(stream) < wanted:
             stream += draw.sample(range(len(encoded)), len(encoded))
-        rows = sorted(stream[:pool], key=lambda i: len(encoded[i]["input_ids"]))
-        del stream[:pool]
-        batches = [rows[i : i + size] for i in range(0, pool, size)]
+        rows, stream = stream[:wanted], stream[wanted:]
+        if pool > 1:
+            rows.sort(key=lambda i: len(encoded[i]["input_ids"]))
+        batches = [rows[i : i + size] for i in range(0, wanted, size)]
         draw.shuffle(batches)
         ordered += batches
     return [encoded[i] for batch in ordered for i in batch]
@@ -301,7 +303,9 @@ def train(
         trainer = PenaltyTrainer(
             model=model,
             args=_arguments(config, device, folder),
-            train_dataset=in_batches(encoded, config.batch_size, config.steps * config.accumulate, config.seed),
+            train_dataset=in_batches(
+                encoded, config.batch_size, config.steps * config.accumulate, config.seed, config.pool
+            ),
             data_collator=Collator(tokenizer),
             callbacks=[watch],
         )

@@ -1,0 +1,101 @@
+"""Consolidation: a task has been learnt; keep it, and make room for the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate import LossFunction, calibrate
+from .layers import AdaptedLinear, site_of
+from .methods.curlora import CURLoRAAdapter, weight_hash
+from .model import check_foldable
+
+
+@dataclass
+class Consolidation:
+    """What ``consolidate`` did.
+
+    Attributes:
+        rounding: layer name -> ||W_new - (W_old + delta)|| / ||delta||, what rounding to the weight's dtype lost of
+            the update; 0 for a layer whose update was zero.
+    """
+
+    rounding: dict[str, float]
+    _layers: dict[str, AdaptedLinear] = field(repr=False)
+    _before: dict[str, tuple[Tensor, dict[str, Tensor]]] | None = field(repr=False)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put weights, adapters and statistics back, bit for bit. Only after ``consolidate(..., undo=True)``.
+
+        Raises:
+            ValueError: nothing was kept, or it was undone already.
+        """
+        if self._before is None:
+            raise ValueError("nothing was kept to undo: call fl.consolidate(model, batches, undo=True)")
+        for name, (weight, state) in self._before.items():
+            layer = self._layers[name]
+            layer.weight.copy_(weight)
+            layer.folded = layer.folded[:-1]
+            layer.adapter.load_state_dict(state)
+            for penalty in layer.adapter.penalty_states():
+                penalty.reset_caches()
+        self._before = None
+
+
+def consolidate(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    loss: LossFunction | None = None,
+    on_batch: Callable[[int], None] | None = None,
+    undo: bool = False,
+) -> Consolidation:
+    """Fold the update of the finished task into the frozen weights and start afresh, with the task among the kept.
+
+    The update is added to the base (in float32, rounded once; the loss to rounding is measured), the adapters start
+    again from zero, the statistics of ``batches`` are added to those the penalties hold, and the penalties are
+    centred at the new start. The folded factors stay beside the adapter, so that ``fl.save`` still describes the
+    whole change of the original base model. Start a fresh optimiser afterwards: its moments belong to the old task.
+
+    Args:
+        model: an adapted model.
+        batches: of the finished task, as of ``fl.calibrate``; needed if a penalty asks for statistics.
+        loss, on_batch: as of ``fl.calibrate``.
+        undo: keep a copy of the weights and adapters, so that ``.undo()`` restores them bit for bit. (While it works,
+            consolidate holds such a copy in any case, so that a failure changes nothing.)
+
+    Raises:
+        ValueError: no adapters; an adapter holds NaN or Inf; a weight is tied to another module's; batches are
+            missing. Nothing is changed then.
+    """
+    found = check_foldable(model, "consolidated")
+    asking = [s for layer in found.values() for s in layer.adapter.penalty_states() if s.statistics]
+    if asking and batches is None:
+        title = type(asking[0].spec).__name__
+        raise ValueError(f"batches is missing: {title} needs statistics of the finished task")
+    before = {
+        name: (layer.weight.detach().clone(), {k: v.clone() for k, v in layer.adapter.state_dict().items()})
+        for name, layer in found.items()
+    }
+    held = [state.export_statistics() for state in asking]
+    rounding = {}
+    try:
+        for name, layer in found.items():
+            if isinstance(layer.adapter, CURLoRAAdapter) and layer.adapter.weight_sha256 is None:
+                layer.adapter.weight_sha256 = weight_hash(layer.weight)
+            rounding[name] = layer.fold()
+            layer.trace = None
+            layer.adapter.restart(site_of(name, layer.base))
+        if asking:
+            assert batches is not None
+            calibrate(model, batches, loss, on_batch)
+            for state, statistics in zip(asking, held, strict=True):
+                state.add_statistics(statistics)
+    except BaseException:
+        Consolidation({}, {name: found[name] for name in rounding}, {n: before[n] for n in rounding}).undo()
+        raise
+    return Consolidation(rounding, found, before if undo else None)
