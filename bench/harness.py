@@ -258,7 +258,7 @@ def saved_bytes(forward: Callable[[], Any], modules: Sequence[nn.Module] = ()) -
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # t itself may hold the graph that holds it: a cycle that is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = forward()  # held until the count is taken: a freed storage's address would be used again

@@ -48,10 +48,6 @@ SHAPES: dict[str, Shape] = {
 CPU = ("smollm2.q", "smollm2.up", "gpt2.qkv", "qwen2.5.k", "llama3.q")
 GPU = ("llama3.q", "llama3.k", "llama3.up", "llama3.down", "qwen2.5.up")
 
-#: (count in one layer, shape): all linear layers of SmolLM2-135M, 30 times.
-SMOLLM2_LAYER = (("smollm2.q", 2), ("smollm2.k", 2), ("smollm2.up", 2), ("smollm2.down", 1))
-SMOLLM2_LAYERS = 30
-
 
 def bytes_needed(shape: Shape, M: int, dtype: torch.dtype) -> int:
     """A generous guess of what all providers of one case hold at once: float32 copies of x, and dense updates."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from forgetless_bench import dispatch, lowrank
 from forgetless_bench.harness import RESULTS, interleave, machine, tag
 
@@ -28,12 +29,12 @@ def committed(bench: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def here(results: dict[str, Any]) -> None:
-    """Skip unless the results are of a machine like this one."""
+def here(results: dict[str, Any], *more: str) -> None:
+    """Skip unless the results are of a machine like this one; ``more`` names what else must agree."""
     if not results:
         pytest.skip("no committed results for this kind of machine; run: python -m bench all")
     now, then = machine(), results["machine"]
-    for key in ("processor", "gpu", "cores"):
+    for key in ("processor", "gpu", "cores", *more):
         if now[key] != then[key]:
             pytest.skip(f"the committed results are of another machine: {key} {then[key]}, here {now[key]}")
 
@@ -47,11 +48,13 @@ def layer_cases() -> list[Any]:
 
 @pytest.mark.parametrize("row", layer_cases())
 def test_layer(benchmark: Any, row: dict[str, Any]) -> None:
-    here(committed("lowrank"))
+    here(committed("lowrank"), "threads")
     case = lowrank.Case(row["case"], row["M"], row["R"], getattr(torch, row["dtype"]), row["dropout"], row["method"])
     made, _ = lowrank.layers(case, DEVICE, compiled=False)
     runs = {name: made[name].both for name in ("frozen", "forgetless")}
-    ratio = best(lambda: over(interleave(runs, 7, 2, None, DEVICE), "forgetless", "frozen"), row["both"]["times_frozen"])
+    ratio = best(
+        lambda: over(interleave(runs, 7, 2, None, DEVICE), "forgetless", "frozen"), row["both"]["times_frozen"]
+    )
     benchmark.extra_info["times_frozen"] = ratio
     benchmark.pedantic(runs["forgetless"], rounds=5)
     assert ratio <= WORSE * row["both"]["times_frozen"]

@@ -7,13 +7,14 @@ bit mask that is rebuilt from the seed and thrown away.
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .reference import LEVELS, MIX_1, MIX_2, drop_threshold, mask_keys
+from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, mix
 
 # Hash words made at a time: both scratch arrays stay in a core's cache.
 _CHUNK = 1 << 17
@@ -24,22 +25,45 @@ _last = threading.local()
 
 def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16, -1 keep, 0 drop
     """``reference.keep_mask`` as all-ones or all-zeros words, so that one bitwise AND drops a 16-bit number."""
-    row, pair = mask_keys(seed, M, K)
-    width = pair.shape[1]
-    bits = torch.empty(M, width, dtype=torch.int32, device=seed.device)
+    device = seed.device
+    width = (K + 1) // 2
+    row = _mixed(_numbers(M, 0, device) ^ seed[0])[:, None]
+    pair = _mixed(_numbers(width, PAIRS, device) ^ seed[1])[None, :]
+    low, keep = _scalar(LEVELS - 1, torch.int16, device), _scalar(drop_threshold(p) - 1, torch.int16, device)
+    by_fifteen = _scalar(15, torch.int16, device)
+    bits = torch.empty(M, width, dtype=torch.int32, device=device)
     step = max(1, _CHUNK // max(width, 1))
-    scratch = torch.empty(min(step, M), width, dtype=torch.int32, device=seed.device)
+    scratch = torch.empty(min(step, M), width, dtype=torch.int32, device=device)
     for start in range(0, M, step):
         word = bits[start : start + step]
-        shifted = scratch[: word.shape[0]]
         torch.add(row[start : start + step], pair, out=word)
-        word.bitwise_xor_(torch.bitwise_right_shift(word, 16, out=shifted)).mul_(MIX_1)
-        word.bitwise_xor_(torch.bitwise_right_shift(word, 15, out=shifted)).mul_(MIX_2)
-        word.bitwise_xor_(torch.bitwise_right_shift(word, 16, out=shifted))
+        _mixed(word, scratch[: word.shape[0]])
         half = word.view(torch.int16)
         # kept iff half >= threshold, i.e. threshold - 1 - half is negative: its sign, spread over the word
-        half.bitwise_and_(LEVELS - 1).neg_().add_(drop_threshold(p) - 1).bitwise_right_shift_(15)
+        half.bitwise_and_(low)
+        torch.sub(keep, half, out=half).bitwise_right_shift_(by_fifteen)
     return bits.view(torch.int16)[:, :K]
+
+
+def _mixed(v: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """``reference.mix`` in place, the scalars in the dtype of v: a Python number would be converted every time."""
+    device, dtype = v.device, torch.int32
+    sixteen, fifteen = _scalar(16, dtype, device), _scalar(15, dtype, device)
+    scratch = torch.empty_like(v) if scratch is None else scratch
+    v.bitwise_xor_(torch.bitwise_right_shift(v, sixteen, out=scratch)).mul_(_scalar(MIX_1, dtype, device))
+    v.bitwise_xor_(torch.bitwise_right_shift(v, fifteen, out=scratch)).mul_(_scalar(MIX_2, dtype, device))
+    return v.bitwise_xor_(torch.bitwise_right_shift(v, sixteen, out=scratch))
+
+
+@functools.cache
+def _scalar(value: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(count: int, salt: int, device: torch.device) -> Tensor:
+    """mix(0 ^ salt), mix(1 ^ salt), ..: what of the keys does not depend on the seed."""
+    return mix(torch.arange(count, dtype=torch.int32, device=device) ^ salt)
 
 
 def _drop_(x: Tensor, bits: Tensor) -> Tensor:
@@ -55,6 +79,11 @@ def _dropped(x: Tensor, bits: Tensor) -> Tensor:
     if x.element_size() == 2 and x.is_contiguous():
         return torch.bitwise_and(x.view(torch.int16), bits).view(x.dtype)
     return _drop_(x.clone(memory_format=torch.contiguous_format), bits)
+
+
+def forget_mask() -> None:
+    """The backward pass is over: nothing of the input's size stays behind."""
+    _last.__dict__.pop("mask", None)
 
 
 def project(
@@ -85,7 +114,7 @@ def matmul_lowrank(
     if seed is None or p == 0.0:
         return linear(x, weight, bias).addmm_(h, up.T)
     bits = keep_bits(seed, p, x.shape[0], weight.shape[0])
-    _last.mask = (seed, p, bits)
+    _last.mask = (seed, seed._version, p, bits)
     y = _drop_(h @ up.T, bits)  # the low-rank term first: the big product then accumulates onto it in place
     if bias is not None:
         y.add_(bias)
@@ -101,8 +130,8 @@ def outer(
 ) -> Tensor:  # (R, K), dtype given or that of x
     """g.T @ drop(x), summed over the M rows"""
     if seed is not None and p > 0.0:
-        last_seed, last_p, bits = _last.__dict__.pop("mask", (None, 0.0, None))
-        if last_seed is not seed or last_p != p or bits.shape != x.shape:
+        last_seed, version, last_p, bits = _last.__dict__.pop("mask", (None, 0, 0.0, None))
+        if last_seed is not seed or version != seed._version or last_p != p or bits.shape != x.shape:
             bits = keep_bits(seed, p, *x.shape)
         x = _dropped(x, bits)
     return (g.T @ x).to(dtype or x.dtype)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -95,7 +95,8 @@ def _forward(
     arguments = (x, weight, down, up, bias, scale / (1.0 - p), p, seed)
     run = module_for(x.device, x.dtype)
     if run is not _kernels or _kernels is None:
-        return run.linear_lowrank(*arguments)
+        with exact_products(x.device.type):
+            return run.linear_lowrank(*arguments)
     wanted = _problem("forward", x, weight, down)
     kernels = _kernels
     return _planned(
@@ -156,6 +157,11 @@ def checkable(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
+def exact_products(device: str) -> Any:
+    """Autocast has done its work at the door; inside, products stay in the dtype they are written in."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _given(results: Any) -> list[Tensor]:
     return [t for t in results if t is not None]
 
@@ -178,7 +184,8 @@ def _backward(
     arguments = (dy, dh, x, weight, down, up, h, seed, scale / (1.0 - p), p, need, down_dtype, up_dtype)
     run = module_for(dy.device, dy.dtype)
     if run is not _kernels or _kernels is None:
-        return _gradients(run, "split", *arguments)
+        with exact_products(dy.device.type):
+            return _gradients(run, "split", *arguments)
     return _planned(
         _problem("backward", dy, weight, down),
         dy.device,
@@ -225,6 +232,8 @@ def _gradients(
     if need[2]:
         assert x is not None and g is not None
         ddown = run.outer(g, x, p, seed, down_dtype)
+    if run is blas and p > 0.0:
+        blas.forget_mask()
     if need[1]:
         assert x is not None
         dweight = dy.T @ x
@@ -248,6 +257,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], h: Tensor, dtypes: tuple[torch.dtyp
     ctx.rest = scale, p, ctx.need, *dtypes
 
 
+def refuse_second_derivative() -> None:
+    """With create_graph the results would look differentiable and be constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("forgetless has no second derivative: call backward without create_graph, once per forward")
+
+
 # ---------------------------------------------------------------------------------------- eager
 
 
@@ -264,8 +279,8 @@ class _LowrankLinear(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         x, weight, down, up, h, seed = ctx.saved_tensors
         if dy is None:
             if dh is None:
@@ -336,7 +351,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, down, up, h, seed = ctx.saved_tensors
     if dy is None:
-        assert dh is not None
+        if dh is None:
+            return (None,) * 8
         dy = dh.new_zeros(dh.shape[0], weight.shape[0])
     grads = torch.ops.forgetless.lowrank_linear_backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
     wanted = [grad if need else None for grad, need in zip(grads, ctx.need, strict=True)]
@@ -388,7 +404,7 @@ def lowrank_linear(
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
     _check(x, weight, down, up, bias, scale, dropout, seed)
-    dropout = reference.drop_threshold(dropout) / reference.LEVELS
+    dropout = min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS
     if dropout == 0.0:
         seed = None
     elif seed is None:

@@ -20,12 +20,14 @@ from torch import Tensor
 # Multipliers of the two-round 32-bit integer hash "lowbias32" (C. Wellons, hash-prospector), as signed integers.
 MIX_1 = 0x7FEB352D
 MIX_2 = 0x846CA68B - (1 << 32)
+# Sets the numbers of column pairs apart from those of rows: 2**32 over the golden ratio, as a signed integer.
+PAIRS = 0x9E3779B9 - (1 << 32)
 #: Keep probabilities are quantised to multiples of 2**-15: the hash gives 15 usable bits per element.
 LEVELS = 1 << 15
 
 
 def mix(v: Tensor) -> Tensor:
-    """Hash int32 to int32. Shifts are arithmetic, as int32 shifts are in torch and in Triton alike."""
+    """Hash int32 to int32. Shifts are arithmetic, as int32 shifts are in torch and in Triton: so mix(~v) == mix(v)."""
     v = (v ^ (v >> 16)) * MIX_1
     v = (v ^ (v >> 15)) * MIX_2
     return v ^ (v >> 16)
@@ -49,7 +51,7 @@ def keep_mask(
     """
     row, pair = mask_keys(seed, M, K)
     word = mix(row + pair)
-    half = torch.stack((word, word >> 16), dim=-1).view(M, -1)[:, :K]
+    half = torch.stack((word, word >> 16), dim=-1).flatten(1)[:, :K]
     return (half & (LEVELS - 1)) >= drop_threshold(p)
 
 
@@ -57,8 +59,8 @@ def mask_keys(seed: Tensor, M: int, K: int) -> tuple[Tensor, Tensor]:  # (M, 1) 
     """Well mixed keys of the rows and of the column pairs; their sum is hashed once more per element."""
     rows = torch.arange(M, dtype=torch.int32, device=seed.device)
     pairs = torch.arange((K + 1) // 2, dtype=torch.int32, device=seed.device)
-    row = mix(mix(rows + seed[0]) + seed[1])
-    pair = mix(mix(pairs + seed[1]) + seed[0])
+    row = mix(mix(rows) ^ seed[0])
+    pair = mix(mix(pairs ^ PAIRS) ^ seed[1])
     return row[:, None], pair[None, :]
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import blas, reference
+from .ops import refuse_second_derivative
 
 #: h (M, R) of one sibling, scale * down (R, K) in the dtype of x, and the backend
 Part = tuple[Tensor, Tensor, ModuleType]
@@ -155,8 +156,8 @@ class _ProjectStacked(torch.autograd.Function):
         return (x, *run.project(x, stacked).split(ctx.ranks, dim=1))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dx: Tensor | None, *dhs: Tensor | None) -> tuple[Any, ...]:
+        refuse_second_derivative()
         x, stacked = ctx.saved_tensors
         like = next((t for t in (*dhs, dx) if t is not None), None)
         if like is None:
@@ -194,8 +195,8 @@ class _AddLowrank(torch.autograd.Function):
         return run.matmul_lowrank(x, weight, h, up, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         x, weight, h, up, down = ctx.saved_tensors
         need_x, need_weight, need_h, need_up, need_bias = ctx.needs_input_grad[:5]
         run = ctx.run

@@ -197,7 +197,7 @@ def linear_lowrank(
     """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x"""
     (M, K), (N, _), (R, _) = x.shape, weight.shape, down.shape
     assert plan in PLANS
-    if plan == "split" or M == 0 or R > 128:
+    if plan == "split" or M == 0 or R > 64:  # a second accumulator of more ranks spills
         h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
         return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h
     y = tl_utils.empty((M, N), x.dtype, x)

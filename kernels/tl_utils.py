@@ -12,6 +12,7 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # The hash of ``forgetless.reference``: same constants, same arithmetic shifts.
 MIX_1 = tl.constexpr(0x7FEB352D)
 MIX_2 = tl.constexpr(0x846CA68B - (1 << 32))
+PAIRS = tl.constexpr(0x9E3779B9 - (1 << 32))
 LEVELS = 1 << 15
 LOW_BITS = tl.constexpr(LEVELS - 1)
 
@@ -80,13 +81,13 @@ def mix(v):
 @triton.jit
 def row_key(seed_ptr, rows):
     """The mask's key of each row, from int32 row numbers"""
-    return mix(mix(rows + tl.load(seed_ptr)) + tl.load(seed_ptr + 1))
+    return mix(mix(rows) ^ tl.load(seed_ptr))
 
 
 @triton.jit
 def pair_key(seed_ptr, pairs):
     """The mask's key of each pair of columns, from int32 pair numbers"""
-    return mix(mix(pairs + tl.load(seed_ptr + 1)) + tl.load(seed_ptr))
+    return mix(mix(pairs ^ PAIRS) ^ tl.load(seed_ptr + 1))
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def test_the_penalty_counts_once_per_step_and_before_clipping(
         del type(model).accepts_loss_kwargs
 
     again = adapted(method).train()
-    rows = in_batches(encode_domain(EXAMPLES, TOKENIZER, 32), 3, accumulate, 0)
+    rows = in_batches(encode_domain(EXAMPLES, TOKENIZER, 32), 3, accumulate, 0, config.pool)
     batches = [Collator(TOKENIZER)(rows[i : i + 3]) for i in range(0, len(rows), 3)]
     tokens = [int((b["labels"][:, 1:] != -100).sum()) for b in batches]
     task = torch.zeros(())

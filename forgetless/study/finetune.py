@@ -24,8 +24,6 @@ from .train import DIVERGED, INTERRUPTED, Encoded, TrainConfig, encode_for_train
 LOG = "training.json"
 #: Enough held-out text to see the loss fall; it is not a benchmark.
 EVAL_TOKENS = 4096
-#: Batches that are sorted by length together: saves a good part of the padding of uneven data.
-POOL = 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,6 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
         lr=plan.lr,
         max_length=options.max_length,
         seed=options.seed,
-        pool=POOL,
     )
     before = nll(model, work.held_out, collate).loss
     with ui.training(f"{plan.label}: {work.domain.name}", work.steps) as on_step:

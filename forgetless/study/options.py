@@ -36,8 +36,9 @@ METHOD_SETTINGS: dict[str, dict[str, float]] = {
     "curlora": {"rank": 16},
     "lalora": {"rank": 16, "alpha": 32, "weight": 1e4},
 }
-#: Learning rate relative to LoRA's. CURLoRA trains an r x r core between frozen factors and needs larger steps.
-LR_FACTOR = {"curlora": 2.5}
+#: Learning rate relative to LoRA's. CURLoRA trains an r x r core between frozen factors. One seed, 25 steps of
+#: django-de: at 2e-3 it learns 0.81 nats, at 5e-3 0.97 and forgets three times as much, at 1e-2 it diverges.
+LR_FACTOR = {"curlora": 1.5}
 
 
 @dataclass(frozen=True)

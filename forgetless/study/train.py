@@ -57,7 +57,7 @@ class TrainConfig:
     max_length: int = 96
     seed: int = 0
     snapshot_every: int = 5
-    pool: int = 1  # batches sorted by length together, see in_batches
+    pool: int = 8  # batches sorted by length together, see in_batches; a fifth less padding in the default compare
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,484 @@
+"""The benchmarks measure what they say: baselines equal the reference, statistics are right, every command runs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import types
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import forgetless as fl
+
+pytest.importorskip("transformers")
+from forgetless_bench import baselines, cli, dispatch, gpu, harness, lowrank, models, shapes, tables  # noqa: E402
+
+CPU = torch.device("cpu")
+N, K, R, M, SCALE = 24, 16, 4, 7, 0.75
+FILES = ("lowrank", "penalty", "step", "memory", "dispatch")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def layer(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[nn.Linear, Tensor, Tensor]:
+    base = baselines.frozen_linear(N, K, bias, dtype, CPU)
+    return base, *baselines.random_factors(base, R)
+
+
+def gradients(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """y and every gradient, the factors' under our names whoever's they are."""
+    leaf = x.detach().requires_grad_(True)
+    y = module(leaf)
+    wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(y, [leaf, *wanted.values()], dy)
+    found = {"y": y.detach(), "dx": grads[0]}
+    for name, grad in zip(wanted, grads[1:], strict=True):
+        found["dup" if "up" in name.split(".") or "lora_B" in name else "ddown"] = grad
+    return found
+
+
+def truth(base: nn.Linear, down: Tensor, up: Tensor, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    leaves = [t.detach().requires_grad_(True) for t in (x, down, up)]
+    with fl.ops.backend("reference"):
+        y = fl.ops.lowrank_linear(leaves[0], base.weight, *leaves[1:], base.bias, SCALE)
+        grads = torch.autograd.grad(y, leaves, dy)
+    return dict(zip(("y", "dx", "ddown", "dup"), (y.detach(), *grads), strict=True))
+
+
+# -------------------------------------------------------------------------------------- baselines
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_lora_provider_is_the_reference(bias):
+    base, down, up = layer(bias=bias)
+    x, dy = torch.randn(M, K, dtype=torch.float64), torch.randn(M, N, dtype=torch.float64)
+    want = truth(base, down, up, x, dy)
+    layers = baselines.lora_layers(base, down, up, SCALE, 0.0)
+    layers["PEFT's formula"] = baselines.PeftFormula(base, down, up, SCALE)
+    assert {"eager PyTorch", "Unsloth-style", "LoRAFusion-style", "forgetless"} <= set(layers)
+    for name, module in layers.items():
+        if name == "frozen":
+            continue
+        got = gradients(module, x, dy)
+        assert got.keys() == want.keys(), name
+        for key, value in got.items():
+            torch.testing.assert_close(value, want[key], rtol=1e-10, atol=1e-12, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", ["eager PyTorch", "LoRAFusion-style", "PEFT", "PEFT's formula"])
+def test_dropout_of_the_baselines_is_the_formula(name):
+    p = 0.4
+    base, down, up = layer()
+    layers = baselines.lora_layers(base, down, up, SCALE, p)
+    layers["PEFT's formula"] = baselines.PeftFormula(base, down, up, SCALE, p).train()
+    if name not in layers:
+        pytest.skip("PEFT is not installed")
+    x, dy = torch.randn(M, K, dtype=torch.float64), torch.randn(M, N, dtype=torch.float64)
+    torch.manual_seed(3)
+    mask = torch.native_dropout(torch.ones_like(x), p, True)[0]  # 0 or 1 / (1 - p)
+    torch.manual_seed(3)
+    got = gradients(layers[name], x, dy)
+    leaves = [t.detach().requires_grad_(True) for t in (x, down, up)]
+    y = base(leaves[0]) + SCALE * ((leaves[0] * mask) @ leaves[1].T) @ leaves[2].T
+    want = dict(zip(("y", "dx", "ddown", "dup"), (y, *torch.autograd.grad(y, leaves, dy)), strict=True))
+    assert 0 < (mask == 0).sum() < mask.numel()
+    for key, value in got.items():
+        torch.testing.assert_close(value, want[key].detach(), rtol=1e-10, atol=1e-12, msg=key)
+
+
+def test_every_provider_computes_the_same_in_bfloat16():
+    base, down, up = layer(torch.bfloat16)
+    down, up = (t.bfloat16().float() for t in (down, up))  # the same numbers in every provider's dtype
+    x, dy = torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
+    want = truth(base.double(), down.double(), up.double(), x.double(), dy.double())
+    base.bfloat16()
+    layers = baselines.lora_layers(base, down, up, SCALE, 0.0)
+    errors = {}
+    for name, module in layers.items():
+        if name != "frozen":
+            got = gradients(module, x, dy)
+            errors[name] = {key: (got[key].double() - want[key]).abs().max().item() for key in want}
+    for name, row in errors.items():
+        for key, error in row.items():
+            assert error <= 3 * errors["eager PyTorch"][key] + 1e-6, (name, key)
+
+
+def test_the_authors_curlora_is_ours():
+    base, _, _ = layer()
+    found = baselines.curlora_layers(base, R)
+    x, dy = torch.randn(M, K, dtype=torch.float64), torch.randn(M, N, dtype=torch.float64)
+    ours, theirs = (gradients(found[name], x, dy) for name in ("forgetless", "authors' CURLoRA"))
+    dense = base.weight + found["forgetless"].delta()
+    torch.testing.assert_close(theirs["y"], x @ dense.T + base.bias)
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key])
+
+
+def test_the_authors_clora_loop_is_our_penalty():
+    holder = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 40)).double()
+    fl.adapt(holder, fl.CLoRA(4, k=9, weight=0.7), ["0", "1"])
+    found = list(fl.adapters(holder).values())
+    factors, bases = [], []
+    for one in found:
+        nn.init.normal_(one.adapter.up)
+        (state,) = one.adapter.penalty_states()
+        factors.append((one.adapter.down, one.adapter.up))
+        bases.append((state.input.basis, state.output.basis))
+    loop = baselines.CloraAuthors(factors, bases, weight=0.7)
+    leaves = [t for pair in factors for t in pair]
+    ours, theirs = fl.penalty(holder), loop()
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    drawn = baselines.CloraAuthors.drawn(factors, 9, torch.float64)
+    for v, _ in drawn.bases:
+        torch.testing.assert_close(v.T @ v, torch.eye(9, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert drawn.bytes() == 8 * 9 * 2 * (40 + 24)
+
+
+def test_the_yardstick_of_dispatch_is_the_reference():
+    base, down, up = layer(torch.float32, bias=False)
+    x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, N)
+    leaves = [t.detach().requires_grad_(True) for t in (down, up)]
+    y = dispatch.Bare.apply(x, base.weight, *leaves)
+    with fl.ops.backend("reference"):
+        want = fl.ops.lowrank_linear(x, base.weight, *leaves)
+        torch.testing.assert_close(y, want)
+        wanted = torch.autograd.grad(want, [x, *leaves], dy)
+    for a, b in zip(torch.autograd.grad(y, [x, *leaves], dy), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_authors_curlora_of_a_whole_model_is_ours():
+    base, name = models.smollm2(CPU, smoke=True)
+    assert "toy" in name
+    inputs, ids = models.batch(base, 1, 4)
+    ours, theirs = models.ours(base, fl.CURLoRA(4)), models.authors_curlora(base)
+    assert sum(isinstance(m, baselines.CurloraAuthors) for m in theirs.modules()) == 14
+    with torch.no_grad():
+        a, b = (model(inputs_embeds=inputs).logits for model in (ours, theirs))
+    assert torch.equal(a, b)  # U = 0: both are the base model
+    shared = {p.data_ptr() for p in base.parameters()}
+    assert {p.data_ptr() for p in models.twin(base).parameters()} == shared
+
+
+# ----------------------------------------------------------------------------------------- shapes
+
+
+def test_flops_are_those_that_torch_counts():
+    shape = shapes.SHAPES["tiny"]
+    base, down, up = layer(torch.float32, bias=False)
+    assert (shape.N, shape.K) == (N, K)
+    module = baselines.Eager(base, down, up, 1.0)
+    x = torch.randn(M, K, requires_grad=True)
+    for kind, run in (("frozen", base), ("lora", module)):
+        counts = shapes.work(shape, M, R, torch.float32, kind)
+        with FlopCounterMode(display=False) as counter:
+            y = run(x)
+        assert counter.get_total_flops() == counts["forward"][0]
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == counts["backward"][0]
+        assert counts["both"][0] == counts["forward"][0] + counts["backward"][0]
+
+
+def test_what_does_not_fit_is_left_out_with_a_note(monkeypatch):
+    monkeypatch.setattr(lowrank, "available_bytes", lambda device: 1 << 20)
+    options = types.SimpleNamespace(
+        shapes=["tiny", "llama3.up"],
+        dtypes=["float32"],
+        methods=["lora"],
+        dropout=[0.0],
+        tokens=[8],
+        ranks=[4],
+        sweep=False,
+    )
+    notes: list[str] = []
+    found = lowrank.cases(options, CPU, notes)
+    assert [case.shape for case in found] == ["tiny"]
+    assert len(notes) == 1 and "14336" in notes[0] and "left out" in notes[0]
+
+
+# ---------------------------------------------------------------------------------------- harness
+
+
+def test_summary():
+    assert harness.summary([4.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "spread": 1.0, "rounds": 3}
+
+
+def test_providers_take_turns_and_warm_up_is_not_counted():
+    calls: list[str] = []
+    runs = {"a": lambda: calls.append("a"), "b": [lambda: calls.append("b1"), lambda: calls.append("b2")]}
+    found = harness.interleave(runs, 2, 1, lambda: calls.append("-"))
+    assert calls == ["-", "a", "-", "b1", "b2"] * 3
+    assert found["a"]["rounds"] == 2 and "parts" not in found["a"]
+    assert len(found["b"]["parts"]) == 2
+    assert gc.isenabled()
+
+
+def test_a_time_budget_ends_a_comparison_but_not_before_three_rounds(monkeypatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: float(next(ticks)))
+    found = harness.interleave({"a": lambda: None}, 9, 1, seconds=0.5)
+    assert found["a"]["rounds"] == harness.FEWEST
+    assert harness.interleave({"a": lambda: None}, 9, 1, seconds=1e9)["a"]["rounds"] == 9
+    assert found["a"]["median"] == 1.0
+
+
+def test_garbage_collection_comes_back_after_an_error():
+    with pytest.raises(ZeroDivisionError):
+        harness.interleave({"a": lambda: 1 // 0}, 1)
+    assert gc.isenabled()
+
+
+def test_cuda_times_are_those_between_events(monkeypatch):
+    clock = iter([1.0, 4.0, 9.0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+
+        def elapsed_time(self, other):
+            return other.at - self.at  # milliseconds
+
+    ranges = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: ranges.append(name) or harness.contextlib.nullcontext())
+    assert harness._cuda_times("ours", [lambda: None, lambda: None]) == [0.003, 0.005]
+    assert ranges == ["ours"]
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_weights():
+    x = torch.randn(10, 10, requires_grad=True)
+    assert harness.saved_bytes(lambda: (x * x).sum()) == 400
+    linear = nn.Linear(10, 10)
+    assert harness.saved_bytes(lambda: linear(x), [linear]) == 400
+    assert harness.saved_bytes(lambda: linear(x)) == 800
+    assert harness.saved_bytes(lambda: x.exp().exp()) == 800  # each keeps its result
+
+
+def test_counting_leaves_nothing_behind():
+    x = torch.randn(10, requires_grad=True)
+    kept = []
+
+    def forward():
+        kept.append(weakref.ref(y := x.exp()))
+        return y.exp()
+
+    assert harness.saved_bytes(forward) == 80
+    assert kept[0]() is None
+
+
+def test_peak_bytes_is_exact():
+    def run():
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        return b * 2
+
+    assert harness.peak_bytes(run, CPU) in range(8000, 8200)
+    assert harness.peak_bytes(run, CPU) == harness.peak_bytes(run, CPU)
+
+
+def test_peak_rss_sees_a_large_buffer():
+    found = harness.peak_rss(lambda: torch.ones(1 << 24))
+    assert found is None or found > 0.9 * (1 << 26)
+
+
+def test_shares_and_peaks():
+    assert harness.share(1.5, 3.0, 1.0) == 0.25
+    assert harness.share(1.5, 0.9, 1.0) is None
+    found = harness.peaks(CPU, [torch.float32], smoke=True)
+    assert set(found) == {"tflops_float32", "gbs_copy"} and min(found.values()) > 0
+
+
+def test_files_name_no_folder_and_hold_no_nan(tmp_path):
+    assert harness._public(["--smoke", "--out", "somewhere", "--out=x", "--rounds", "3"]) == [
+        "--smoke",
+        "--rounds",
+        "3",
+    ]
+    path = tmp_path / "new" / "a.json"
+    harness.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        harness.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """Every benchmark through the command line, at tiny sizes."""
+    folder = tmp_path_factory.mktemp("smoke")
+    assert cli.main(["all", "--smoke", "--device", "cpu", "--out", str(folder)]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}-cpu.json" for name in FILES)
+    return {name: json.loads((folder / f"{name}-cpu.json").read_text()) for name in FILES}
+
+
+def test_results_say_what_ran_and_where(smoke):
+    for name, data in smoke.items():
+        assert data["benchmark"] == name and data["schema"] == harness.SCHEMA and data["smoke"] is True
+        assert data["command"] == f"python -m bench {name} --smoke --device cpu"
+        assert set(data["machine"]) >= {"processor", "cores", "threads", "gpu", "packages", "commit", "date"}
+        assert isinstance(data["notes"], list)
+
+
+def test_rows_of_layers(smoke):
+    data = smoke["lowrank"]
+    providers = {row["provider"] for row in data["rows"]}
+    assert {
+        "frozen",
+        "forgetless",
+        "eager PyTorch",
+        "Unsloth-style",
+        "LoRAFusion-style",
+        "authors' CURLoRA",
+    } <= providers
+    for row in data["rows"]:
+        for phase in lowrank.PHASES:
+            found = row[phase]
+            assert set(found) >= {"median", "low", "spread", "rounds", "times_frozen", "times_peft", "overhead_share"}
+            assert found["tflops"] > 0 and found["gbs"] > 0 and found["share_of_peak"] > 0
+        assert row["peak_bytes"] > 0
+    frozen = [row for row in data["rows"] if row["provider"] == "frozen"]
+    assert all(row["both"]["times_frozen"] == 1.0 and row["saved_bytes"] == 0 for row in frozen)
+    assert any("torch.compile" in note for note in data["notes"])
+    assert len(data["summary"]["curlora_speedup"]) == 1 and len(data["summary"]["overhead_share"]) == 2
+
+
+def test_rows_of_the_others(smoke):
+    penalty, step, memory, found = (smoke[name] for name in ("penalty", "step", "memory", "dispatch"))
+    assert set(penalty["clora_speedup"]) == {"orthogonal", "hadamard"}
+    assert penalty["seconds"]["training step, LoRA"]["share_of_step"] == 1.0
+    assert {"Laplace", "SourceDeviation, diag", "OutputDeviation"} <= set(penalty["seconds"])
+    assert step["seconds"]["frozen"]["times_frozen"] == 1.0
+    assert {"forgetless, dropout 0.1", "forgetless CURLoRA", "authors' CURLoRA"} <= set(step["seconds"])
+    assert set(step) >= {"model", "batch", "rounds", "seconds", "overhead_over_peft"}
+    assert memory["step"]["forgetless, dropout 0.1"]["saved_bytes"] > memory["step"]["frozen"]["saved_bytes"]
+    assert found["seconds"][dispatch.BARE]["times_bare"] == 1.0
+
+
+def test_curlora_saves_a_fraction_of_what_the_authors_save():
+    case = lowrank.Case("smollm2.q", 64, 16, torch.bfloat16, 0.0, "curlora")
+    made, base = lowrank.layers(case, CPU, compiled=False)
+    saved = {
+        name: harness.saved_bytes(lambda one=one: one.module(one.x), [one.module, base]) for name, one in made.items()
+    }
+    assert saved["forgetless"] <= saved["authors' CURLoRA"] / 4
+
+
+def test_a_provider_that_fails_is_a_note_and_not_the_end(monkeypatch):
+    class Broken(baselines.Eager):
+        def forward(self, x):
+            raise RuntimeError("not today")
+
+    monkeypatch.setattr(baselines, "UnslothStyle", Broken)
+    case = lowrank.Case("tiny", 8, 4, torch.float32, 0.0, "lora")
+    roofs = {"tflops_float32": 1.0, "gbs_copy": 1.0}
+    rows, notes = lowrank.measure(case, CPU, roofs, 1, None, False)
+    assert "Unsloth-style" not in {row["provider"] for row in rows}
+    assert len(notes) == 1 and "not today" in notes[0]
+
+
+def test_tables_and_plots_from_results(smoke, tmp_path, monkeypatch, capsys):
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    monkeypatch.setattr(tables, "RESULTS", results)
+    monkeypatch.setattr(tables, "PAGE", docs / "benchmarks.md")
+    monkeypatch.setattr(tables, "README", tmp_path / "README.md")
+    tables.README.write_text(f"before\n{tables.BEGIN}old{tables.END}after\n")
+    assert "Not measured yet" in tables.page() and "Nothing has been measured on a GPU" in tables.page()
+    for name, data in smoke.items():
+        harness.write_json(results / f"{name}-cpu.json", data)
+    with pytest.raises(ValueError, match="smoke run"):
+        tables.main([])
+    for name, data in smoke.items():
+        harness.write_json(results / f"{name}-cpu.json", {**data, "smoke": False})
+    from forgetless_bench import plots
+
+    assert plots.main(["--results", str(results), "--out", str(docs / "images")]) == 0
+    drawn = {path.name for path in (docs / "images").iterdir()}
+    assert drawn == {
+        "bench-lowrank-cpu-overhead.png",
+        "bench-lowrank-cpu-roofline.png",
+        "bench-memory-cpu-memory.png",
+        "bench-step-cpu-step.png",
+    }
+    assert tables.main(["--check"]) == 1
+    assert tables.main([]) == 0
+    assert tables.main(["--check"]) == 0
+    page, readme = tables.PAGE.read_text(), tables.README.read_text()
+    for text in ("One training step", "Unsloth-style", "authors' CURLoRA", "Dispatch", *(f"images/{n}" for n in drawn)):
+        assert text in page
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "One training step" in readme
+    tables.PAGE.write_text(page.replace("forgetless", "x", 1))
+    assert tables.main(["--check"]) == 1
+    assert "benchmarks.md" in capsys.readouterr().err
+
+
+def test_the_page_is_that_of_the_committed_results():
+    if not (Path(tables.ROOT) / "pyproject.toml").exists():
+        pytest.skip("not a source checkout")
+    assert tables.PAGE.read_text(encoding="utf-8") == tables.page()
+
+
+@pytest.mark.parametrize("arguments, code", [([], 0), (["--help"], 0), (["fast"], 2), (["lowrank", "--ranks", "x"], 2)])
+def test_command_line(arguments, code, capsys):
+    assert cli.main(arguments) == code
+    out, err = capsys.readouterr()
+    assert ("usage" in out) == (code == 0) and bool(err) == (code == 2)
+
+
+def test_it_is_a_command_of_forgetless(capsys):
+    from forgetless.study.cli import main
+
+    assert main(["bench", "--help"]) == 0
+    assert "dispatch" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_the_gpu_run_says_what_is_missing(capsys):
+    assert cli.main(["gpu"]) == 1
+    out = capsys.readouterr().out
+    assert "missing" in out and "lowrank-<gpu>.json" in out and "python -m bench gpu" in out
+
+
+def test_the_gpu_run_in_rehearsal(capsys, monkeypatch):
+    for bench in (gpu.penalty, gpu.step, gpu.memory):  # those have been run above
+        monkeypatch.setattr(bench, "main", lambda arguments, name=bench.__name__: print(f"{name} {arguments}"))
+    assert cli.main(["gpu", "--smoke"]) == 0
+    out = capsys.readouterr().out
+    assert "comparisons with float64: all within" in out and "tiny smoke" in out
+
+
+def test_nothing_is_timed_after_a_wrong_result(monkeypatch):
+    def wrong(*tensors: Any, **options: Any) -> Tensor:
+        return 1.01 * right(*tensors, **options)
+
+    right = fl.ops.lowrank_linear
+    assert max(gpu.check(CPU).values()) <= 1.0
+    monkeypatch.setattr(fl.ops, "lowrank_linear", wrong)
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        gpu.check(CPU)
+
+
+def test_the_best_of_several_tries_counts():
+    from forgetless_bench import test_ratios
+
+    values = iter([3.0, 1.2, 1.0])
+    assert test_ratios.best(lambda: next(values), 1.0) == 1.2
+    assert test_ratios.best(iter([2.0, 1.9, 1.8]).__next__, 1.0) == 1.8
