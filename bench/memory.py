@@ -21,7 +21,7 @@ import forgetless as fl
 
 from . import models
 from .baselines import have_peft
-from .harness import finish, number, parser, peak_bytes, peak_rss, saved_bytes, short, start, table
+from .harness import finish, number, parser, peak_bytes, peak_rss, saved_bytes, share, short, start, table
 from .lowrank import Case, layers, rival
 from .shapes import CPU, GPU, SHAPES
 
@@ -131,11 +131,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             steps[title]["peak_rss"] = probe(title, options) if options.smoke else probed(title, options)
     result.update(model=f"{name}, bfloat16, all linear layers, rank {models.RANK}", batch=list(options.batch))
     result["step"] = steps
-    result["saved_over_peft"] = {
-        f"{p:g}": steps[f"forgetless, dropout {p:g}"]["saved_bytes"] / steps[f"PEFT, dropout {p:g}"]["saved_bytes"]
-        for p in options.dropout
-        if f"PEFT, dropout {p:g}" in steps
-    }
+    result["saved_over_peft"], result["saved_overhead_over_peft"] = {}, {}
+    for p in options.dropout if have_peft() else ():
+        mine, theirs = (steps[f"{library}, dropout {p:g}"]["saved_bytes"] for library in ("forgetless", "PEFT"))
+        result["saved_over_peft"][f"{p:g}"] = mine / theirs
+        result["saved_overhead_over_peft"][f"{p:g}"] = share(mine, theirs, steps["frozen"]["saved_bytes"])
     columns = ("whole step", "saved MiB", "peak MiB", "peak RSS MiB")
     rows = [
         [title, *(number(row[k] and row[k] / MIB, 1) for k in ("saved_bytes", "peak_bytes", "peak_rss"))]
@@ -143,7 +143,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     ]
     print(table(columns, rows))
     for p, ratio in result["saved_over_peft"].items():
-        print(f"dropout {p}: we save {ratio:.2f} of PEFT's bytes")
+        beyond = number(result["saved_overhead_over_peft"][p])
+        print(f"dropout {p}: we save {ratio:.2f} of PEFT's bytes; of what is saved beyond the frozen model's, {beyond}")
     return finish(result, options)
 
 

@@ -263,8 +263,8 @@ def render(s: Sizes, arch: int, kernels: bool = True) -> str:
         "",
         f"M={s.M}, N={s.N}, K={s.K}, R={s.R}, bfloat16. Assumed: {speed / 1e12:.0f} TFLOP/s in GEMMs, "
         f"{bandwidth / 1e12:.2f} TB/s;",
-        "a kernel takes the longer of its FLOPs and its bytes; launches and tails take nothing; partial sums are written",
-        "to memory and read back from L2; every matrix crosses the bus once; a Triton GEMM is as fast as cuBLAS.",
+        "a kernel takes the longer of its FLOPs and its bytes; launches and tails take nothing; partial sums are",
+        "written to memory and read back from L2; every matrix crosses the bus once; cuBLAS is no faster.",
         "",
         "| design | forward µs | backward µs | over the frozen layer |",
         "|---|---|---|---|",

@@ -117,8 +117,11 @@ def rest_section(found: dict[str, dict[str, Any]]) -> str:
         text = ", ".join(f"{basis} {value:.1f}" for basis, value in penalty["clora_speedup"].items())
         rows.append(["CLoRA's penalty: times faster than the authors' loop, by basis", text])
     if memory:
-        text = ", ".join(f"{value:.2f} at dropout {p}" for p, value in memory["saved_over_peft"].items())
-        rows.append(["whole step: bytes saved for backward / PEFT's", text])
+        for key, title in (
+            ("saved_over_peft", "whole step: bytes saved for backward / PEFT's"),
+            ("saved_overhead_over_peft", "the same beyond what the frozen model saves"),
+        ):
+            rows.append([title, ", ".join(f"{number(value)} at dropout {p}" for p, value in memory[key].items())])
     if dispatch:
         text = f"{dispatch['seconds']['forgetless, op']['times_bare']:.2f}"
         rows.append(["dispatch of the op / a bare `autograd.Function`", text])

@@ -94,11 +94,16 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         weight = self.weight.T if self.transposed else self.weight
-        down, up = self.adapter.factors()
-        dropout = self.adapter.dropout if self.training else 0.0
-        scale = self.adapter.scale
-        found = self._with_siblings(x, weight, up, dropout) if self.group is not None else None
-        y, h = found or lowrank_linear(x, weight, down, up, self.bias, scale, dropout, return_h=True)
+        found = self.adapter.shortcut(x, weight, self.bias)
+        if found is None:
+            down, up = self.adapter.factors()
+            dropout = self.adapter.dropout if self.training else 0.0
+            if self.group is not None:
+                found = self._with_siblings(x, weight, up, dropout)
+            if found is None:
+                scale = self.adapter.scale
+                found = lowrank_linear(x, weight, down, up, self.bias, scale, dropout, return_h=True)
+        y, h = found
         self.trace = self._trace(x, h)
         return y
 

@@ -163,8 +163,11 @@ def explain(model: nn.Module) -> Report:
             rank = layer.adapter.factors()[0].shape[0]
         N, K = layer.out_features, layer.in_features
         path, reason = ops.explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
+        shortcut = layer.adapter.shortcut_reason(layer.weight.T if layer.transposed else layer.weight)
         partners = [m.name.rpartition(".")[2] for m in layer.group.members if m is not layer] if layer.group else []
-        if partners and layer in layer.group.members:  # type: ignore[union-attr]
+        if shortcut is not None:
+            reason += f"; {shortcut}"
+        elif partners and layer in layer.group.members:  # type: ignore[union-attr]
             reason += f"; one pass over x with {', '.join(partners)}"
         trainable = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
         report[name] = LayerReport(

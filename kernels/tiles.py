@@ -187,9 +187,12 @@ def fit(kernel: str, tile: Tile, R: int, itemsize: int, arch: int) -> Tile:
     return dataclasses.replace(tile, num_stages=max(1, min(tile.num_stages, room)))
 
 
+@functools.cache
+def _arguments(kernel: str, arch: int, itemsize: int, R: int) -> dict[str, int]:
+    tile = fit(kernel, row(kernel, arch, itemsize), R, itemsize, arch)
+    return {name: value for name, value in dataclasses.asdict(tile).items() if value}
+
+
 def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, int]:
     """The launch arguments of ``kernel`` for a card, an element size and a padded rank"""
-    arch = arch_of(device)
-    tile = fit(kernel, row(kernel, arch, itemsize), R, itemsize, arch)
-    tile = dataclasses.replace(tile, **(_forced.get() or {}).get(kernel, {}))
-    return {name: value for name, value in dataclasses.asdict(tile).items() if value}
+    return {**_arguments(kernel, arch_of(device), itemsize, R), **(_forced.get() or {}).get(kernel, {})}

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import runpy
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -262,13 +263,14 @@ def test_finetune_refuses_to_overwrite(
     assert json.loads((tmp_path / "adapter_config.json").read_text())
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_finetune_ctrl_c_saves_the_adapter(
-    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    stop: int, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     trained: list[Any], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def act(step: Step) -> None:
         if step.number == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(stop)
 
     on_steps(monkeypatch, act)
     assert main(tune(inputs, tmp_path, "--method", "clora")) == 130

@@ -221,6 +221,13 @@ def test_a_forced_tile_ends_with_its_block():
     assert tiles.tile_for("outer", torch.device(DEVICE), 2, 16) == before
 
 
+def test_an_unknown_card_gets_a_relative_s_tile_or_the_safe_one():
+    relatives = {80: 80, 87: 86, 90: 90, 103: 100, 121: 120, 75: 0, 70: 0, 110: 0}
+    assert {arch: tiles.known_arch(arch) for arch in relatives} == relatives
+    for kernel in tiles.TABLE:
+        assert tiles.row(kernel, 75, 2).BLOCK_M <= 64
+
+
 @every_function
 def test_two_runs_give_the_same_bits(function):
     tensors = operands(function, 130, 50, 65, 8, torch.float32)

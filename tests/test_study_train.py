@@ -12,9 +12,10 @@ from tiny_study import tiny_model, tiny_tokenizer
 
 import forgetless as fl
 from forgetless.study import train as module
+from forgetless.study.batches import in_batches
 from forgetless.study.data import Collator, Example, encode_domain
 from forgetless.study.options import BadInput
-from forgetless.study.train import DIVERGED, FINISHED, INTERRUPTED, Step, TrainConfig, in_batches, train
+from forgetless.study.train import DIVERGED, FINISHED, INTERRUPTED, Step, TrainConfig, train
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLES = [Example(f"{a}{b}:", f" {b}{a}" * (1 + len(a))) for a in ("x", "yy", "zzz") for b in "abcdefgh"]

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import blas
+from ..gathered import gathered_linear
+from ..ops import module_for
 from ..penalties import Penalty
 from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
 
@@ -95,9 +98,43 @@ class CURLoRAAdapter(Adapter):
 
     def gather(self, weight: Tensor) -> None:
         """Copy C and R out of ``weight`` (N, K)."""
-        into, out_of = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
-        self.down = weight[into].contiguous()  # (R, K)
-        self.lift = weight[:, out_of].contiguous()  # (N, R)
+        self.down = weight[self.into].contiguous()  # (R, K)
+        self.lift = weight[:, self.out_of].contiguous()  # (N, R)
+        self._matches: tuple[int, bool] | None = None
+
+    @property
+    def into(self) -> Tensor:
+        """Indices of ``down`` among the rows of the weight as (N, K)."""
+        return self.columns if self.transposed else self.rows
+
+    @property
+    def out_of(self) -> Tensor:
+        """Indices of ``lift`` among its columns."""
+        return self.rows if self.transposed else self.columns
+
+    def still_of(self, weight: Tensor) -> bool:
+        """Whether C and R are columns and rows of ``weight`` (N, K) as it is now; looked up again when it changes."""
+        if self._matches is None or self._matches[0] != weight._version:
+            same = torch.equal(self.down, weight[self.into]) and torch.equal(self.lift, weight[:, self.out_of])
+            self._matches = weight._version, same
+        return self._matches[1]
+
+    def shortcut_reason(self, weight: Tensor) -> str | None:
+        if module_for(weight.device, weight.dtype) is not blas or weight.is_inference() or not self.still_of(weight):
+            return None
+        return "both skinny products are gathered from the frozen ones; x is not kept"
+
+    def shortcut(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        plain = x.dim() > 0 and x.dtype == weight.dtype and x.shape[-1] == weight.shape[1] and not weight.requires_grad
+        if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return None
+        if self.shortcut_reason(weight) is None:
+            return None
+        core = self.core.T if self.transposed else self.core
+        return gathered_linear(x, weight, core, self.lift, self.down, self.into, self.out_of, bias, self.scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matches": None}  # a copy's weight counts its changes anew
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name in ("rows", "columns"):

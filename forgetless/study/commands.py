@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,10 +64,9 @@ def handled(command: Callable[..., int]) -> Callable[..., None]:
     @wraps(command)
     def run(**kwargs: Any) -> None:
         quiet_libraries()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a batch system stops a job
         try:
-            code = command(**kwargs)
+            with terminating():
+                code = command(**kwargs)
         except (BadInput, DataError, ModelError, MissingPackage) as error:
             code = fail(str(error))
         except Stopped as error:
@@ -78,6 +78,19 @@ def handled(command: Callable[..., int]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     return run
+
+
+@contextmanager
+def terminating() -> Iterator[None]:
+    """Take SIGTERM, with which batch systems stop a job, for Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quiet_libraries() -> None:

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 import forgetless as fl
 
 from . import results as book
+from .batches import Encoded, encode_for_training
 from .console import Ui
 from .data import Collator, Domain, encode_domain, load_domain
 from .evaluate import nll
 from .models import load_model
 from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
 from .session import calibrates, check_fit, source_rows, take_tokens
-from .train import DIVERGED, INTERRUPTED, Encoded, TrainConfig, encode_for_training, train
+from .train import DIVERGED, INTERRUPTED, TrainConfig, train
 
 LOG = "training.json"
 #: Enough held-out text to see the loss fall; it is not a benchmark.

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import forgetless as fl
 from forgetless.penalties import PenaltyState
 
+from .batches import Encoded, encode_for_training
 from .data import Domain, encode, encode_domain, load_domain
 from .models import load_model
 from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
-from .train import Encoded, TrainConfig, encode_for_training
+from .train import TrainConfig
 
 FACTS = "facts"
 

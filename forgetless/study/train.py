@@ -6,14 +6,9 @@ last micro-batch alone, undivided, so that it counts once whatever the accumulat
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import inspect
 import math
-import random
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -36,10 +31,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import forgetless as fl
 
-from .data import Collator, Example, encode_domain
-from .options import BadInput
+from .batches import encode_for_training, in_batches
+from .data import Collator, Example
+from .memory import Peak
 
-Encoded = list[dict[str, list[int]]]
 FINISHED, DIVERGED, INTERRUPTED = "finished", "diverged", "interrupted"
 
 
@@ -88,34 +83,6 @@ class TrainResult:
 
 class NonFinite(ArithmeticError):
     """The loss, the penalty or a gradient is NaN or infinite."""
-
-
-class Peak:
-    """Peak memory in MiB since construction: of the process on a CPU, of the allocator on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        elif sys.platform == "linux":
-            try:
-                ctypes.CDLL(None).malloc_trim(0)  # what earlier methods freed is not this one's
-                with open("/proc/self/clear_refs", "w") as file:
-                    file.write("5")
-            except (OSError, AttributeError):
-                pass
-
-    def mib(self) -> float:
-        """The peak so far; where the system cannot reset it, the peak of the whole process."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
-        try:
-            with open("/proc/self/status") as file:
-                return next(int(row.split()[1]) / 1024 for row in file if row.startswith("VmHWM"))
-        except (OSError, StopIteration):
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return peak / (2**20 if sys.platform == "darwin" else 1024)
 
 
 class Snapshot:
@@ -226,37 +193,6 @@ def mean_drift(model: nn.Module) -> float:
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that learn."""
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def encode_for_training(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Encoded examples that have something to learn within ``max_length`` tokens; refuses an empty rest."""
-    encoded = encode_domain(examples, tokenizer, max_length)
-    encoded = [e for e in encoded if any(label != -100 for label in e["labels"][1:])]
-    if not encoded:
-        raise BadInput(f"no example has anything to learn within {max_length} tokens")
-    return encoded
-
-
-def in_batches(encoded: Encoded, size: int, count: int, seed: int, pool: int = 1) -> Encoded:
-    """``count`` batches of ``size`` rows in the order of training: a shuffled stream, epoch after epoch.
-
-    With ``pool`` above 1 that many batches at a time are sorted by length, cut and shuffled: less is padded, but a
-    batch of short rows alone has another loss than one of long rows.
-    """
-    draw = random.Random(seed)
-    stream: list[int] = []
-    ordered: list[list[int]] = []
-    while len(ordered) < count:
-        wanted = min(pool, count - len(ordered)) * size
-        while len(stream) < wanted:
-            stream += draw.sample(range(len(encoded)), len(encoded))
-        rows, stream = stream[:wanted], stream[wanted:]
-        if pool > 1:
-            rows.sort(key=lambda i: len(encoded[i]["input_ids"]))
-        batches = [rows[i : i + size] for i in range(0, wanted, size)]
-        draw.shuffle(batches)
-        ordered += batches
-    return [encoded[i] for batch in ordered for i in batch]
 
 
 def _arguments(config: TrainConfig, device: torch.device, folder: str) -> TrainingArguments:
