@@ -426,6 +426,6 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        file.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
     os.chmod(scratch, 0o644)
     os.replace(scratch, path)

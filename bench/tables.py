@@ -41,9 +41,11 @@ def results_of(bench: str) -> list[Path]:
 
 def where(results: dict[str, Any]) -> str:
     machine = results["machine"]
-    place = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+    threads = machine["threads"]
+    place = machine["gpu"] or f"{machine['processor']}, {threads} thread{'s' if threads > 1 else ''}"
+    commit, changed, _ = (machine["commit"] or "unknown").partition("+")
     versions = ", ".join(f"{n} {v}" for n, v in sorted(machine["packages"].items()) if n in ("torch", "triton", "peft"))
-    return f"{place}; {versions}; commit {(machine['commit'] or 'unknown')[:12]}, {machine['date']}"
+    return f"{place}; {versions}; commit {commit[:12]}{changed}, {machine['date']}"
 
 
 def median(values: list[float]) -> float:
