@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def clocks() -> str | None:
 
 
 def interleave(
-    providers: dict[str, Provider],
+    providers: Mapping[str, Provider],
     rounds: int,
     warmup: int = 1,
     before: Run | None = None,

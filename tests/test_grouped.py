@@ -9,7 +9,7 @@ from torch import nn
 import forgetless as fl
 
 PENALTIES = [
-    *(fl.NullSpace(0.7, k, basis) for k in (5, 30, 47, 1000) for basis in ("orthogonal", "hadamard")),
+    *(fl.NullSpace(0.7, k, basis) for k in (5, 30, 47, 1000) for basis in ("orthogonal", "shared", "hadamard")),
     fl.Laplace(3.0),
     fl.Laplace(3.0, prior_precision=0.5),
     fl.Laplace(3.0, fisher="batch"),
@@ -84,6 +84,16 @@ def test_bases_share_one_storage_and_survive_a_copy():
     assert len(alike) == 3 and len({b.untyped_storage().data_ptr() for b in alike}) == 1
     assert torch.equal(fl.penalty(model), first)
     assert torch.equal(fl.penalty(copy.deepcopy(model)), first)
+
+
+def test_a_shared_basis_is_held_once_wherever_it_goes():
+    model, _ = moved(fl.CLoRA(4, k=5, basis="shared"), False)
+    first = fl.penalty(model)
+    for net in (model, copy.deepcopy(model), copy.deepcopy(model).float()):
+        sides = [(p.input.basis, p.output.basis) for la in fl.adapters(net).values() for p in la.adapter.penalties]
+        wide = [basis for pair in sides for basis in pair if basis.shape[0] == 48]
+        assert len(wide) == 6 and len({basis.data_ptr() for basis in wide}) == 2
+    assert torch.equal(fl.penalty(model), first)
 
 
 def test_a_frozen_factor_gets_no_gradient():

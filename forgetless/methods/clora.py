@@ -19,7 +19,7 @@ class CLoRA(Method):
         rank, alpha, dropout: as of ``LoRA``.
         k: width of the protected subspace, the paper's main knob (128 to 2048 there).
         weight: factor of the penalty, 1 in the paper.
-        basis: "orthogonal" (the paper's) or "hadamard" (no storage); see ``NullSpace``.
+        basis: "orthogonal" (the paper's), "shared" (one per width) or "hadamard" (no storage); see ``NullSpace``.
         seed: of the bases.
         penalties: more of them.
     """

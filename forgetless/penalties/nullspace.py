@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +31,9 @@ class NullSpace(Penalty):
     Args:
         weight: factor, 1 in the paper.
         k: columns of P and of Q, the width of the protected subspace. The paper uses 128 to 2048.
-        basis: "orthogonal" draws Haar-random columns (QR in float32, then cast to the weight's dtype), the paper's;
+        basis: "orthogonal" draws Haar-random columns for every layer (QR in float32, then cast to the weight's
+            dtype), the paper's; "shared" draws them once for all layers of one width, so that each layer's basis has
+            the paper's distribution but they are not independent: a fraction of the storage and of the time;
             "hadamard" takes k columns of a randomly signed block Hadamard matrix: exactly orthonormal, same mean
             k / dim * I, stored as dim signs and k indices. It is not the paper's distribution.
         seed: bases are a function of (seed, layer name) alone, so ranks and resumed runs agree; never saved.
@@ -81,7 +85,7 @@ class _NullSpace(PenaltyState):
                 inside, grad = bases[group[0]].stacked([bases[i] for i in group], rows)
                 value = value + 0.5 * weights[group[0]] * inside
                 grad = grad.mul_(weights[group[0]]).to(rows.dtype)
-                grad = grad if group[0] % 2 == 0 else grad.transpose(1, 2)
+                grad = grad if group[0] % 2 == 0 else grad.transpose(1, 2).contiguous()  # once for all layers
                 for i, part in zip(group, grad.unbind(), strict=True):
                     grads[i] = part if needs[i] else None
             return value, grads
@@ -93,6 +97,8 @@ def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> nn.Module:
     """Module that maps rows (R, dim) to the squared norm of their projections on k orthonormal columns."""
     if spec.k >= dim:
         return _Everything()
+    if spec.basis == "shared":
+        name = f"{dim}.{name.rpartition('.')[2]}"
     digest = hashlib.sha256(f"{spec.seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return BASES[spec.basis](dim, spec.k, like, generator)
@@ -226,14 +232,60 @@ def hadamard_blocks(rows: Tensor) -> Tensor:
 
 
 def _fwht(rows: Tensor) -> Tensor:
-    """Orthonormal Walsh-Hadamard transform of rows (R, 2**m), by butterflies."""
+    """Orthonormal Walsh-Hadamard transform of rows (R, 2**m): H = H_a x H_b (Kronecker), by two large products."""
     R, size = rows.shape
-    half = 1
-    while half < size:
-        a, b = rows.reshape(R, -1, 2, half).unbind(2)
-        rows = torch.stack((a + b, a - b), dim=2).reshape(R, size)
-        half *= 2
-    return rows / math.sqrt(size)
+    b = 1 << (size.bit_length() // 2)
+    a = size // b
+    rows = rows.reshape(R * a, b) @ _hadamard(b, rows.dtype, rows.device)
+    rows = rows.view(R, a, b).transpose(1, 2).reshape(R * b, a) @ _hadamard(a, rows.dtype, rows.device)
+    return rows.view(R, b, a).transpose(1, 2).reshape(R, size)
 
 
-BASES = {"orthogonal": _Orthogonal, "hadamard": _Hadamard}
+@functools.lru_cache(maxsize=64)
+def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The orthonormal Hadamard matrix of a power of two, symmetric."""
+    H = torch.ones(1, 1, dtype=dtype)
+    while H.shape[0] < size:
+        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
+    return (H / math.sqrt(size)).to(device)
+
+
+class _Shared(_Orthogonal):
+    """An orthogonal basis that all layers of one width have in common, held once."""
+
+    def __init__(self, dim: int, k: int, like: Tensor, generator: torch.Generator):
+        self._key = (generator.initial_seed(), dim, k)
+        held = _shared.get((*self._key, like.device, like.dtype))
+        if held is None:
+            super().__init__(dim, k, like, generator)
+        else:
+            _Basis.__init__(self)
+            self.complement = 2 * k > dim
+            self.register_buffer("basis", held, persistent=False)
+        self._hold_once()
+
+    def _hold_once(self) -> None:
+        key = (*self._key, self.basis.device, self.basis.dtype)
+        self.basis = _shared.setdefault(key, self.basis)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .cuda(), .half(): one copy there as well
+        result = super()._apply(*args, **kwargs)
+        self._hold_once()
+        return result
+
+    @classmethod
+    def stacked(cls, bases: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        P = bases[0].basis  # (dim, k)
+        L, R, dim = rows.shape
+        z = rows.reshape(L * R, dim).to(P.dtype) @ P
+        grad = wide((z @ P.T).view(L, R, dim))
+        return _complemented(bases[0].complement, wide(rows), wide(z).square().sum(), grad)
+
+    def key(self) -> Any:
+        return self._key, like(self.basis)
+
+
+#: Shared bases in use, by (seed, dim, k, device, dtype).
+_shared: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
+
+BASES = {"orthogonal": _Orthogonal, "shared": _Shared, "hadamard": _Hadamard}
