@@ -66,6 +66,11 @@ def _numbers(count: int, salt: int, device: torch.device) -> Tensor:
     return mix(torch.arange(count, dtype=torch.int32, device=device) ^ salt)
 
 
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), without the microseconds that it takes to find out that there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def _drop_(x: Tensor, bits: Tensor) -> Tensor:
     """Zero the dropped elements of x in place."""
     if x.element_size() == 2 and x.is_contiguous():
@@ -96,8 +101,11 @@ def project(
     """h = scale * drop(x) @ down.T"""
     if seed is not None and p > 0.0:
         x = _dropped(x, keep_bits(seed, p, *x.shape))
+    down = as_dtype(down, x.dtype)
+    if scale == 1.0:
+        return torch.mm(x, down.T)
     h = x.new_empty(x.shape[0], down.shape[0])
-    return torch.addmm(h, x, down.to(x.dtype).T, beta=0, alpha=scale, out=h)
+    return torch.addmm(h, x, down.T, beta=0, alpha=scale, out=h)
 
 
 def matmul_lowrank(
@@ -110,7 +118,7 @@ def matmul_lowrank(
     seed: Tensor | None = None,  # (2,) int32
 ) -> Tensor:  # (M, N), dtype of x
     """y = x @ weight.T + bias + drop(h @ up.T)"""
-    up = up.to(x.dtype)
+    up = as_dtype(up, x.dtype)
     if seed is None or p == 0.0:
         return linear(x, weight, bias).addmm_(h, up.T)
     bits = keep_bits(seed, p, x.shape[0], weight.shape[0])
@@ -134,7 +142,7 @@ def outer(
         if last_seed is not seed or version != seed._version or last_p != p or bits.shape != x.shape:
             bits = keep_bits(seed, p, *x.shape)
         x = _dropped(x, bits)
-    return (g.T @ x).to(dtype or x.dtype)
+    return as_dtype(torch.mm(g.T, x), dtype or x.dtype)
 
 
 def project_outer(
@@ -149,7 +157,7 @@ def project_outer(
     The second is laid out as the transpose of a
     contiguous (K, R), the layout of the factor whose gradient it is.
     """
-    return project(x, down, scale), (x.T @ h).to(dtype or x.dtype).T
+    return project(x, down, scale), as_dtype(torch.mm(x.T, h), dtype or x.dtype).T
 
 
 def linear_lowrank(

@@ -94,15 +94,18 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         weight = self.weight.T if self.transposed else self.weight
-        found = self.adapter.shortcut(x, weight, self.bias)
+        found: Any = self.adapter.shortcut(x, weight, self.bias)
         if found is None:
             down, up = self.adapter.factors()
             dropout = self.adapter.dropout if self.training else 0.0
             if self.group is not None:
                 found = self._with_siblings(x, weight, up, dropout)
             if found is None:
-                scale = self.adapter.scale
-                found = lowrank_linear(x, weight, down, up, self.bias, scale, dropout, return_h=True)
+                scale, bias = self.adapter.scale, self.bias
+                if self.needs_hidden:
+                    found = lowrank_linear(x, weight, down, up, bias, scale, dropout, return_h=True)
+                else:
+                    found = lowrank_linear(x, weight, down, up, bias, scale, dropout), None
         y, h = found
         self.trace = self._trace(x, h)
         return y
@@ -142,10 +145,9 @@ class AdaptedLinear(nn.Module):
         y = add_lowrank(alias, weight, part, up, bias)
         return y.view(*x.shape[:-1], y.shape[-1]), part[0]
 
-    def _trace(self, x: Tensor, h: Tensor) -> Trace:
+    def _trace(self, x: Tensor, h: Tensor | None) -> Trace:
         M = x.numel() // max(x.shape[-1], 1)
-        h = h if h.dim() == 2 else h.reshape(M, h.shape[-1])
-        hidden = h if self.needs_hidden else None
+        hidden = h.reshape(M, h.shape[-1]) if self.needs_hidden and h is not None else None
         compiling = torch.compiler.is_compiling()  # no weak references there
         first = None if compiling or self.group is None else self.group.members[0]
         trace = None if first is None or first is self else first.trace  # its own is of an earlier pass

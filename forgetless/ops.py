@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -95,7 +95,9 @@ def _forward(
     arguments = (x, weight, down, up, bias, scale / (1.0 - p), p, seed)
     run = module_for(x.device, x.dtype)
     if run is not _kernels or _kernels is None:
-        with exact_products(x.device.type):
+        if not torch.is_autocast_enabled(x.device.type):
+            return run.linear_lowrank(*arguments)
+        with torch.autocast(x.device.type, enabled=False):  # autocast has done its work at the door
             return run.linear_lowrank(*arguments)
     wanted = _problem("forward", x, weight, down)
     kernels = _kernels
@@ -157,11 +159,6 @@ def checkable(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
-def exact_products(device: str) -> Any:
-    """Autocast has done its work at the door; inside, products stay in the dtype they are written in."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 def _given(results: Any) -> list[Tensor]:
     return [t for t in results if t is not None]
 
@@ -184,7 +181,9 @@ def _backward(
     arguments = (dy, dh, x, weight, down, up, h, seed, scale / (1.0 - p), p, need, down_dtype, up_dtype)
     run = module_for(dy.device, dy.dtype)
     if run is not _kernels or _kernels is None:
-        with exact_products(dy.device.type):
+        if not torch.is_autocast_enabled(dy.device.type):
+            return _gradients(run, "split", *arguments)
+        with torch.autocast(dy.device.type, enabled=False):
             return _gradients(run, "split", *arguments)
     return _planned(
         _problem("backward", dy, weight, down),
@@ -266,17 +265,38 @@ def refuse_second_derivative() -> None:
 # ---------------------------------------------------------------------------------------- eager
 
 
+def _run(ctx: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Forward in eager mode; inputs as of ``_forward``."""
+    x, weight, down, up, bias, seed, scale, p = inputs
+    dtypes = down.dtype, up.dtype
+    if x.device.type == "cpu":  # BLAS wants one dtype: cast the factors once for both passes
+        down, up = blas.as_dtype(down, x.dtype), blas.as_dtype(up, x.dtype)
+    y, h = _forward(x, weight, down, up, bias, seed, scale, p)
+    _save(ctx, (x, weight, down, up, bias, seed, scale, p), h, dtypes)
+    return y, h
+
+
 class _LowrankLinear(torch.autograd.Function):
+    """y alone: an output less is microseconds less."""
+
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # inputs as of _forward
-        x, weight, down, up, *rest = inputs
-        dtypes = down.dtype, up.dtype
-        if x.device.type == "cpu":  # BLAS wants one dtype: cast the factors once for both passes
-            inputs = x, weight, down.to(x.dtype), up.to(x.dtype), *rest
-        y, h = _forward(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        return _run(ctx, inputs)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, weight, down, up, h, seed = ctx.saved_tensors
+        return (*_backward(dy, None, x, weight, down, up, h, seed, *ctx.rest), None, None, None)
+
+
+class _LowrankLinearH(torch.autograd.Function):
+    """y and h, both differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        _save(ctx, inputs, h, dtypes)
-        return y, h
+        return _run(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -403,17 +423,23 @@ def lowrank_linear(
         if x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-    _check(x, weight, down, up, bias, scale, dropout, seed)
-    dropout = min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS
+    if not _plain(x, weight, down, up, bias, scale, dropout, seed):
+        _check(x, weight, down, up, bias, scale, dropout, seed)
+    if dropout != 0.0:
+        dropout = min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS
+        if dropout != 0.0 and seed is None:
+            seed = draw_seed(x.device)
     if dropout == 0.0:
         seed = None
-    elif seed is None:
-        seed = draw_seed(x.device)
-    run = torch.ops.forgetless.lowrank_linear if torch.compiler.is_compiling() else _LowrankLinear.apply
     lead = x.shape[:-1]
-    if x.dim() != 2:
+    if len(lead) != 1:
         x = x.reshape(math.prod(lead), x.shape[-1])  # not -1: an empty x has no unique answer
-    y, h = run(x, weight, down, up, bias, seed, float(scale), float(dropout))
+    if torch.compiler.is_compiling():
+        y, h = torch.ops.forgetless.lowrank_linear(x, weight, down, up, bias, seed, float(scale), float(dropout))
+    elif return_h:
+        y, h = _LowrankLinearH.apply(x, weight, down, up, bias, seed, scale, dropout)
+    else:
+        y, h = _LowrankLinear.apply(x, weight, down, up, bias, seed, scale, dropout), None
     if len(lead) != 1:
         y = y.view(*lead, y.shape[-1])
         h = h.view(*lead, h.shape[-1]) if return_h else h
@@ -422,6 +448,35 @@ def lowrank_linear(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> bool:
+    """Whether the usual case is plainly right; ``_check`` says what is wrong with the others."""
+    return (
+        bias is None
+        and seed is None
+        and dropout == 0.0
+        and weight.ndim == down.ndim == up.ndim == 2
+        and x.dtype == weight.dtype
+        and x.is_floating_point()
+        and down.is_floating_point()
+        and up.is_floating_point()
+        and x.ndim > 0
+        and x.shape[-1] == weight.shape[1] == down.shape[1]
+        and up.shape[0] == weight.shape[0]
+        and up.shape[1] == down.shape[0] > 0
+        and x.device == weight.device == down.device == up.device
+        and math.isfinite(scale)
+    )
 
 
 def _check(
