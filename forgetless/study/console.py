@@ -17,8 +17,8 @@ class Ui:
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Console(quiet=quiet, highlight=False)
-        if not self.console.is_terminal and self.console.width < 140:
-            self.console.width = 140  # a file or a pipe has no edge to wrap at
+        if not self.console.is_terminal and self.console.width < 180:
+            self.console.width = 180  # a file or a pipe has no edge to wrap at
 
     def say(self, text: str) -> None:
         """One plain line; markup in it is not interpreted."""
