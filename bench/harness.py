@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forgetless.study.machine import commit, processor
+
 HERE = Path(__file__).parent
 #: Committed results lie beside this file; outside of a source checkout, in the current folder.
 RESULTS = HERE / "results" if (HERE.parent / "pyproject.toml").exists() else Path("bench-results")
@@ -49,37 +51,15 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "packages": found,
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the source; a change of the results alone does not make it another one."""
-    try:
-        run = {"cwd": HERE, "capture_output": True, "text": True, "check": True}
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **run)
-        what = [":/", ":(top,exclude)bench/results", ":(top,exclude)docs", ":(top,exclude)README.md"]
-        dirty = subprocess.run(["git", "status", "--porcelain", "--", *what], **run)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
 def tag(device: torch.device) -> str:

@@ -43,7 +43,8 @@ def where(results: dict[str, Any]) -> str:
     machine = results["machine"]
     threads = machine["threads"]
     place = machine["gpu"] or f"{machine['processor']}, {threads} thread{'s' if threads > 1 else ''}"
-    commit, changed, _ = (machine["commit"] or "unknown").partition("+")
+    commit, plus, _ = (machine["commit"] or "unknown").partition("+")
+    changed = " with changes" if plus else ""
     versions = ", ".join(f"{n} {v}" for n, v in sorted(machine["packages"].items()) if n in ("torch", "triton", "peft"))
     return f"{place}; {versions}; commit {commit[:12]}{changed}, {machine['date']}"
 

@@ -24,6 +24,7 @@ from . import results as book
 from .console import Ui
 from .data import Collator
 from .evaluate import facts, nll
+from .machine import commit
 from .models import describe
 from .options import Plan
 from .session import CompareOptions, Session, checksum, needs_calibration, prepare
@@ -64,7 +65,7 @@ def fingerprint(session: Session, plan: Plan | None, seed: int | None) -> str:
     about: dict[str, Any] = {
         "schema": book.SCHEMA,
         "versions": book.versions(),
-        "commit": (book.commit() or "").rstrip("+"),
+        "commit": (commit() or "").rstrip("+"),
         "machine": book.machine(session.device),
         "model": session.checksum,
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
@@ -165,7 +166,7 @@ def open_book(session: Session) -> dict[str, Any]:
         "schema": book.SCHEMA,
         "created": book.now(),
         "command": session.options.command,
-        "commit": book.commit(),
+        "commit": commit(),
         "machine": book.machine(session.device),
         "versions": book.versions(),
         "options": options,

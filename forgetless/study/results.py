@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib import metadata
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .machine import processor
 from .options import BadInput, write_atomically
 
 #: Raised by one whenever a reader of the old form would misunderstand the new one.
@@ -28,7 +28,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on; nothing that names a person, a host or a folder."""
     about: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": "cpu",
@@ -36,14 +36,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         about["device"] = torch.cuda.get_device_name(device)
     return about
-
-
-def _processor() -> str:
-    try:
-        rows = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(row.split(":", 1)[1].strip() for row in rows if row.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
@@ -56,23 +48,6 @@ def versions() -> dict[str, str]:
             continue
     found["torch"] = torch.__version__
     return found
-
-
-def commit() -> str | None:
-    """The git commit of this source tree, with '+' where files differ from it; None outside of one."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    try:
-        run = [
-            subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10)
-            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    if run[0].returncode:
-        return None
-    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
 
 
 def now() -> str:
