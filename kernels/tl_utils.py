@@ -161,8 +161,7 @@ def lowrank_start(
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """drop(h @ up.T) for rows offs_m and BLOCK_N columns from first_n on, what a GEMM's accumulator starts from"""
-    # Two halves, one after the other: at once, the mask of a 128x256 tile spilt 104 bytes on sm_90 where halves
-    # take 168 registers.
+    # Two halves, one after the other: at once, the mask of a 128x256 tile spilt 104 bytes on sm_90.
     rows_m = (offs_m % M).to(tl.int64)
     if HAS_DROP:
         key = row_key(seed_ptr, offs_m)
