@@ -39,7 +39,7 @@ class CompareOptions:
     alpha: float | None = None
     weight: float | None = None
     lr: float | None = None
-    steps: int = 18
+    steps: int = 16
     batch_size: int = 6
     accumulate: int = 1
     max_length: int = 96
