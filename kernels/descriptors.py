@@ -29,7 +29,7 @@ def _matmul_lowrank_descriptor_kernel(
     bias_ptr, stride_b,
     seed_ptr, threshold,
     R: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROP: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PROGRAMS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y (M, N) = x (M, K) @ weight (N, K).T + bias (N,) + drop(h (M, R) @ up (N, R).T), many tiles a program"""
@@ -45,7 +45,7 @@ def _matmul_lowrank_descriptor_kernel(
         acc = lowrank_start(
             h_ptr, offs_m, M, stride_hm, stride_hr,
             up_ptr, pid_n * BLOCK_N, N, stride_un, stride_ur,
-            seed_ptr, threshold, y_desc.dtype, R, HAS_DROP, "ieee", BLOCK_R, BLOCK_M, BLOCK_N,
+            seed_ptr, threshold, y_desc.dtype, R, HAS_DROP, "ieee", BLOCK_R, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
         for k in tl.range(0, steps, warp_specialize=True):
             x = x_desc.load([pid_m * BLOCK_M, k * BLOCK_K])
@@ -55,7 +55,7 @@ def _matmul_lowrank_descriptor_kernel(
                 w = weight_desc.load([pid_n * BLOCK_N, k * BLOCK_K]).T
             acc = dot(x, w, acc, "ieee")
         if HAS_BIAS:
-            acc += widen(tl.load(bias_ptr + (offs_n % N) * stride_b))[None, :]
+            acc += widen(tl.load(bias_ptr + (offs_n % N).to(tl.int64) * stride_b))[None, :]
         # two halves through one staging buffer: half the shared memory of the whole tile
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], narrow(left, y_desc.dtype))
@@ -80,6 +80,11 @@ def programs_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def parts_of(BLOCK_N: int, dropout: bool) -> int:
+    """In how many parts the low-rank product is made: with dropout, of as many columns as leave registers free"""
+    return max(2, BLOCK_N // 32) if dropout else 2
 
 
 def matmul_lowrank_descriptor(
@@ -110,5 +115,5 @@ def matmul_lowrank_descriptor(
             up, *up.stride(),
             bias, 0 if bias is None else bias.stride(0),
             R=R, HAS_BIAS=bias is not None, TRANSPOSED=transposed, PROGRAMS=programs,
-            BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
+            PARTS=parts_of(BN, p > 0.0 and seed is not None), BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
         )  # fmt: skip

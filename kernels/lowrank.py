@@ -141,7 +141,7 @@ def _matmul_lowrank_kernel(
     acc = lowrank_start(
         h_ptr, offs_m, M, stride_hm, stride_hr,
         up_ptr, pid_n * BLOCK_N, N, stride_un, stride_ur,
-        seed_ptr, threshold, x_ptr.dtype.element_ty, R, HAS_DROP, PRECISION, BLOCK_R, BLOCK_M, BLOCK_N,
+        seed_ptr, threshold, x_ptr.dtype.element_ty, R, HAS_DROP, PRECISION, BLOCK_R, BLOCK_M, BLOCK_N, 2,
     )  # fmt: skip
     x_ptrs = x_ptr + rows_m[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
     w_ptrs = weight_ptr + rows_n[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
@@ -243,7 +243,7 @@ def _outer_kernel(
         offs_m += BLOCK_M
         g_ptrs += BLOCK_M * tl.cast(stride_gm, tl.int64)
         x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
-    out_ptrs = out_ptr + strip * tl.cast(stride_os, tl.int64) + offs_k[None, :] * stride_ok
+    out_ptrs = out_ptr + strip * tl.cast(stride_os, tl.int64) + offs_k.to(tl.int64)[None, :] * stride_ok
     out_ptrs += (group * R + offs_r).to(tl.int64)[:, None] * stride_or
     out = narrow(acc, out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])

@@ -158,28 +158,29 @@ def lowrank_start(
     up_ptr, first_n, N, stride_un, stride_ur,
     seed_ptr, threshold,
     dtype: tl.constexpr, R: tl.constexpr, HAS_DROP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """drop(h @ up.T) for rows offs_m and BLOCK_N columns from first_n on, what a GEMM's accumulator starts from"""
-    # Two halves, one after the other: at once, the mask of a 128x256 tile spilt 104 bytes on sm_90.
+    # One part after the other: at once, the mask of a 128x256 tile spilt 104 bytes on sm_90; in 2 parts it took 255
+    # registers, in 4 231, in 8 167, as many as without dropout.
+    if PARTS > 1:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left = lowrank_start(
+            h_ptr, offs_m, M, stride_hm, stride_hr, up_ptr, first_n, N, stride_un, stride_ur,
+            seed_ptr, threshold, dtype, R, HAS_DROP, PRECISION, BLOCK_R, BLOCK_M, HALF, PARTS // 2,
+        )  # fmt: skip
+        right = lowrank_start(
+            h_ptr, offs_m, M, stride_hm, stride_hr, up_ptr, first_n + HALF, N, stride_un, stride_ur,
+            seed_ptr, threshold, dtype, R, HAS_DROP, PRECISION, BLOCK_R, BLOCK_M, HALF, PARTS // 2,
+        )  # fmt: skip
+        return tl.join(left, right).permute(0, 2, 1).reshape(BLOCK_M, BLOCK_N)
     rows_m = (offs_m % M).to(tl.int64)
-    if HAS_DROP:
-        key = row_key(seed_ptr, offs_m)
-    HALF: tl.constexpr = BLOCK_N // 2
-    offs_n = first_n + tl.arange(0, HALF)
-    left = lowrank_term(
-        h_ptr, rows_m, stride_hm, stride_hr, up_ptr, (offs_n % N).to(tl.int64), stride_un, stride_ur,
-        dtype, R, PRECISION, BLOCK_R, BLOCK_M, HALF,
+    rows_n = ((first_n + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
+    acc = lowrank_term(
+        h_ptr, rows_m, stride_hm, stride_hr, up_ptr, rows_n, stride_un, stride_ur,
+        dtype, R, PRECISION, BLOCK_R, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if HAS_DROP:
-        pairs = pair_key(seed_ptr, first_n // 2 + tl.arange(0, HALF // 2))
-        left = drop(left, key, pairs, threshold)
-    offs_n += HALF
-    right = lowrank_term(
-        h_ptr, rows_m, stride_hm, stride_hr, up_ptr, (offs_n % N).to(tl.int64), stride_un, stride_ur,
-        dtype, R, PRECISION, BLOCK_R, BLOCK_M, HALF,
-    )  # fmt: skip
-    if HAS_DROP:
-        pairs = pair_key(seed_ptr, first_n // 2 + HALF // 2 + tl.arange(0, HALF // 2))
-        right = drop(right, key, pairs, threshold)
-    return tl.join(left, right).permute(0, 2, 1).reshape(BLOCK_M, BLOCK_N)
+        pairs = pair_key(seed_ptr, first_n // 2 + tl.arange(0, BLOCK_N // 2))
+        acc = drop(acc, row_key(seed_ptr, offs_m), pairs, threshold)
+    return acc
