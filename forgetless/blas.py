@@ -8,7 +8,7 @@ bit mask that is rebuilt from the seed and thrown away.
 from __future__ import annotations
 
 import functools
-import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, mix, sibling
 
 # Hash words made at a time: both scratch arrays stay in a core's cache.
 _CHUNK = 1 << 17
-
-# `matmul_lowrank` and `outer` of one backward pass want the same mask: the first leaves it here, the second takes it.
-_last = threading.local()
 
 
 def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16, -1 keep, 0 drop
@@ -86,11 +83,6 @@ def _dropped(x: Tensor, bits: Tensor) -> Tensor:
     return _drop_(x.clone(memory_format=torch.contiguous_format), bits)
 
 
-def forget_mask() -> None:
-    """The backward pass is over: nothing of the input's size stays behind."""
-    _last.__dict__.pop("mask", None)
-
-
 def project(
     x: Tensor,  # (M, K)
     down: Tensor,  # (R, K)
@@ -103,11 +95,15 @@ def project(
         if seed.dim() == 2:
             return torch.cat([project(x, part, scale, p, one) for part, one in siblings(down, seed)], dim=1)
         x = _dropped(x, keep_bits(seed, p, *x.shape))
-    down = as_dtype(down, x.dtype)
+    return _product(x, as_dtype(down, x.dtype).t(), scale)
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b, rounded once"""
     if scale == 1.0:
-        return torch.mm(x, down.T)
-    h = x.new_empty(x.shape[0], down.shape[0])
-    return torch.addmm(h, x, down.T, beta=0, alpha=scale, out=h)
+        return torch.mm(a, b)
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def matmul_lowrank(
@@ -122,13 +118,12 @@ def matmul_lowrank(
     """y = x @ weight.T + bias + drop(h @ up.T)"""
     up = as_dtype(up, x.dtype)
     if seed is None or p == 0.0:
-        return linear(x, weight, bias).addmm_(h, up.T)
-    bits = keep_bits(seed, p, x.shape[0], weight.shape[0])
-    _last.mask = (seed, seed._version, p, bits)
-    y = _drop_(h @ up.T, bits)  # the low-rank term first: the big product then accumulates onto it in place
+        return linear(x, weight, bias).addmm_(h, up.t())
+    # the low-rank term first: the big product then accumulates onto it in place
+    y = _drop_(torch.mm(h, up.t()), keep_bits(seed, p, x.shape[0], weight.shape[0]))
     if bias is not None:
         y.add_(bias)
-    return y.addmm_(x, weight.T)
+    return y.addmm_(x, weight.t())
 
 
 def outer(
@@ -142,11 +137,8 @@ def outer(
     if seed is not None and p > 0.0:
         if seed.dim() == 2:
             return torch.cat([outer(part.t(), x, p, one, dtype) for part, one in siblings(g.t(), seed)])
-        last_seed, version, last_p, bits = _last.__dict__.pop("mask", (None, 0, 0.0, None))
-        if last_seed is not seed or version != seed._version or last_p != p or bits.shape != x.shape:
-            bits = keep_bits(seed, p, *x.shape)
-        x = _dropped(x, bits)
-    return as_dtype(torch.mm(g.T, x), dtype or x.dtype)
+        x = _dropped(x, keep_bits(seed, p, *x.shape))
+    return as_dtype(torch.mm(g.t(), x), dtype or x.dtype)
 
 
 def project_outer(
@@ -161,7 +153,7 @@ def project_outer(
     The second is laid out as the transpose of a
     contiguous (K, R), the layout of the factor whose gradient it is.
     """
-    return project(x, down, scale), as_dtype(torch.mm(x.T, h), dtype or x.dtype).T
+    return project(x, down, scale), as_dtype(torch.mm(x.t(), h), dtype or x.dtype).t()
 
 
 def linear_lowrank(
@@ -179,3 +171,67 @@ def linear_lowrank(
     """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x"""
     h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
     return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h
+
+
+def gradients(
+    dys: Sequence[Tensor | None],  # (M, N_i) each
+    dh: Tensor | None,  # (M, sum of R_i)
+    x: Tensor | None,  # (M, K), only for ddown
+    weights: Sequence[Tensor],  # (N_i, K)
+    down: Tensor,  # (sum of R_i, K), dtype of x
+    ups: Sequence[Tensor],  # (N_i, R_i), dtype of x
+    h: Tensor | None,  # (M, sum of R_i), only for dups
+    seed: Tensor | None,  # (2,) int32
+    scale: float,
+    p: float,
+    need_x: bool,
+    need_down: bool,
+    need_ups: Sequence[bool],
+    down_dtype: torch.dtype,
+    up_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:  # dx (M, K), ddown (sum of R_i, K), dups (N_i, R_i)
+    """Backward of layers that share x, y_i = x @ weight_i.T + h_i @ up_i.T with h = scale * drop(x) @ down.T, at once.
+
+    One mask serves all of it; dx is written once and added to in place. At least one of ``dys`` is given.
+    """
+    need_g = need_x or need_down
+    dups: list[Tensor | None] = []
+    parts: list[Tensor] = []
+    start = 0
+    for dy, up, need_up in zip(dys, ups, need_ups):  # noqa: B905 - strict costs a microsecond
+        rank = up.shape[1]
+        dup = None
+        if dy is None:
+            rows = next(t for t in dys if t is not None)
+            parts.append(rows.new_zeros(rows.shape[0], rank))
+        else:
+            if need_g:
+                parts.append(torch.mm(dy, up) if scale == 1.0 else _product(dy, up, scale))
+            if need_up:
+                part = h if len(ups) == 1 else h[:, start : start + rank]  # type: ignore[index]
+                dup = torch.mm(dy.t(), part)  # type: ignore[arg-type]
+                if dup.dtype != up_dtype:
+                    dup = dup.to(up_dtype)
+        dups.append(dup)
+        start += rank
+    if not need_g:
+        return None, None, dups
+    g = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if dh is not None:
+        g.add_(dh, alpha=scale)
+    bits = None if seed is None or p == 0.0 else keep_bits(seed, p, g.shape[0], down.shape[1])
+    dx = ddown = None
+    if need_x:
+        # under dropout the low-rank term comes first, alone, to be masked; else last, onto the large products
+        if bits is not None:
+            dx = _drop_(torch.mm(g, down), bits)
+        for dy, weight in zip(dys, weights):  # noqa: B905
+            if dy is not None:
+                dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+        if bits is None:
+            dx.addmm_(g, down)  # type: ignore[union-attr]
+    if need_down:
+        ddown = torch.mm(g.t(), x if bits is None else _dropped(x, bits))  # type: ignore[arg-type]
+        if ddown.dtype != down_dtype:
+            ddown = ddown.to(down_dtype)
+    return dx, ddown, dups

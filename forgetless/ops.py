@@ -35,6 +35,9 @@ BACKENDS: dict[str, ModuleType] = {"cpu": blas}
 if _kernels is not None:
     BACKENDS["cuda"] = _kernels
 
+#: Dtypes of the op.
+FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+
 #: Dtypes that the fused kernels take; others run on BLAS.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -92,10 +95,13 @@ def _forward(
     scale: float,
     p: float,
 ) -> tuple[Tensor, Tensor]:  # y (M, N), h (M, R)
+    if _plainly_blas(x):
+        return blas.linear_lowrank(x, weight, down, up, bias, scale / (1.0 - p), p, seed)
     arguments = (x, weight, down, up, bias, scale / (1.0 - p), p, seed)
-    run = module_for(x.device, x.dtype)
+    device = x.device
+    run = module_for(device, x.dtype)
     if run is not _kernels or _kernels is None:
-        if not torch.is_autocast_enabled(x.device.type):
+        if not torch.is_autocast_enabled(device.type):
             return run.linear_lowrank(*arguments)
         with torch.autocast(x.device.type, enabled=False):  # autocast has done its work at the door
             return run.linear_lowrank(*arguments)
@@ -107,6 +113,11 @@ def _forward(
         lambda plan: kernels.linear_lowrank(*arguments, plan=plan),
         lambda: blas.linear_lowrank(*arguments),
     )
+
+
+def _plainly_blas(t: Tensor) -> bool:
+    """The usual case on a CPU, found out in the fewest lookups."""
+    return t.is_cpu and BACKENDS["cpu"] is blas and not torch.is_autocast_enabled("cpu")
 
 
 def _problem(sweep: str, like: Tensor, weight: Tensor, down: Tensor) -> plans.Problem:
@@ -179,11 +190,14 @@ def _backward(
     up_dtype: torch.dtype,
 ) -> list[Tensor | None]:
     arguments = (dy, dh, x, weight, down, up, h, seed, scale / (1.0 - p), p, need, down_dtype, up_dtype)
-    run = module_for(dy.device, dy.dtype)
+    if _plainly_blas(dy):
+        return _gradients(blas, "split", *arguments)
+    device = dy.device
+    run = module_for(device, dy.dtype)
     if run is not _kernels or _kernels is None:
-        if not torch.is_autocast_enabled(dy.device.type):
+        if not torch.is_autocast_enabled(device.type):
             return _gradients(run, "split", *arguments)
-        with torch.autocast(dy.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return _gradients(run, "split", *arguments)
     return _planned(
         _problem("backward", dy, weight, down),
@@ -212,6 +226,14 @@ def _gradients(
 ) -> list[Tensor | None]:
     """The gradients that are needed, by one backend: dy is read for g and dup at once, then for dx; x for ddown."""
     dx = dweight = ddown = dup = dbias = g = None
+    if run is blas:
+        down, up = blas.as_dtype(down, dy.dtype), blas.as_dtype(up, dy.dtype)
+        dx, ddown, (dup,) = blas.gradients(
+            (dy,), dh, x, (weight,), down, (up,), h, seed, s, p, need[0], need[2], need[3:4], down_dtype, up_dtype
+        )
+        if not (need[1] or need[4]):
+            return [dx, None, ddown, dup, None]
+        need = [False, need[1], False, False, need[4]]
     if need[0] and dh is None and plan in ("full", "once"):  # g inside the kernel that makes dx
         dx, g = run.linear_lowrank(dy, weight.T, up.T, down.T, None, s, p, seed, True, plan)
     elif (need[0] or need[2]) and need[3]:
@@ -231,8 +253,6 @@ def _gradients(
     if need[2]:
         assert x is not None and g is not None
         ddown = run.outer(g, x, p, seed, down_dtype)
-    if run is blas and p > 0.0:
-        blas.forget_mask()
     if need[1]:
         assert x is not None
         dweight = dy.T @ x
@@ -241,9 +261,11 @@ def _gradients(
     return [dx, dweight, ddown, dup, dbias]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], h: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], h: Tensor, dtypes: tuple[torch.dtype, torch.dtype], need: tuple[bool, ...]
+) -> None:
     x, weight, down, up, _, seed, scale, p = inputs
-    need_x, need_weight, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
+    need_x, need_weight, need_down, need_up, need_bias = need
     ctx.save_for_backward(
         x if need_down or need_weight else None,
         weight,
@@ -265,49 +287,31 @@ def refuse_second_derivative() -> None:
 # ---------------------------------------------------------------------------------------- eager
 
 
-def _run(ctx: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Forward in eager mode; inputs as of ``_forward``."""
-    x, weight, down, up, bias, seed, scale, p = inputs
-    dtypes = down.dtype, up.dtype
-    if x.device.type == "cpu":  # BLAS wants one dtype: cast the factors once for both passes
-        down, up = blas.as_dtype(down, x.dtype), blas.as_dtype(up, x.dtype)
-    y, h = _forward(x, weight, down, up, bias, seed, scale, p)
-    _save(ctx, (x, weight, down, up, bias, seed, scale, p), h, dtypes)
-    return y, h
-
-
 class _LowrankLinear(torch.autograd.Function):
-    """y alone: an output less is microseconds less."""
+    """y, and h if it is wanted: an output less is microseconds less."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        return _run(ctx, inputs)[0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        x, weight, down, up, h, seed = ctx.saved_tensors
-        return (*_backward(dy, None, x, weight, down, up, h, seed, *ctx.rest), None, None, None)
-
-
-class _LowrankLinearH(torch.autograd.Function):
-    """y and h, both differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, want_h: bool, *inputs: Any) -> Any:
+        x, weight, down, up, bias, seed, scale, p = inputs
+        dtypes = down.dtype, up.dtype
+        if x.is_cpu:  # BLAS wants one dtype: cast the factors once for both passes
+            down, up = blas.as_dtype(down, x.dtype), blas.as_dtype(up, x.dtype)
+        y, h = _forward(x, weight, down, up, bias, seed, scale, p)
+        _save(ctx, (x, weight, down, up, bias, seed, scale, p), h, dtypes, ctx.needs_input_grad[1:6])
+        if not want_h:
+            return y
         ctx.set_materialize_grads(False)
-        return _run(ctx, inputs)
+        return y, h
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, weight, down, up, h, seed = ctx.saved_tensors
         if dy is None:
             if dh is None:
-                return (None,) * 8
+                return (None,) * 9
             dy = dh.new_zeros(dh.shape[0], weight.shape[0])
-        grads = _backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
-        return (*grads, None, None, None)
+        return (None, *_backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest), None, None, None)
 
 
 # -------------------------------------------------------------------------------------- compiled
@@ -365,7 +369,7 @@ def _(dy, dh, x, weight, down, up, h, seed, scale, p, need, down_dtype, up_dtype
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    _save(ctx, inputs, output[1], (inputs[2].dtype, inputs[3].dtype))
+    _save(ctx, inputs, output[1], (inputs[2].dtype, inputs[3].dtype), ctx.needs_input_grad[:5])
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -417,7 +421,7 @@ def lowrank_linear(
     Raises:
         ValueError: a shape, dtype or device does not fit; names the argument, what it got and what it wants.
     """
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         if x.dtype != torch.float64:
@@ -425,22 +429,22 @@ def lowrank_linear(
             bias = None if bias is None else bias.to(dtype)
     if not _plain(x, weight, down, up, bias, scale, dropout, seed):
         _check(x, weight, down, up, bias, scale, dropout, seed)
-    if dropout != 0.0:
-        dropout = min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS
-        if dropout != 0.0 and seed is None:
-            seed = draw_seed(x.device)
-    if dropout == 0.0:
-        seed = None
-    lead = x.shape[:-1]
-    if len(lead) != 1:
+        if dropout != 0.0:
+            dropout = min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS
+            if dropout != 0.0 and seed is None:
+                seed = draw_seed(x.device)
+        if dropout == 0.0:
+            seed = None
+    lead = None if x.dim() == 2 else x.shape[:-1]
+    if lead is not None:
         x = x.reshape(math.prod(lead), x.shape[-1])  # not -1: an empty x has no unique answer
     if torch.compiler.is_compiling():
         y, h = torch.ops.forgetless.lowrank_linear(x, weight, down, up, bias, seed, float(scale), float(dropout))
     elif return_h:
-        y, h = _LowrankLinearH.apply(x, weight, down, up, bias, seed, scale, dropout)
+        y, h = _LowrankLinear.apply(True, x, weight, down, up, bias, seed, scale, dropout)
     else:
-        y, h = _LowrankLinear.apply(x, weight, down, up, bias, seed, scale, dropout), None
-    if len(lead) != 1:
+        y, h = _LowrankLinear.apply(False, x, weight, down, up, bias, seed, scale, dropout), None
+    if lead is not None:
         y = y.view(*lead, y.shape[-1])
         h = h.view(*lead, h.shape[-1]) if return_h else h
     return (y, h) if return_h else y
@@ -460,22 +464,27 @@ def _plain(
     dropout: float,
     seed: Tensor | None,
 ) -> bool:
-    """Whether the usual case is plainly right; ``_check`` says what is wrong with the others."""
+    """Whether the usual case is plainly right, in the fewest lookups; ``_check`` says what is wrong with the others."""
+    if bias is not None or seed is not None or dropout != 0.0 or not x.dim() or not math.isfinite(scale):
+        return False
+    if not weight.dim() == down.dim() == up.dim() == 2:
+        return False
+    (N, K), (R, width), (height, rank), dtype = weight.shape, down.shape, up.shape, x.dtype
     return (
-        bias is None
-        and seed is None
-        and dropout == 0.0
-        and weight.ndim == down.ndim == up.ndim == 2
-        and x.dtype == weight.dtype
-        and x.is_floating_point()
-        and down.is_floating_point()
-        and up.is_floating_point()
-        and x.ndim > 0
-        and x.shape[-1] == weight.shape[1] == down.shape[1]
-        and up.shape[0] == weight.shape[0]
-        and up.shape[1] == down.shape[0] > 0
-        and x.device == weight.device == down.device == up.device
-        and math.isfinite(scale)
+        x.shape[-1] == K == width
+        and height == N
+        and rank == R > 0
+        and weight.dtype == dtype
+        and dtype in FLOATS
+        and down.dtype in FLOATS
+        and up.dtype in FLOATS
+        and (
+            x.is_cpu
+            and weight.is_cpu
+            and down.is_cpu
+            and up.is_cpu
+            or x.device == weight.device == down.device == up.device
+        )
     )
 
 
