@@ -188,7 +188,7 @@ def gradients(
     need_down: bool,
     need_ups: Sequence[bool],
     down_dtype: torch.dtype,
-    up_dtype: torch.dtype,
+    up_dtypes: Sequence[torch.dtype],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:  # dx (M, K), ddown (sum of R_i, K), dups (N_i, R_i)
     """Backward of layers that share x, y_i = x @ weight_i.T + h_i @ up_i.T with h = scale * drop(x) @ down.T, at once.
 
@@ -198,7 +198,7 @@ def gradients(
     dups: list[Tensor | None] = []
     parts: list[Tensor] = []
     start = 0
-    for dy, up, need_up in zip(dys, ups, need_ups):  # noqa: B905 - strict costs a microsecond
+    for dy, up, need_up, up_dtype in zip(dys, ups, need_ups, up_dtypes):  # noqa: B905 - strict costs time
         rank = up.shape[1]
         dup = None
         if dy is None:

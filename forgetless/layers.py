@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .methods.base import Adapter, Method, Site
-from .ops import lowrank_linear, settled_module
-from .siblings import Group, add_lowrank, families, project_stacked
+from .ops import draw_seed, lowrank_linear, quantised, settled_module
+from .siblings import Group, families, lowrank_linears
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
 DRIFT_TOKENS = 128
@@ -26,7 +26,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def form_groups(layers: dict[str, AdaptedLinear]) -> None:
-    """Let siblings share their projection of x, where one scale and stored ``down`` factors allow it."""
+    """Let siblings run together, where one scale and stored ``down`` factors allow it."""
     for names in families(list(layers)):
         members = [layers[name] for name in names if _holds_down(layers[name].adapter)]
         alike = {(m.weight.device, m.weight.dtype, m.adapter.scale, m.in_features) for m in members}
@@ -99,7 +99,7 @@ class AdaptedLinear(nn.Module):
             down, up = self.adapter.factors()
             dropout = self.adapter.dropout if self.training else 0.0
             if self.group is not None:
-                found = self._with_siblings(x, weight, up, dropout)
+                found = self._with_siblings(x, weight, dropout)
             if found is None:
                 scale, bias = self.adapter.scale, self.bias
                 if self.needs_hidden:
@@ -110,40 +110,62 @@ class AdaptedLinear(nn.Module):
         self.trace = self._trace(x, h)
         return y
 
-    def _with_siblings(self, x: Tensor, weight: Tensor, up: Tensor, dropout: float) -> tuple[Tensor, Tensor] | None:
-        """y and h through the projection shared with the siblings, or None where that is not to be had."""
+    def _with_siblings(self, x: Tensor, weight: Tensor, dropout: float) -> tuple[Tensor, Tensor] | None:
+        """y and h, computed together with the siblings', or None where that is not to be had."""
         group = self.group
         assert group is not None
-        if dropout > 0.0 or x.dim() < 2 or x.shape[-1] != weight.shape[1] or torch.compiler.is_compiling():
-            return None  # each sibling has a dropout mask of its own; nonsense is refused by the op
-        if x.is_inference() or up.is_inference():
-            return None  # a change of them could not be seen
-        device = x.device.type
-        bias = self.bias
-        autocast = torch.is_autocast_enabled(device)
-        if autocast:
-            dtype = torch.get_autocast_dtype(device)
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        elif x.dtype != weight.dtype:
+        if x.dim() < 2 or x.shape[-1] != weight.shape[1] or torch.compiler.is_compiling() or x.is_inference():
+            return None  # nonsense is refused by the op; a change of an inference tensor could not be seen
+        made, result = group.take(self, x, dropout)
+        if not made:
+            group = self.group  # it may have changed
+            result = self._for_siblings(group, x, dropout)
+        if result is None:
             return None
-        taken = group.take(self, x)
-        if taken is None:
-            group = self.group or group  # it may have changed
-            if self not in group.members or len(group.members) < 2:
-                return None
-            rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(weight.dtype)
-            downs: list[Tensor] = [member.adapter.down for member in group.members]
-            run = settled_module(rows, weight, downs[0])
-            if run is None:
-                return None
-            alias, parts = project_stacked(rows, downs, self.adapter.scale, run)
-            waiting = dict(zip(group.members, parts, strict=True))
-            part = waiting.pop(self)
-            group.offer(x, alias, waiting)
-        else:
-            alias, part = taken
-        y = add_lowrank(alias, weight, part, up, bias)
-        return y.view(*x.shape[:-1], y.shape[-1]), part[0]
+        y, h = result
+        return y.view(*x.shape[:-1], y.shape[-1]), h
+
+    def _for_siblings(self, group: Group, x: Tensor, dropout: float) -> tuple[Tensor, Tensor] | None:
+        """Compute for all of the group and leave the others' results there; None if this cannot be done together."""
+        members: list[AdaptedLinear] = group.members
+        if self not in members or len(members) < 2 or not all(m._joins(self, dropout) for m in members):
+            return None
+        device, dtype = x.device, x.dtype
+        autocast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+        if autocast:
+            dtype = torch.get_autocast_dtype(device.type)
+        elif dtype != self.weight.dtype:
+            return None
+        weights = [m.weight.T if m.transposed else m.weight for m in members]
+        biases = [m.bias for m in members]
+        if autocast:
+            weights = [weight.to(dtype) for weight in weights]
+            biases = [None if bias is None else bias.to(dtype) for bias in biases]
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(dtype)
+        downs, ups = zip(*(m.adapter.factors() for m in members), strict=True)
+        run = settled_module(rows, weights[0], downs[0])
+        if run is None:
+            return None
+        p = quantised(dropout) if dropout else 0.0
+        seed = draw_seed(device) if p else None
+        results = lowrank_linears(rows, weights, downs, ups, biases, self.adapter.scale, p, seed, run)
+        waiting = dict(zip(members, results, strict=True))
+        mine = waiting.pop(self)
+        group.offer(x, dropout, waiting)
+        return mine
+
+    def _joins(self, other: AdaptedLinear, dropout: float) -> bool:
+        """Whether this layer can be computed in the call of that sibling."""
+        weight, bias, adapter = self.weight, self.bias, self.adapter
+        return (
+            weight.dtype == other.weight.dtype
+            and weight.device == other.weight.device
+            and type(weight) is type(other.weight) in (nn.Parameter, Tensor)  # not a shard, nor packed
+            and not weight.requires_grad
+            and (bias is None or not bias.requires_grad)
+            and (adapter.dropout if self.training else 0.0) == dropout
+            and not any(p.is_inference() for p in (weight, *adapter.parameters(recurse=False)))
+        )
 
     def _trace(self, x: Tensor, h: Tensor | None) -> Trace:
         M = x.numel() // max(x.shape[-1], 1)

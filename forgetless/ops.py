@@ -77,6 +77,11 @@ def backend(name: str) -> Iterator[None]:
         BACKENDS.update(before)
 
 
+def quantised(dropout: float) -> float:
+    """The nearest rate that the generator can give, below 1."""
+    return min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS
+
+
 def draw_seed(device: torch.device) -> Tensor:  # (2,) int32
     """A dropout seed from torch's generator of that device: follows manual_seed, checkpointing and graph capture."""
     return torch.randint(-(1 << 31), (1 << 31) - 1, (2,), dtype=torch.int32, device=device)
@@ -229,7 +234,7 @@ def _gradients(
     if run is blas:
         down, up = blas.as_dtype(down, dy.dtype), blas.as_dtype(up, dy.dtype)
         dx, ddown, (dup,) = blas.gradients(
-            (dy,), dh, x, (weight,), down, (up,), h, seed, s, p, need[0], need[2], need[3:4], down_dtype, up_dtype
+            (dy,), dh, x, (weight,), down, (up,), h, seed, s, p, need[0], need[2], need[3:4], down_dtype, (up_dtype,)
         )
         if not (need[1] or need[4]):
             return [dx, None, ddown, dup, None]
@@ -430,7 +435,7 @@ def lowrank_linear(
     if not _plain(x, weight, down, up, bias, scale, dropout, seed):
         _check(x, weight, down, up, bias, scale, dropout, seed)
         if dropout != 0.0:
-            dropout = min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS
+            dropout = quantised(dropout)
             if dropout != 0.0 and seed is None:
                 seed = draw_seed(x.device)
         if dropout == 0.0:

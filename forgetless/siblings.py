@@ -1,32 +1,37 @@
-"""Layers fed by the same x (q/k/v, gate/up) share one projection forward and one pass over x backward.
+"""Layers fed by the same x (q/k/v, gate/up) run together: one pass over x forward, one backward, one dropout mask.
 
-The first sibling called with an x projects it for all of them, onto their stacked ``down`` factors; the others, called
-with the very same tensor, pick up their part. Nothing is assumed: a sibling that is given another x computes on its
-own and leaves the group. Results are those of the single layers up to the order of summation.
+The first sibling called with an x computes for all of them; the others, called with the very same tensor, pick up
+their y. Nothing is assumed: a sibling that is given another x computes on its own and leaves the group. Results are
+those of the single layers up to the order of summation, except under dropout: x is dropped once for all siblings.
 
-    forward   [h_1 .. h_n] = scale * x @ [down_1 .. down_n].T        one pass over x instead of n
+    forward   [h_1 .. h_n] = scale * drop(x) @ [down_1 .. down_n].T       one pass over x instead of n
               y_i = x @ weight_i.T + bias_i + h_i @ up_i.T
     backward  g_i = scale * dy_i @ up_i,  dup_i = dy_i.T @ h_i
-              dx = sum_i dy_i @ weight_i + [g_1 .. g_n] @ [down_1 .. down_n], accumulated in place (BLAS),
-                   or sum_i (dy_i @ weight_i + g_i @ down_i), each in one accumulator (kernels)
-              [ddown_1 .. ddown_n] = [g_1 .. g_n].T @ x                one pass over x instead of n
+              dx = sum_i dy_i @ weight_i + drop([g_1 .. g_n] @ [down_1 .. down_n]), accumulated in place (BLAS),
+                   or sum_i (dy_i @ weight_i + drop(g_i @ down_i)), each in one accumulator (kernels)
+              [ddown_1 .. ddown_n] = [g_1 .. g_n].T @ drop(x)             one pass over x instead of n
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import blas, reference
+from . import blas
 from .ops import refuse_second_derivative
 
-#: h (M, R) of one sibling, scale * down (R, K) in the dtype of x, and the backend
-Part = tuple[Tensor, Tensor, ModuleType]
+#: y (M, N) and h (M, R) of one sibling
+Result = tuple[Tensor, Tensor]
+
+#: A group that so often in a row computed for siblings that never came is split.
+MISSES = 8
 
 #: Names under one parent that are called with one x in the models of the field.
 KNOWN = (
@@ -55,40 +60,50 @@ def families(names: list[str]) -> list[list[str]]:
 
 
 class Group:
-    """The siblings that still go together, and the projections that wait to be picked up.
+    """The siblings that still go together, and the results that wait to be picked up.
 
-    Waiting projections are per thread: two threads may run the model at once.
+    Waiting results are per thread: two threads may run the model at once.
     """
 
     def __init__(self, members: list[Any]):
         self.members = list(members)  # the adapted layers
+        self.misses = 0
         self._local = threading.local()
 
-    def take(self, member: Any, x: Tensor) -> tuple[Tensor, Part] | None:
-        """What ``offer`` left for this member and this very x: the x to use, and its part. None if there is nothing."""
+    def take(self, member: Any, x: Tensor, dropout: float) -> tuple[bool, Result | None]:
+        """Whether something was made for this member, and what: None if it is not for this x as it is now."""
         waiting: _Waiting | None = self._local.__dict__.get("waiting")
-        if waiting is None or id(member) not in waiting.parts:
-            return None
-        part, state = waiting.parts.pop(id(member))
-        if not waiting.parts:
+        if waiting is None or id(member) not in waiting.results:
+            return False, None
+        result, state = waiting.results.pop(id(member))
+        if not waiting.results:
             self._local.waiting = None
         held = waiting.x()
-        if held is x and state == _state(x, member.adapter.down):
-            return waiting.alias, part
+        if held is x and state == _state(x, member, dropout):
+            self.misses = 0
+            return True, result
         if held is not None and held is not x:
-            # Projected along for nothing. From now on it goes its own way, with those that wait like it.
-            left = [other for other in self.members if other is member or id(other) in waiting.parts]
-            self.members = [other for other in self.members if all(other is not gone for gone in left)]
+            # Computed along for nothing. From now on it goes its own way, with those that wait like it.
             self._local.waiting = None
-            group = Group(left)
-            for other in left:
-                other.group = group
-        return None
+            self._leave([other for other in self.members if other is member or id(other) in waiting.results])
+            return False, None
+        return True, None
 
-    def offer(self, x: Tensor, alias: Tensor, parts: dict[Any, Part]) -> None:
-        """Leave projections of x for the other members."""
-        held = {id(member): (part, _state(x, member.adapter.down)) for member, part in parts.items()}
-        self._local.waiting = _Waiting(x, alias, held) if held else None
+    def offer(self, x: Tensor, dropout: float, results: dict[Any, Result]) -> None:
+        """Leave results of x for the other members."""
+        late: _Waiting | None = self._local.__dict__.get("waiting")
+        if late is not None:
+            self.misses += 1
+            if self.misses > MISSES:
+                self._leave([other for other in self.members if id(other) in late.results])
+        held = {id(member): (result, _state(x, member, dropout)) for member, result in results.items()}
+        self._local.waiting = _Waiting(x, held) if held else None
+
+    def _leave(self, left: list[Any]) -> None:
+        self.members = [other for other in self.members if all(other is not gone for gone in left)]
+        group = Group(left)
+        for other in left:
+            other.group = group
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members}
@@ -97,115 +112,132 @@ class Group:
         self.__init__(state["members"])  # type: ignore[misc]
 
 
-def _state(x: Tensor, down: Tensor) -> Any:
-    """What must be the same when a projection is picked up as when it was made."""
+def _state(x: Tensor, member: Any, dropout: float) -> Any:
+    """What must be the same when a result is picked up as when it was made."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return x._version, id(down), down._version, torch.is_grad_enabled(), autocast
+    tensors = [member.weight, *member.adapter._parameters.values()]
+    versions = [(id(t), t._version, t.requires_grad) for t in tensors if t is not None]
+    return x._version, versions, id(member.adapter.down), torch.is_grad_enabled(), autocast, dropout
 
 
 class _Waiting:
-    def __init__(self, x: Tensor, alias: Tensor, parts: dict[int, tuple[Part, Any]]):
+    def __init__(self, x: Tensor, results: dict[int, tuple[Result, Any]]):
         self.x = weakref.ref(x)
-        self.alias = alias
-        self.parts = parts
+        self.results = results
 
 
-def project_stacked(x: Tensor, downs: list[Tensor], scale: float, run: ModuleType) -> tuple[Tensor, list[Part]]:
-    """h_i = scale * x @ down_i.T for all i, in one pass over x.
+def lowrank_linears(
+    x: Tensor,  # (M, K)
+    weights: Sequence[Tensor],  # (N_i, K) each, dtype of x, frozen
+    downs: Sequence[Tensor],  # (R_i, K)
+    ups: Sequence[Tensor],  # (N_i, R_i)
+    biases: Sequence[Tensor | None],  # (N_i,), frozen
+    scale: float,
+    p: float,
+    seed: Tensor | None,  # (2,) int32
+    run: ModuleType,
+) -> list[Result]:
+    """y_i = x @ weight_i.T + bias_i + h_i @ up_i.T and h_i = scale / (1 - p) * drop(x) @ down_i.T, for all i at once.
 
-    Args:
-        x: (M, K).
-        downs: (R_i, K) each.
-        scale: of all of them.
-        run: the backend.
-
-    Returns:
-        The x to hand to ``add_lowrank``, and for each i its h (M, R_i) and scale * down_i in the dtype of x.
+    Differentiable in x, downs and ups. ``run`` is the backend; ``p`` as quantised by ``lowrank_linear``.
     """
-    with torch.no_grad():
-        stacked = (torch.cat(downs) * scale).to(x.dtype)
-    alias, *parts = _ProjectStacked.apply(x, stacked, scale, run, *downs)
-    rows = stacked.split([down.shape[0] for down in downs])
-    return (alias if x.requires_grad else x), [(h, row, run) for h, row in zip(parts, rows, strict=True)]
+    *ys, h = _Siblings.apply(x, scale / (1.0 - p), p, seed, run, len(weights), *weights, *downs, *ups, *biases)
+    return list(zip(ys, h.split([down.shape[0] for down in downs], dim=1), strict=True))
 
 
-def add_lowrank(x: Tensor, weight: Tensor, part: Part, up: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x @ weight.T + bias + h @ up.T, with x and the part from ``project_stacked``."""
-    h, down, run = part
-    return _AddLowrank.apply(x, weight, h, up, bias, down, run)
-
-
-def _fuses(run: ModuleType) -> bool:
-    """Whether dx takes its low-rank term inside each sibling's kernel; else once, in place, for all of them."""
-    return run is not blas and run is not reference
-
-
-class _ProjectStacked(torch.autograd.Function):
-    """Hands x through, so that the gradients of all uses meet here and can take the low-rank term in place."""
-
+class _Siblings(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, stacked: Tensor, scale: float, run: ModuleType, *downs: Tensor
+        ctx: Any, x: Tensor, s: float, p: float, seed: Tensor | None, run: ModuleType, n: int, *rest: Any
     ) -> tuple[Tensor, ...]:
+        weights, downs, ups, biases = (rest[i * n : (i + 1) * n] for i in range(4))
+        need = ctx.needs_input_grad
+        ctx.need_x, ctx.need_downs, ctx.need_ups = need[0], need[6 + n : 6 + 2 * n], need[6 + 2 * n : 6 + 3 * n]
         ctx.ranks = [down.shape[0] for down in downs]
-        ctx.scale, ctx.down_dtype = scale, downs[0].dtype
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, stacked)
+        ctx.rest = s, p, run
+        ctx.dtypes = downs[0].dtype, [up.dtype for up in ups]
         ctx.set_materialize_grads(False)
-        ctx.run = run
-        return (x, *run.project(x, stacked).split(ctx.ranks, dim=1))
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor | None, *dhs: Tensor | None) -> tuple[Any, ...]:
-        refuse_second_derivative()
-        x, stacked = ctx.saved_tensors
-        like = next((t for t in (*dhs, dx) if t is not None), None)
-        if like is None:
-            return (None,) * (4 + len(dhs))
-        run = ctx.run
-        rows = like.shape[0]
-        g = torch.cat(
-            [like.new_zeros(rows, r) if dh is None else dh for r, dh in zip(ctx.ranks, dhs, strict=True)], dim=1
+        down = blas.as_dtype(torch.cat(downs), x.dtype)
+        if run is blas:  # which wants one dtype: cast once for both passes
+            ups = [blas.as_dtype(up, x.dtype) for up in ups]
+        h = run.project(x, down, s, p, seed)
+        parts = h.split(ctx.ranks, dim=1)
+        ys = [run.matmul_lowrank(x, *each) for each in zip(weights, parts, ups, biases, strict=True)]
+        ctx.save_for_backward(
+            x if any(ctx.need_downs) else None, h if any(ctx.need_ups) else None, seed, down, *weights, *ups
         )
-        ddowns: list[Tensor | None] = [None] * len(dhs)
-        if x is not None:
-            wanted = ctx.needs_input_grad[4:]
-            parts = run.outer(g, x, 0.0, None, ctx.down_dtype).mul_(ctx.scale).split(ctx.ranks)
-            ddowns = [part if want else None for part, want in zip(parts, wanted, strict=True)]
-        if not ctx.needs_input_grad[0]:
-            dx = None
-        elif dx is None:
-            dx = g @ stacked
-        elif not _fuses(run):
-            # Ours alone: the sum of what the _AddLowrank calls returned, seen by nobody else.
-            dx = dx.addmm_(g, stacked)
-        return (dx, None, None, None, *ddowns)
-
-
-class _AddLowrank(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, h: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, run: ModuleType
-    ) -> Tensor:
-        need_weight, need_up = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        ctx.up_dtype, ctx.run = up.dtype, run
-        if not _fuses(run):  # BLAS wants one dtype: cast once for both passes
-            up = up.to(x.dtype)
-        ctx.save_for_backward(x if need_weight else None, weight, h if need_up else None, up, down)
-        return run.matmul_lowrank(x, weight, h, up, bias)
+        return (*ys, h)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_second_derivative()
-        x, weight, h, up, down = ctx.saved_tensors
-        need_x, need_weight, need_h, need_up, need_bias = ctx.needs_input_grad[:5]
-        run = ctx.run
-        dx = dh = dup = None
-        if need_up:
-            dh, out = run.project_outer(dy, up.T, h, 1.0, ctx.up_dtype)
+        *dys, dh = grads
+        n = len(dys)
+        x, h, seed, down, *rest = ctx.saved_tensors
+        weights, ups = rest[:n], rest[n:]
+        s, p, run = ctx.rest
+        down_dtype, up_dtypes = ctx.dtypes
+        if all(dy is None for dy in dys):
+            if dh is None:
+                return (None,) * (6 + 4 * n)
+            dys[0] = dh.new_zeros(dh.shape[0], weights[0].shape[0])
+        wanted = (ctx.need_x, any(ctx.need_downs), ctx.need_ups, down_dtype, up_dtypes)
+        gradients = blas.gradients if run is blas else functools.partial(_composed, run)
+        arguments = (dys, dh, x, weights, down, ups, h, seed, s, p, *wanted)
+        if torch.is_autocast_enabled(down.device.type):
+            with torch.autocast(down.device.type, enabled=False):
+                dx, ddown, dups = gradients(*arguments)
+        else:
+            dx, ddown, dups = gradients(*arguments)
+        ddowns = [None] * n if ddown is None else ddown.split(ctx.ranks)
+        ddowns = [part if want else None for part, want in zip(ddowns, ctx.need_downs, strict=True)]
+        return (dx, None, None, None, None, None, *(None,) * n, *ddowns, *dups, *(None,) * n)
+
+
+def _composed(
+    run: Any,
+    dys: Sequence[Tensor | None],
+    dh: Tensor | None,
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    down: Tensor,
+    ups: Sequence[Tensor],
+    h: Tensor | None,
+    seed: Tensor | None,
+    s: float,
+    p: float,
+    need_x: bool,
+    need_down: bool,
+    need_ups: Sequence[bool],
+    down_dtype: torch.dtype,
+    up_dtypes: Sequence[torch.dtype],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """``blas.gradients`` out of a backend's functions: dy_i is read for g_i and dup_i at once, then for dx."""
+    ranks = [up.shape[1] for up in ups]
+    downs, dhs = down.split(ranks), (dh.split(ranks, dim=1) if dh is not None else [None] * len(ranks))
+    parts = h.split(ranks, dim=1) if h is not None else [None] * len(ranks)
+    like = next(t for t in dys if t is not None)
+    dx: Tensor | None = None
+    dups: list[Tensor | None] = []
+    gs = []
+    for i, dy in enumerate(dys):
+        dup = None
+        if dy is None:
+            g = like.new_zeros(like.shape[0], ranks[i])
+        elif need_ups[i]:
+            g, out = run.project_outer(dy, ups[i].T, parts[i], s, up_dtypes[i])
             dup = out.T
-        elif need_h or need_x:
-            dh = run.project(dy, up.T)
+        else:
+            g = run.project(dy, ups[i].T, s)
+        if dhs[i] is not None:
+            g = g.add_(dhs[i], alpha=s)
         if need_x:
-            dx = run.matmul_lowrank(dy, weight.T, dh, down.T) if _fuses(run) else dy @ weight
-        return dx, dy.T @ x if need_weight else None, dh, dup, dy.sum(0) if need_bias else None, None, None
+            if dy is None:
+                dy = like.new_zeros(like.shape[0], weights[i].shape[0])
+            term = run.matmul_lowrank(dy, weights[i].T, g, downs[i].T, None, p, seed)
+            dx = term if dx is None else dx.add_(term)
+        gs.append(g)
+        dups.append(dup)
+    ddown = run.outer(torch.cat(gs, 1), x, p, seed, down_dtype) if need_down else None
+    return dx, ddown, dups

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import forgetless as fl
-from forgetless import blas, ops
+from forgetless import blas, layers, ops, reference
 from forgetless.siblings import families
 
 
@@ -102,11 +102,53 @@ def test_a_changed_x_is_projected_again():
         torch.testing.assert_close(model.k_proj(x), alone.k_proj(x))
 
 
-def test_dropout_keeps_masks_of_their_own(projections):
+@pytest.mark.parametrize("backend", ["reference", "blas", "triton"])
+def test_dropout_is_of_x_once_for_all_siblings(backend, monkeypatch):
+    """Against the plain formula with the generator's own mask: values and every gradient."""
+    model, _ = pair(fl.LoRA(4, dropout=0.5), torch.float64 if backend != "triton" else torch.float32)
+    dtype = model.q_proj.weight.dtype
+    seed = torch.tensor([3, 4], dtype=torch.int32)
+    monkeypatch.setattr(layers, "draw_seed", lambda device: seed)
+    x = torch.randn(6, 24, dtype=dtype, requires_grad=True)
+    siblings = [model.q_proj, model.k_proj, model.v_proj]
+    wanted = [x, *(p for layer in siblings for p in layer.adapter.parameters())]
+    dys = [torch.randn(6, layer.out_features, dtype=dtype) for layer in siblings]
+    with ops.backend(backend):
+        ys = [layer.train()(x) for layer in siblings]
+        ours = torch.autograd.grad(ys, wanted, dys)
+    dropped = x * reference.keep_mask(seed, 0.5, 6, 24) / 0.5
+    plain = [
+        layer.base(x) + layer.adapter.scale * dropped @ layer.adapter.down.T @ layer.adapter.up.T for layer in siblings
+    ]
+    theirs = torch.autograd.grad(plain, wanted, dys)
+    tight = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close([*ys, *ours], [*plain, *theirs], **tight)
+
+
+def test_another_dropout_rate_goes_alone(projections):
     model, _ = pair(fl.LoRA(4, dropout=0.5))
-    model.train()
+    model.train().k_proj.eval()
     model(torch.randn(5, 24, dtype=torch.float64))
     assert projections == [(4, 24)] * 3 + [(4, 8)]
+
+
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_a_trained_base_goes_alone_and_gets_its_gradient(what):
+    model, alone = pair(fl.LoRA(4))
+    for m in (model, alone):
+        getattr(m.k_proj.base, what).requires_grad_(True)
+    same(model, alone, torch.randn(5, 24, dtype=torch.float64))
+
+
+def test_siblings_nobody_calls_are_no_longer_computed_for(monkeypatch):
+    model, _ = pair(fl.LoRA(4))
+    computed = []
+    plain = layers.lowrank_linears
+    monkeypatch.setattr(layers, "lowrank_linears", lambda x, ws, *rest: computed.append(len(ws)) or plain(x, ws, *rest))
+    for _ in range(12):
+        model.q_proj(torch.randn(5, 24, dtype=torch.float64))
+    assert computed == [3] * 10
+    assert model.k_proj.group is model.v_proj.group is not model.q_proj.group
 
 
 def test_only_wanted_gradients_flow():
