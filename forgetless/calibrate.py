@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from .layers import AdaptedLinear
+from .methods.base import Adapter
 from .model import adapters
+from .siblings import families
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -25,6 +30,7 @@ def calibrate(
 
     ``Laplace`` takes per-sequence gradients (one forward and backward per batch, no per-sample backward),
     ``SourceDeviation`` the inputs of each layer (forward only). Dropout is off. Saved with the adapter by ``fl.save``.
+    Siblings (q/k/v, gate/up) that are given the very same x hold one covariance between them from then on.
 
     Args:
         model: an adapted model.
@@ -38,41 +44,53 @@ def calibrate(
         Counts: "layers" filled, "batches", "sequences".
 
     Raises:
-        ValueError: no adapters, nothing asks for statistics, no batch, or no loss. Statistics are then reset.
+        ValueError: no adapters, nothing asks for statistics, no batch, no loss, no logits where Laplace's
+            fisher="true" draws labels from them, or two Laplace penalties of which one does. Statistics are then reset.
     """
     found = adapters(model)
     if not found:
         raise ValueError("model has no adapters; call fl.adapt(model, method) first")
-    wanting = {
-        name: layer
-        for name, layer in found.items()
-        if any(state.statistics for state in layer.adapter.penalty_states())
-    }
+    wanting = {name: layer for name, layer in found.items() if _states(layer)}
     if not wanting:
         raise ValueError("no attached penalty asks for statistics; only Laplace (LaLoRA) and SourceDeviation do")
-    gradients = any(state.statistics == "gradients" for layer in wanting.values() for state in _states(layer))
+    states = [state for layer in wanting.values() for state in _states(layer)]
+    learning = [state for state in states if state.statistics != "inputs"]
+    draws = {getattr(state.spec, "fisher", None) == "true" for state in learning}
+    if len(draws) > 1:
+        raise ValueError("one Laplace penalty has fisher='true', another has not; calibrate wants one kind of labels")
+    if draws == {True} and loss is not None:
+        raise ValueError("loss is given, but fisher='true' draws labels from the model's own logits; leave it out")
+    generator = torch.Generator().manual_seed(0) if draws == {True} else None
     for layer in wanting.values():
         for state in _states(layer):
             state.begin_statistics(layer.adapter)
             state.known_calibrated = False
+    kin = _families(wanting)
     modes = {module: module.training for module in model.modules()}
+    trained = [p for layer in found.values() for p in layer.adapter.parameters() if p.requires_grad]
     done = sequences = 0
     model.eval()
     try:
+        for p in trained:  # gradients of the layers' outputs are all that is needed
+            p.requires_grad_(not learning)
         for batch in batches:
             with ExitStack() as hooks:
                 window = _Window(batch, next(iter(wanting.values())).weight.device)
                 for layer in wanting.values():
-                    handle = layer.register_forward_hook(_observer(window))
-                    hooks.callback(handle.remove)
-                with torch.set_grad_enabled(gradients):
-                    value = _loss(model, window.batch, loss, gradients)
-                    if gradients:
+                    if learning:
+                        hooks.callback(layer.register_forward_pre_hook(window.start_graph).remove)
+                    hooks.callback(layer.register_forward_hook(_observer(window, kin)).remove)
+                with torch.set_grad_enabled(bool(learning)):
+                    if generator is not None:
+                        value = window.drawn_loss(model, generator)
+                    else:
+                        value = _loss(model, window.batch, loss, bool(learning))
+                    if learning:
                         if not torch.isfinite(value).all():
                             raise ValueError(f"batch {done + 1} has a loss of {value.item()}; has it any label?")
-                        parameters = [p for layer in wanting.values() for p in layer.adapter.parameters()]
-                        wanted = [p for p in parameters if p.requires_grad]
-                        torch.autograd.grad(value, wanted, allow_unused=True)
+                        torch.autograd.grad(value, window.leaves, allow_unused=True)
+                for family in {id(f): f for f in kin.values()}.values():
+                    family.close()
             done += 1
             sequences += window.sequences
             if on_batch is not None:
@@ -83,19 +101,98 @@ def calibrate(
                 state.begin_statistics(layer.adapter)
         raise
     finally:
+        for p in trained:
+            p.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
+        for layer in found.values():
+            layer.trace = None
     if done == 0:
         raise ValueError("batches is empty, wants at least one batch of source-domain data")
-    for layer in wanting.values():
-        layer.trace = None
-        for state in _states(layer):
-            state.end_statistics()
+    for state in {id(state.shared()): state for state in states}.values():
+        state.end_statistics()
     return {"layers": len(wanting), "batches": done, "sequences": sequences}
 
 
 def _states(layer: AdaptedLinear) -> list[Any]:
     return [state for state in layer.adapter.penalty_states() if state.statistics]
+
+
+# ---------------------------------------------------------------------------------------- siblings
+
+
+class _Family:
+    """Siblings' states that hold one set of statistics for as long as they are given the very same x."""
+
+    def __init__(self, members: list[Any]):
+        self.members = members
+        self.came: list[Any] = []
+        self.x: Tensor | None = None
+        for member in members[1:]:
+            member.share(members[0])
+
+    def take(self, state: Any, x: Tensor, rows: Callable[[], Tensor]) -> None:
+        """``state`` is given x, whose real tokens are ``rows()``."""
+        if all(member is not state for member in self.members):
+            state.add_inputs(rows())
+            return
+        if any(member is state for member in self.came):
+            self.close()  # called again: a round is over
+        if not self.came:
+            self.x, self.rows = x, rows
+        elif x is not self.x:
+            self._leave(state)
+            state.add_inputs(rows())
+            return
+        self.came.append(state)
+        if len(self.came) == len(self.members):
+            self.close()
+
+    def close(self) -> None:
+        """Take in what the members have come with; who has not come has not seen it and goes its own way."""
+        came, self.came = self.came, []
+        if came:
+            for member in list(self.members):
+                if all(member is not other for other in came):
+                    self._leave(member)
+            came[0].add_inputs(self.rows())
+        self.x = None
+
+    def _leave(self, state: Any) -> None:
+        state.separate()
+        self.members = [member for member in self.members if member is not state]
+        if self.members and state.shared() is self.members[0].shared():
+            raise AssertionError("a state that leaves must hold statistics of its own")
+
+
+def _kin(layers: dict[str, AdaptedLinear]) -> Iterator[list[Any]]:
+    """States of siblings that may hold one set of statistics, by names alone."""
+    for names in families(list(layers)):
+        found: dict[Any, list[Any]] = {}
+        for name in names:
+            for index, state in enumerate(_states(layers[name])):
+                if state.shareable() is not None:
+                    found.setdefault((index, state.shareable()), []).append(state)
+        yield from (members for members in found.values() if len(members) > 1)
+
+
+def _families(layers: dict[str, AdaptedLinear]) -> dict[int, _Family]:
+    made: dict[int, _Family] = {}
+    for members in _kin(layers):
+        made.update(dict.fromkeys(map(id, members), _Family(members)))
+    return made
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Siblings that hold the same statistics hold them once: after loading, which gives each its own."""
+    layers = {name: layer for name, layer in adapters(model).items() if _states(layer)}
+    for members in _kin(layers):
+        for member in members[1:]:
+            if member.shared() is not members[0].shared() and member.shared().same_as(members[0].shared()):
+                member.share(members[0])
+
+
+# ------------------------------------------------------------------------------------- one batch
 
 
 class _Window:
@@ -106,6 +203,8 @@ class _Window:
         self.mask: Tensor | None = None  # (sequences, tokens) bool
         self.share: Tensor | None = None  # (sequences,) share of each sequence in the batch's mean loss
         self.sequences = 0
+        self.leaves: list[Tensor] = []  # where the graph starts
+        self._begun: tuple[Callable[[], Tensor | None], Tensor] | None = None
         if not isinstance(batch, Mapping):
             return
         self.batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -116,8 +215,47 @@ class _Window:
             self.mask = mask.bool()
         labels = self.batch.get("labels")
         if isinstance(labels, Tensor) and labels.dim() == 2:
-            counts = (labels[:, 1:] != -100).sum(1).double()  # a causal model predicts all but the first token
-            self.share = counts / counts.sum().clamp(min=1)
+            self._count(labels[:, 1:] != -100)  # a causal model predicts all but the first token
+
+    def _count(self, counted: Tensor) -> None:  # (sequences, ..) bool
+        counts = counted.flatten(1).sum(1).double()
+        self.share = counts / counts.sum().clamp(min=1)
+
+    def start_graph(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """No parameter wants a gradient: an x that has none becomes a leaf, the same one for all that are given it."""
+        x = args[0]
+        if x.requires_grad:
+            return None
+        if self._begun is None or self._begun[0]() is not x:
+            leaf = x.detach().requires_grad_(True)
+            self.leaves.append(leaf)
+            self._begun = weakref.ref(x), leaf
+        return self._begun[1], *args[1:]
+
+    def drawn_loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
+        """Mean loss of labels drawn from the model's own prediction, where the batch has labels (or tokens)."""
+        if isinstance(self.batch, Mapping):
+            output = model(**{key: value for key, value in self.batch.items() if key != "labels"})
+        else:
+            output = model(self.batch)
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if logits is None and isinstance(output, Tensor):
+            logits = output
+        if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+            raise ValueError("the model returned no logits (sequences, tokens, classes): fisher='true' draws from them")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if logits.dim() == 3:
+            logits = logits[:, :-1]  # as a causal model's own loss has it
+            labels = self.batch.get("labels") if isinstance(self.batch, Mapping) else None
+            if isinstance(labels, Tensor):
+                counted = labels[:, 1:] != -100
+            elif self.mask is not None:
+                counted = self.mask[:, 1:]
+            else:
+                counted = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            self._count(counted)
+            logits = logits[counted]
+        return cross_entropy(logits, draw_labels(logits.detach(), generator))
 
     def split(self, t: Tensor) -> Tensor:  # -> (sequences, tokens, features)
         """Layers see (sequences, tokens, features), (samples, features), or tokens flattened into one dimension."""
@@ -127,8 +265,19 @@ class _Window:
         groups = self.sequences if self.sequences and rows.shape[0] % self.sequences == 0 else rows.shape[0]
         return rows.view(groups, -1, t.shape[-1])
 
+    def real(self, x: Tensor) -> Tensor:  # (sequences, tokens, K) -> (real tokens, K)
+        fits = self.mask is not None and self.mask.shape == x.shape[:2]
+        return x[self.mask] if fits else x.flatten(0, 1)
 
-def _observer(window: _Window) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+
+def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:  # (rows, classes) -> (rows,)
+    """One class per row from softmax(logits); the generator lives on the CPU, so that every device draws alike."""
+    spots = torch.rand(logits.shape[0], 1, generator=generator, dtype=torch.float64).to(logits.device)
+    summed = logits.double().softmax(1).cumsum(1)
+    return torch.searchsorted(summed, spots * summed[:, -1:]).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+def _observer(window: _Window, kin: dict[int, _Family]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         assert isinstance(layer, AdaptedLinear)
         x = window.split(args[0].detach())
@@ -136,33 +285,75 @@ def _observer(window: _Window) -> Callable[[nn.Module, tuple[Any, ...], Tensor],
             window.sequences = x.shape[0]
         for state in _states(layer):
             if state.statistics == "inputs":
-                fits = window.mask is not None and window.mask.shape == x.shape[:2]
-                state.add_inputs(x[window.mask] if fits else x.flatten(0, 1))
-        if any(state.statistics == "gradients" for state in _states(layer)):
+                family = kin.get(id(state))
+                if family is None:
+                    state.add_inputs(window.real(x))
+                else:
+                    family.take(state, args[0], lambda: window.real(x))
+        if any(state.statistics != "inputs" for state in _states(layer)) and y.requires_grad:
             y.register_hook(lambda dy: _add_gradients(layer, window, x, window.split(dy)))
 
     return hook
 
 
+@dataclass
+class Tokens:
+    """One layer's tokens of one batch, as samples: the sequences, or the batch as one."""
+
+    adapter: Adapter
+    x: Tensor  # (S, T, K) in the dtype that products are taken in, as dy
+    dy: Tensor  # (S, T, N), the gradient of the batch's mean loss at the layer's output
+    mask: Tensor | None  # (S, T) bool, the real tokens; None: all
+    factor: Tensor | None  # (S,): contribution to the batch's mean -> gradient of the sample's own mean; None: 1
+    count: Tensor | int  # samples that have labels
+
+    def _scaled(self, t: Tensor) -> Tensor:  # (S, T, ..), its own
+        t *= self.adapter.scale
+        return t if self.factor is None else t.mul_(self.factor.to(t.dtype)[:, None, None])
+
+    def scaled_dy(self) -> Tensor:  # (S, T, N)
+        """Gradients of the samples' own mean losses at the output of up."""
+        return self._scaled(self.dy.clone())
+
+    def real_x(self) -> Tensor:  # (tokens, K)
+        return self.x.flatten(0, 1) if self.mask is None else self.x[self.mask]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Parameter name -> (S, *shape), by S small products: no second backward pass."""
+        down, up = (t.to(self.x.dtype) for t in self.adapter.factors())
+        dup = self.dy.transpose(1, 2) @ self._scaled(self.x @ down.T)
+        if up.any():
+            ddown = self._scaled(self.dy @ up).transpose(1, 2) @ self.x
+        else:  # the usual start: no gradient reaches down
+            ddown = self.x.new_zeros(1, 1, 1).expand(self.x.shape[0], *down.shape)
+        return self.adapter.pullback(ddown, dup)
+
+
 @torch.no_grad()
 def _add_gradients(layer: AdaptedLinear, window: _Window, x: Tensor, dy: Tensor) -> None:
-    """Per-sequence gradients from the layer's x (S, T, K) and dy (S, T, N): S small products, no second backward."""
-    adapter = layer.adapter
-    down, up = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in adapter.factors())
-    x, dy = x.to(down.dtype), dy.to(down.dtype)
-    h = adapter.scale * (x @ down.T)
-    dup = dy.transpose(1, 2) @ h
-    if up.any():
-        ddown = (adapter.scale * (dy @ up)).transpose(1, 2) @ x
-    else:  # the usual start: no gradient reaches down
-        ddown = x.new_zeros(x.shape[0], *down.shape)
-    share = window.share
-    if share is None or share.shape[0] != x.shape[0]:
-        share = x.new_full((x.shape[0],), 1.0 / x.shape[0])
-    grads = adapter.pullback(ddown, dup)
-    for state in _states(layer):
-        if state.statistics == "gradients":
-            state.add_gradients(grads, share.to(device=x.device, dtype=x.dtype))
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # squares of half precision's gradients vanish
+    x, dy = x.to(dtype), dy.to(dtype)
+    mask = window.mask if window.mask is not None and window.mask.shape == x.shape[:2] else None
+    states = [state for state in _states(layer) if state.statistics != "inputs"]
+    for whole in (False, True):
+        mine = [state for state in states if (getattr(state.spec, "fisher", None) == "batch") == whole]
+        if not mine:
+            continue
+        if whole:
+            joint = None if mask is None else mask.flatten()[None]
+            tokens = Tokens(layer.adapter, x.flatten(0, 1)[None], dy.flatten(0, 1)[None], joint, None, 1)
+        else:
+            share = window.share
+            if share is None or share.shape[0] != x.shape[0]:
+                share = x.new_full((x.shape[0],), 1.0 / x.shape[0], dtype=torch.float64)
+            factor = torch.where(share > 0, 1.0 / share, 0.0)
+            tokens = Tokens(layer.adapter, x, dy, mask, factor, (share > 0).sum())
+        grads = tokens.gradients() if any(state.statistics == "gradients" for state in mine) else {}
+        for state in mine:
+            if state.statistics == "gradients":
+                state.add_gradients(grads, tokens.count)
+            if state.wants_tokens:
+                state.add_tokens(tokens)
 
 
 def _loss(model: nn.Module, batch: Any, loss: LossFunction | None, needed: bool) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate import LossFunction, calibrate
+from .calibrate import LossFunction, calibrate, share_statistics
 from .layers import AdaptedLinear, site_of
 from .methods.curlora import CURLoRAAdapter, weight_hash
 from .model import check_foldable
@@ -27,6 +27,7 @@ class Consolidation:
     rounding: dict[str, float]
     _layers: dict[str, AdaptedLinear] = field(repr=False)
     _before: dict[str, tuple[Tensor, dict[str, Tensor]]] | None = field(repr=False)
+    _model: nn.Module = field(repr=False)
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -44,6 +45,7 @@ class Consolidation:
             layer.adapter.load_state_dict(state)
             for penalty in layer.adapter.penalty_states():
                 penalty.reset_caches()
+        share_statistics(self._model)
         self._before = None
 
 
@@ -81,7 +83,9 @@ def consolidate(
         name: (layer.weight.detach().clone(), {k: v.clone() for k, v in layer.adapter.state_dict().items()})
         for name, layer in found.items()
     }
-    held = [state.export_statistics() for state in asking]
+    once = {id(state.shared()): state for state in asking}
+    copies = {key: state.export_statistics() for key, state in once.items()}
+    held = [copies[id(state.shared())] for state in asking]
     rounding = {}
     try:
         for name, layer in found.items():
@@ -93,9 +97,22 @@ def consolidate(
         if asking:
             assert batches is not None
             calibrate(model, batches, loss, on_batch)
-            for state, statistics in zip(asking, held, strict=True):
-                state.add_statistics(statistics)
+            _add(asking, held)
     except BaseException:
-        Consolidation({}, {name: found[name] for name in rounding}, {n: before[n] for n in rounding}).undo()
+        Consolidation({}, {name: found[name] for name in rounding}, {n: before[n] for n in rounding}, model).undo()
         raise
-    return Consolidation(rounding, found, before if undo else None)
+    return Consolidation(rounding, found, before if undo else None, model)
+
+
+def _add(states: list[Any], held: list[dict[str, Tensor]]) -> None:
+    """Add to each state what it held; siblings that share statistics go on sharing if they held the same."""
+    first: dict[int, tuple[Any, dict[str, Tensor]]] = {}
+    for state, mine in zip(states, held, strict=True):
+        _, theirs = first.setdefault(id(state.shared()), (state, mine))
+        if theirs is not mine and not all(torch.equal(theirs[name], mine[name]) for name in mine):
+            state.separate()
+    done: set[int] = set()
+    for state, mine in zip(states, held, strict=True):
+        if id(state.shared()) not in done:
+            done.add(id(state.shared()))
+            state.add_statistics(mine)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from .calibrate import share_statistics
 from .layers import AdaptedLinear, site_of
 from .methods import LoRA, Method
 from .methods.curlora import CURLoRAAdapter, weight_hash
@@ -153,6 +154,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
                 layer.adapter.weight_sha256 = layers[name].get("weight_sha256")
             for factors in folded[name]:
                 layer.fold(factors)
+        share_statistics(model)
     except Exception:
         from .model import remove
 

@@ -73,14 +73,19 @@ def _adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     return found
 
 
-def penalty(model: nn.Module) -> Tensor:
+def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     """Sum of the penalties of all layers: a float32 scalar to add to the loss, before gradient clipping.
 
     Add it once per optimiser step: with gradient accumulation, to one of the micro-batches only. A zero scalar when
     the method has no penalty. Penalties that need statistics count as zero until ``fl.calibrate``, with a warning.
 
+    Args:
+        model: an adapted model.
+        token_weights: one number >= 0 for each token of the last forward pass, such as its attention mask, in the
+            order of its tokens: what OutputDeviation's mean over tokens counts. All alike if not given.
+
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
     """
     found = _adapters(model)
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
@@ -91,7 +96,10 @@ def penalty(model: nn.Module) -> Tensor:
                 kinds.setdefault((type(state), layer.weight.device), []).append(Item(state, layer.adapter, hidden))
     device = next(iter(found.values())).weight.device
     with torch.autocast(device.type, enabled=False):  # trainers add it within autocast, which would round it
-        totals = [kind.total(items).to(device) for (kind, _), items in kinds.items()]  # type: ignore[attr-defined]
+        totals = [
+            (kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)).to(device)  # type: ignore[attr-defined]
+            for (kind, _), items in kinds.items()
+        ]
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
 
 

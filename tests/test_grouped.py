@@ -17,6 +17,8 @@ PENALTIES = [
     fl.WeightDeviation(0.2),
     fl.SourceDeviation(0.1),
     fl.SourceDeviation(0.1, "full"),
+    fl.SourceDeviation(0.1, 5),
+    fl.SourceDeviation(0.1, 0),
     fl.Decay(0.3),
 ]
 

@@ -298,8 +298,8 @@ def test_the_toy_leaves_no_trace_in_the_others():
         (fl.CLoRA, {"weight": -1.0}, r"NullSpace.weight is -1.0, wants a number >= 0"),
         (fl.CURLoRA, {"smoothing": -1.0}, r"CURLoRA.smoothing is -1.0, wants a number >= 0"),
         (fl.CURLoRA, {"alpha": float("inf")}, r"CURLoRA.alpha is inf"),
-        (fl.LaLoRA, {"curvature": "hessian"}, r"LaLoRA.curvature is 'hessian', wants "),
-        (fl.LaLoRA, {"fisher": "true"}, r"Laplace.fisher is 'true', wants 'empirical' or 'batch'"),
+        (fl.LaLoRA, {"curvature": "hessian"}, r"Laplace.curvature is 'hessian', wants 'diag', "),
+        (fl.LaLoRA, {"fisher": "joint"}, r"Laplace.fisher is 'joint', wants 'empirical', 'true' or 'batch'"),
         (fl.LaLoRA, {"prior_precision": -1.0}, r"Laplace.prior_precision is -1.0, wants a number >= 0"),
     ],
 )

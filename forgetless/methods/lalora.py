@@ -18,8 +18,8 @@ class LaLoRA(Method):
     Args:
         rank, alpha, dropout: as of ``LoRA``.
         weight: factor of the penalty.
-        curvature: "diag", the diagonal of the Fisher information.
-        fisher, prior_precision: see ``Laplace``, also for what happens to A at the usual start.
+        curvature: "diag", "kfac" or "tri_kfac".
+        fisher, prior_precision, columns, at_zero: see ``Laplace``, also for what happens to A at the usual start.
         penalties: more of them.
     """
 
@@ -30,18 +30,19 @@ class LaLoRA(Method):
     curvature: str = "diag"
     fisher: str = "empirical"
     prior_precision: float = 0.0
+    columns: int = 64
+    at_zero: str = "literal"
     penalties: tuple[Penalty, ...] = ()
 
     name: ClassVar[str] = "lalora"
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.curvature != "diag":
-            raise ValueError(f"LaLoRA.curvature is {self.curvature!r}, wants 'diag'")
-        self.all_penalties()  # refuses nonsense in weight, fisher and prior_precision
+        self.all_penalties()  # refuses nonsense in the fields of Laplace
 
     def all_penalties(self) -> tuple[Penalty, ...]:
-        return (Laplace(self.weight, self.fisher, self.prior_precision), *self.penalties)
+        own = Laplace(self.weight, self.fisher, self.prior_precision, self.curvature, self.columns, self.at_zero)
+        return (own, *self.penalties)
 
     def build(self, site: Site) -> Adapter:
         return LoRAAdapter(site, self.rank, self.alpha / self.rank, self.dropout)

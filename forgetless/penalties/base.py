@@ -72,7 +72,8 @@ class PenaltyState(nn.Module):
 
     #: The value needs h of the last forward pass, with its graph.
     needs_hidden: ClassVar[bool] = False
-    #: What ``fl.calibrate`` must supply: None, "inputs" (x of each layer) or "gradients" (per-sequence gradients).
+    #: What ``fl.calibrate`` must supply: None, "inputs" (x of each layer), "gradients" (per-sequence gradients of the
+    #: parameters) or "tokens" (x and the gradient of the layer's output).
     statistics: ClassVar[str | None] = None
 
     def __init__(self, spec: Penalty):
@@ -85,7 +86,10 @@ class PenaltyState(nn.Module):
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        """Sum of ``value`` over all layers, once per step; subclasses do it in fewer and larger products."""
+        """Sum of ``value`` over all layers, once per step; subclasses do it in fewer and larger products.
+
+        With ``needs_hidden``, ``value`` and ``total`` take one argument more: ``weights``, one per token, or None.
+        """
         return torch.stack([item.state.value(item.adapter, item.hidden) for item in items]).sum()
 
     def begin_statistics(self, adapter: Adapter) -> None:
@@ -94,13 +98,21 @@ class PenaltyState(nn.Module):
     def add_inputs(self, x: Tensor) -> None:
         """Take in x (tokens, K) of source-domain text."""
 
-    def add_gradients(self, grads: dict[str, Tensor], share: Tensor) -> None:
-        """Take in the gradient of one batch's mean loss, split by sequence.
+    def add_gradients(self, grads: dict[str, Tensor], count: Tensor | int) -> None:
+        """Take in gradients of the samples' mean losses.
 
         Args:
-            grads: parameter name -> (sequences, *shape); they sum to the gradient of the batch's mean loss.
-            share: (sequences,), each sequence's share of that mean: its label tokens over all label tokens.
+            grads: parameter name -> (samples, *shape); samples without labels have zeros.
+            count: samples that have labels.
         """
+
+    def add_tokens(self, tokens: Any) -> None:
+        """Take in one layer's inputs and output gradients of one batch, a ``forgetless.calibrate.Tokens``."""
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether ``add_tokens`` is to be called."""
+        return self.statistics == "tokens"
 
     def end_statistics(self) -> None:
         """All data has been seen: normalise."""
@@ -111,6 +123,20 @@ class PenaltyState(nn.Module):
 
     def add_statistics(self, held: dict[str, Tensor]) -> None:
         """Add what was measured earlier: several domains are kept at full strength each."""
+
+    def shareable(self) -> Any:
+        """Siblings whose states say the same here may share their statistics if they see the same x; None: never."""
+        return None
+
+    def shared(self) -> Any:
+        """The object that holds the statistics: siblings that share have it in common."""
+        return self
+
+    def share(self, other: Any) -> None:
+        """Hold the statistics of ``other``, a sibling's state, from now on."""
+
+    def separate(self) -> None:
+        """Hold a copy of one's own again."""
 
     def reset_caches(self) -> None:
         """Buffers have been overwritten from outside."""

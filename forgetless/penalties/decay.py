@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import Item, Penalty, PenaltyState, register, wide
-from .grouped import closed_form
+from .grouped import buckets, closed_form, like, scatter
 
 if TYPE_CHECKING:
     from ..methods.base import Adapter, Site
@@ -46,10 +46,13 @@ class _Decay(PenaltyState):
             weights += [state.spec.weight] * len(mine)
 
         def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            grads = [w * p for w, p in zip(weights, factors, strict=True)]
-            value = sum(
-                0.5 * torch.vdot(wide(p).flatten(), wide(g).flatten()) for p, g in zip(factors, grads, strict=True)
-            )
-            return value, [g if need else None for g, need in zip(grads, needs, strict=True)]  # type: ignore[return-value]
+            grads: list[Tensor | None] = [None] * len(factors)
+            value = wide(factors[0]).new_zeros(())
+            for group in buckets([(weights[i], like(p)) for i, p in enumerate(factors)]):
+                stack = wide(torch.stack([factors[i] for i in group]))
+                flat = stack.flatten()
+                value = value + 0.5 * weights[group[0]] * torch.dot(flat, flat)
+                scatter(grads, group, stack.mul_(weights[group[0]]), needs, factors[group[0]])
+            return value, grads
 
         return closed_form(compute, parameters)

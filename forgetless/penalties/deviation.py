@@ -6,13 +6,16 @@ E ||delta x||^2 = scale^2 <up^T up, down S down^T> where S = E x x^T: only rank-
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import Item, Penalty, PenaltyState, gram_product, register, wide
+from .covariance import Covariance
 from .grouped import closed_form, gram_form
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class OutputDeviation(Penalty):
 
     The square of the change of the layer's output, from h = scale * drop(x) @ down.T (M, R) alone:
     weight / M * <h^T h, up^T up>. Under dropout it is the dropped-out x that counts. Its gradient reaches x as well.
+    ``fl.penalty(model, token_weights=attention_mask)`` leaves padding out: the mean is then the weighted one.
     """
 
     weight: float = 0.01
@@ -62,39 +66,59 @@ class OutputDeviation(Penalty):
 class _OutputDeviation(PenaltyState):
     needs_hidden = True
 
-    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
+    def value(self, adapter: Adapter, hidden: Tensor | None, weights: Tensor | None = None) -> Tensor:
         down, up = adapter.factors()
         up = wide(up)
         if hidden is None or hidden.shape[0] == 0:  # no forward pass yet: nothing has deviated
             return up.new_zeros(())
         _check_graph(hidden, down)
         h = wide(hidden)
-        return self.spec.weight / h.shape[0] * ((h.T @ h) * (up.T @ up)).sum()
+        w, count = _token_weights(weights, h)
+        return self.spec.weight / count * (((h * w[:, None]).T @ h) * (up.T @ up)).sum()
 
     @classmethod
-    def total(cls, items: list[Item]) -> Tensor:
-        rows = []
+    def total(cls, items: list[Item], weights: Tensor | None = None) -> Tensor:
+        factors: list[Tensor] = []
+        shares: list[float] = []
+        tokens: list[Covariance | None] = []
+        made: dict[Any, tuple[Covariance | None, float]] = {}
         for state, adapter, hidden in items:
             if hidden is not None and hidden.shape[0]:
                 down, up = adapter.factors()
                 _check_graph(hidden, down)
-                rows.append((state.spec.weight / hidden.shape[0], hidden, up))
-
-        def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            value = wide(factors[0]).new_zeros(())
-            grads: list[Tensor | None] = []
-            for i, (weight, _, _) in enumerate(rows):
-                hidden, up = factors[2 * i : 2 * i + 2]
-                h, u = wide(hidden), wide(up)
-                seen, out = h.T @ h, u.T @ u
-                value = value + weight * (seen * out).sum()
-                grads.append((2.0 * weight * (h @ out)).to(hidden.dtype) if needs[2 * i] else None)
-                grads.append((2.0 * weight * (u @ seen)).to(up.dtype) if needs[2 * i + 1] else None)
-            return value, grads
-
-        if not rows:
+                key = hidden.shape[0], wide(hidden).dtype, hidden.device
+                if key not in made:
+                    made[key] = _as_covariance(weights, hidden)
+                cov, count = made[key]
+                factors += [hidden, up]
+                shares.append(state.spec.weight / count)
+                tokens.append(cov)
+        if not factors:
             return torch.stack([state.value(adapter, None) for state, adapter, _ in items]).sum()
-        return closed_form(compute, [t for _, hidden, up in rows for t in (hidden, up)])
+        return closed_form(lambda f, needs: gram_form(f, needs, shares, tokens, tall=True), factors)
+
+
+def _token_weights(weights: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor | float]:
+    """The weight of each row of h (M, R), and their sum."""
+    if weights is None:
+        return h.new_ones(h.shape[0]), float(h.shape[0])
+    if weights.numel() != h.shape[0]:
+        raise ValueError(
+            f"token_weights has {weights.numel()} entries {tuple(weights.shape)}, wants one for each of the "
+            f"{h.shape[0]} tokens of the last forward pass"
+        )
+    w = weights.detach().reshape(-1).to(h)
+    return w, w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+
+
+def _as_covariance(weights: Tensor | None, hidden: Tensor) -> tuple[Covariance | None, float]:
+    """Token weights of mean 1 as the diagonal form of the sum over tokens, and the number to divide by."""
+    if weights is None:
+        return None, float(hidden.shape[0])
+    w, total = _token_weights(weights, wide(hidden.detach()))
+    cov = Covariance("diag", hidden.shape[0], w)
+    cov.rest = w / total
+    return cov, 1.0
 
 
 def _check_graph(hidden: Tensor, down: Tensor) -> None:
@@ -110,62 +134,83 @@ def _check_graph(hidden: Tensor, down: Tensor) -> None:
 class SourceDeviation(Penalty):
     """weight * E_source ||scale * up @ down @ x||^2: the expected change of the output on source-domain inputs.
 
-    The covariance S = E x x^T of the layer's own input is measured by ``fl.calibrate`` on text whose behaviour must
-    be kept (this project's own; the same quadratic form as activation-weighted regularisers in the literature).
+    The covariance S = E x x^T of the layer's own input is measured by ``fl.calibrate``, in a forward-only pass, on text
+    whose behaviour must be kept (this project's own; the same quadratic form as activation-weighted regularisers in the
+    literature). Layers that are given the same x (q/k/v, gate/up) share one S: it is measured and held once.
 
     Args:
         weight: factor of the summed term.
-        covariance: "diag" keeps E x_j^2 only (K numbers a layer); "full" keeps the (K, K) matrix.
+        covariance: "diag" keeps E x_j^2 only (K numbers a layer); an integer q keeps the q strongest eigenvectors and
+            the diagonal of the rest (K (q + 1) numbers; 0 is "diag"); "full" keeps the (K, K) matrix.
     """
 
     weight: float = 0.03
-    covariance: str = "diag"
+    covariance: str | int = "diag"
 
     name: ClassVar[str] = "source-deviation"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.covariance not in ("diag", "full"):
-            raise ValueError(f"SourceDeviation.covariance is {self.covariance!r}, wants 'diag' or 'full'")
+        check_form("SourceDeviation.covariance", self.covariance)
 
     def attach(self, adapter: Adapter, site: Site) -> PenaltyState:
         return _SourceDeviation(self, site)
 
 
+def check_form(title: str, form: object) -> None:
+    """ValueError unless ``form`` is one that ``Covariance`` takes."""
+    count = isinstance(form, int) and not isinstance(form, bool) and form >= 0
+    if form not in ("diag", "full") and not count:
+        raise ValueError(f"{title} is {form!r}, wants 'diag', 'full' or an integer >= 0, the columns of its eigenbasis")
+
+
 class _SourceDeviation(PenaltyState):
     statistics = "inputs"
-    covariance: Tensor
-    tokens: Tensor
+    source: Covariance
 
     def __init__(self, spec: SourceDeviation, site: Site):
         super().__init__(spec)
-        K = site.weight.shape[1]
-        dtype = torch.promote_types(site.weight.dtype, torch.float32)
-        shape = (K,) if spec.covariance == "diag" else (K, K)
-        self.register_buffer("covariance", torch.zeros(shape, dtype=dtype, device=site.weight.device))
-        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64, device=site.weight.device))
+        self.source = Covariance(spec.covariance, site.weight.shape[1], site.weight)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(K, K) for "full", else the (K,) that "diag" keeps, or the rest beside the eigenbasis."""
+        return self.source.matrix if self.source.full else self.source.rest
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.source.tokens
 
     def begin_statistics(self, adapter: Adapter) -> None:
-        self.covariance.zero_()
-        self.tokens.zero_()
+        self.source.reset()
 
     def add_inputs(self, x: Tensor) -> None:
-        x = x.to(self.covariance.dtype)
-        if self.covariance.dim() == 1:
-            self.covariance += x.square().sum(0)
-        else:
-            self.covariance.addmm_(x.T, x)
-        self.tokens += x.shape[0]
+        self.source.add(x)
 
     def end_statistics(self) -> None:
-        self.covariance /= self.tokens.clamp(min=1)
+        self.source.finish()
 
     def export_statistics(self) -> dict[str, Tensor]:
-        return {"covariance": self.covariance.clone(), "tokens": self.tokens.clone()}
+        return self.source.state()
 
     def add_statistics(self, held: dict[str, Tensor]) -> None:
-        self.covariance += held["covariance"]
-        self.tokens += held["tokens"]
+        self.source.merge(held)
+
+    def shareable(self) -> Any:
+        return self.spec.covariance, self.source.length(), self.tokens.device  # type: ignore[attr-defined]
+
+    def shared(self) -> Covariance:
+        return self.source
+
+    def share(self, other: Any) -> None:
+        self.source = other.source
+
+    def separate(self) -> None:
+        self.source = copy.deepcopy(self.source)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.separate()  # what comes may not be the siblings' as well
+        super()._load_from_state_dict(*args)
 
     @property
     def calibrated(self) -> bool:
@@ -173,16 +218,15 @@ class _SourceDeviation(PenaltyState):
 
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
         down, up = (wide(t) for t in adapter.factors())
-        S = self.covariance.to(down.dtype)
-        weighted = down * S if S.dim() == 1 else down @ S
-        return self.spec.weight * adapter.scale**2 * ((up.T @ up) * (weighted @ down.T)).sum()
+        inside = self.source.apply_to(down) @ down.T
+        return self.spec.weight * adapter.scale**2 * ((up.T @ up) * inside).sum()
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        return _gram_total(items, [item.state.covariance for item in items])
+        return _gram_total(items, [item.state.source for item in items])
 
 
-def _gram_total(items: list[Item], covariances: list[Tensor | None]) -> Tensor:
+def _gram_total(items: list[Item], covariances: Sequence[Covariance | None]) -> Tensor:
     weights = [state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
     factors = [factor for _, adapter, _ in items for factor in adapter.factors()]
     return closed_form(lambda f, needs: gram_form(f, needs, weights, covariances), factors)

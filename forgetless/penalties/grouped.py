@@ -7,13 +7,15 @@ worked out beside the value: nothing is kept for a backward pass but the gradien
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import wide
+from .covariance import Covariance
 
 #: (factors, which need a gradient) -> (value, gradient or None for each factor)
 Compute = Callable[[list[Tensor], list[bool]], tuple[Tensor, list[Tensor | None]]]
@@ -22,15 +24,21 @@ Compute = Callable[[list[Tensor], list[bool]], tuple[Tensor, list[Tensor | None]
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compute: Compute, *factors: Tensor) -> Tensor:
-        value, ctx.grads = compute(list(factors), list(ctx.needs_input_grad[1:]))
+        ctx.compute, ctx.needs = compute, list(ctx.needs_input_grad[1:])
+        ctx.save_for_backward(*factors)
+        value, ctx.grads = compute(list(factors), ctx.needs)
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None  # given away, so that they become .grad without a copy
+        if grads is None:  # a second pass over a retained graph
+            grads = ctx.compute(list(ctx.saved_tensors), ctx.needs)[1]
         if dvalue.device.type == "cpu" and dvalue.item() == 1.0:  # the usual case costs nothing where asking is free
-            return (None, *ctx.grads)
-        return (None, *(None if grad is None else grad * dvalue.to(grad.dtype) for grad in ctx.grads))
+            return (None, *grads)
+        scaled = iter(torch._foreach_mul([grad for grad in grads if grad is not None], dvalue))
+        return (None, *(None if grad is None else next(scaled).to(grad.dtype) for grad in grads))
 
 
 def closed_form(compute: Compute, factors: Sequence[Tensor]) -> Tensor:
@@ -48,42 +56,129 @@ def buckets(keys: Sequence[Any]) -> list[list[int]]:
 
 def like(t: Tensor) -> tuple[Any, ...]:
     """What must agree for tensors to be stacked."""
-    return tuple(t.shape), t.dtype, t.device
+    return t.shape, t.dtype, t.device
+
+
+def one_storage(owners: Sequence[nn.Module], name: str) -> Tensor:
+    """The owners' buffers of that name as one tensor (L, ..), without a copy per step: they become views of it."""
+    held = _stacks.setdefault(owners[0], {}).get(name)
+    if held is not None:
+        stack, parts = held
+        if len(parts) == len(owners) and all(o._buffers[name] is p for o, p in zip(owners, parts, strict=True)):
+            return stack
+    stack = torch.stack([owner._buffers[name] for owner in owners])  # type: ignore[misc]
+    parts = stack.unbind()
+    for owner, part in zip(owners, parts, strict=True):
+        owner._buffers[name] = part
+    _stacks[owners[0]][name] = stack, parts
+    return stack
+
+
+#: By the first owner: buffer name -> the stack and its parts, as the owners hold them if it still counts.
+_stacks: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, Sequence[Tensor]]]] = weakref.WeakKeyDictionary()
+
+
+def scatter(grads: list[Tensor | None], indices: Sequence[int], stack: Tensor, needs: list[bool], like: Tensor) -> None:
+    """Put the rows of ``stack`` where ``indices`` says, in the dtype of ``like``."""
+    stack = stack.to(like.dtype)  # once for all layers
+    for i, part in zip(indices, stack.unbind(), strict=True):
+        grads[i] = part if needs[i] else None
+
+
+class Side:
+    """One side of a stack of quadratic forms: rows F_i and covariances S_i, i.e. F_i S_i and F_i S_i F_i^T.
+
+    Args:
+        factors: (R, dim) each, or (dim, R) if ``tall``; of any dims, one R.
+        covariances: S_i (dim, dim), None for the identity. Layers that share one are done in one product.
+    """
+
+    def __init__(self, factors: Sequence[Tensor], covariances: Sequence[Covariance | None], tall: bool):
+        self.factors, self.tall = factors, tall
+        users: dict[int, list[int]] = {}  # layers in order, those of one covariance together
+        for i, cov in enumerate(covariances):
+            users.setdefault(i if cov is None else -1 - id(cov), []).append(i)
+        owners = list(users.values())
+        first = [group[0] for group in owners]
+        keys = [(like(factors[i]), len(group), _form(covariances[i])) for i, group in zip(first, owners, strict=True)]
+        self.groups = [[i for g in bucket for i in owners[g]] for bucket in buckets(keys)]
+        self.seen = []
+        inner = []
+        for group in self.groups:
+            rows = wide(torch.stack([factors[i] for i in group]))
+            rows = rows.transpose(1, 2) if tall else rows  # (L, R, dim)
+            shared = list({id(covariances[i]): covariances[i] for i in group}.values())
+            seen = rows if shared[0] is None else applied(shared, rows)  # type: ignore[arg-type]
+            self.seen.append(seen)
+            inner.append(seen @ rows.transpose(1, 2))
+        order = [i for group in self.groups for i in group]
+        self.place = {i: at for at, i in enumerate(order)}
+        self.order = order
+        self.inner = torch.cat(inner) if len(inner) > 1 else inner[0]  # (L, R, R), grouped: see ``order``
+
+    def in_order(self, other: Side) -> Tensor:
+        """Our inner products in the other side's order."""
+        if self.order == other.order:
+            return self.inner
+        index = torch.tensor([self.place[i] for i in other.order])
+        return self.inner[index.to(self.inner.device)]
+
+    def gradients(self, outer: Tensor, grads: list[Tensor | None], at: list[int], needs: list[bool]) -> None:
+        """outer_i F_i S_i, with ``outer`` (L, R, R) symmetric and in our order, written to grads[at[i]]."""
+        start = 0
+        for group, seen in zip(self.groups, self.seen, strict=True):
+            part = outer[start : start + len(group)]
+            start += len(group)
+            where = [at[i] for i in group]
+            if any(needs[i] for i in where):
+                grad = seen.transpose(1, 2) @ part if self.tall else part @ seen
+                scatter(grads, where, grad, needs, self.factors[group[0]])
+
+
+def _form(covariance: Covariance | None) -> Any:
+    return None if covariance is None else (covariance.full, covariance.columns)
+
+
+def applied(covariances: list[Covariance], rows: Tensor) -> Tensor:
+    """rows S for rows (L, R, dim), L a multiple of the number of covariances, those of one S together."""
+    L, R, dim = rows.shape
+    U = len(covariances)
+    if L > U:
+        rows = rows.reshape(U, -1, dim)
+
+    def stacked(name: str) -> Tensor:
+        return one_storage(covariances, name).to(rows.dtype)
+
+    if covariances[0].full:
+        seen = rows @ stacked("matrix")
+    else:
+        seen = rows * stacked("rest")[:, None]
+        if covariances[0].columns:
+            basis = stacked("basis")
+            seen.baddbmm_((rows @ basis).mul_(stacked("spectrum")[:, None]), basis.transpose(1, 2))
+    return seen.view(L, R, dim) if L > U else seen
 
 
 def gram_form(
     factors: list[Tensor],  # down_1, up_1, down_2, up_2, ..
     needs: list[bool],
     weights: list[float],  # of each layer, scale^2 included
-    covariances: list[Tensor | None],  # None for the identity, (K,) or (K, K)
+    inputs: Sequence[Covariance | None],  # S_i (K, K), None for the identity
+    outputs: Sequence[Covariance | None] | None = None,  # G_i (N, N)
+    tall: bool = False,  # whether down_i is given as its transpose (K, R)
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """sum_i weight_i <up_i^T up_i, down_i S_i down_i^T> and its gradients 2 w up (A S A^T), 2 w (B^T B) A S."""
+    """sum_i weight_i <up_i^T G_i up_i, down_i S_i down_i^T> and its gradients 2 w G up (A S A^T), 2 w (B^T G B) A S."""
     grads: list[Tensor | None] = [None] * len(factors)
     total = wide(factors[0]).new_zeros(())
-    layers = range(len(weights))
-    keys = [
-        (
-            like(factors[2 * i]),
-            like(factors[2 * i + 1]),
-            None if covariances[i] is None else covariances[i].dim(),  # type: ignore[union-attr]
-        )
-        for i in layers
-    ]
-    for group in buckets(keys):
-        down = wide(torch.stack([factors[2 * i] for i in group]))  # (L, R, K)
-        up = wide(torch.stack([factors[2 * i + 1] for i in group]))  # (L, N, R)
-        weight = torch.tensor([weights[i] for i in group], dtype=down.dtype, device=down.device)[:, None, None]
-        seen = down
-        if covariances[group[0]] is not None:
-            S = torch.stack([covariances[i] for i in group]).to(down.dtype)  # type: ignore[misc]
-            seen = down * S[:, None, :] if S.dim() == 2 else down @ S
-        outside = up.transpose(1, 2) @ up  # (L, R, R)
-        inside = seen @ down.transpose(1, 2)
-        total = total + (weight * outside * inside).sum()
-        if any(needs[2 * i] for i in group):
-            for i, grad in zip(group, ((2.0 * weight * outside) @ seen).unbind(), strict=True):
-                grads[2 * i] = grad.to(factors[2 * i].dtype) if needs[2 * i] else None
+    outputs = [None] * len(weights) if outputs is None else outputs
+    for group in buckets([(factors[2 * i + 1].shape[1], factors[2 * i + 1].device) for i in range(len(weights))]):
+        down = Side([factors[2 * i] for i in group], [inputs[i] for i in group], tall)
+        up = Side([factors[2 * i + 1] for i in group], [outputs[i] for i in group], True)
+        weight = torch.tensor([weights[i] for i in group], dtype=down.inner.dtype).to(down.inner.device)[:, None, None]
+        outside = up.in_order(down) * weight[down.order]
+        total = total + (outside * down.inner).sum()
+        down.gradients(outside.mul_(2.0), grads, [2 * i for i in group], needs)
         if any(needs[2 * i + 1] for i in group):
-            for i, grad in zip(group, (up @ (2.0 * weight * inside)).unbind(), strict=True):
-                grads[2 * i + 1] = grad.to(factors[2 * i + 1].dtype) if needs[2 * i + 1] else None
+            inside = down.in_order(up) * (2.0 * weight[up.order])
+            up.gradients(inside, grads, [2 * i + 1 for i in group], needs)
     return total, grads

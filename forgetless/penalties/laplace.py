@@ -3,64 +3,101 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import Item, Penalty, PenaltyState, register, wide
-from .grouped import closed_form
+from .grouped import buckets, closed_form, like, one_storage, scatter
 
 if TYPE_CHECKING:
     from ..methods.base import Adapter, Site
+
+CURVATURES = ("diag", "kfac", "tri_kfac")
+FISHERS = ("empirical", "true", "batch")
+AT_ZERO = ("literal", "balanced")
 
 
 @register
 @dataclass(frozen=True)
 class Laplace(Penalty):
-    """weight / 2 * sum over parameters of (fisher + prior_precision) * (theta - theta_0)^2.
+    """weight / 2 * (theta - theta_0)^T (F + prior_precision) (theta - theta_0), F the Fisher information.
 
-    "Mitigating Forgetting in Low Rank Adaptation", Sliwa et al., arXiv 2512.17720 (LaLoRA), diagonal form: the Fisher
-    information of the adapter's own parameters on source-domain data, fitted by ``fl.calibrate``, which also sets the
-    centre theta_0. The paper's weights and sample counts are not public: no parity with its numbers is claimed.
+    "Mitigating Forgetting in Low Rank Adaptation", Sliwa et al., arXiv 2512.17720 (LaLoRA): the Fisher information of
+    the adapter's own parameters on source-domain data, fitted by ``fl.calibrate``, which also sets the centre theta_0.
+    The paper's weights and sample counts are not public: no parity with its numbers is claimed. With D_A, D_B the
+    changes of A = down (R, K) and B = up (N, R), and F a mean over sequences:
 
-    At the usual LoRA start up = 0, so the gradient of ``down`` is zero for every sample and so is its Fisher
-    information: calibrated there, the penalty holds ``up`` alone, element by element. That is the literal method. To
-    hold ``down`` too, give ``prior_precision``, or calibrate again after some training.
+        diag      sum f_A D_A^2 + sum f_B D_B^2
+        kfac      tr(D_A^T G_t D_A S_x) + tr(D_B^T G_y D_B S_t)
+        tri_kfac  the same + 2 tr(D_A^T G_c D_B S_c^T), the block between A and B; with t = A_0 x, dt = B_0^T dy this is
+                  tr(D^T G_y D S_x) of the first-order change D = D_B A_0 + B_0 D_A, never negative, and computed so
+
+    where S_x = E x x^T, S_t = E t t^T (R, R), S_c = E x t^T are means over tokens, and G_y = E dy dy^T,
+    G_t = E dt dt^T (R, R), G_c = E dt dy^T sums over a sequence's tokens, meaned over sequences (the "expand" setting);
+    dy is the gradient at the output of B, scale included. S_x and G_y are kept as ``columns`` eigenvectors beside a
+    diagonal rest: nothing of size N x N, K x K or N x K is made, and no per-sample backward pass is run.
+
+    **The start.** LoRA starts at B = 0, where no gradient reaches A: f_A, G_t and G_c are exactly zero, for every
+    sample. Calibrated there, the published method holds B alone, A moves freely, and tri_kfac equals kfac. What to do
+    is ``at_zero``'s to say; ``prior_precision``, or calibrating again after some training, holds A as well.
 
     Args:
         weight: factor; the Fisher entries are small (squared gradients of mean losses), so it is large.
-        fisher: "empirical" squares each sequence's gradient of its mean token loss and averages over sequences;
-            "batch" squares the gradient of each batch's mean loss and averages over batches (the first author's
-            published curvature code).
-        prior_precision: added to every Fisher entry.
+        fisher: "empirical" takes each sequence's gradient of its mean token loss, with its own labels; "true" with
+            labels drawn from the model's own prediction, one draw per token; "batch" takes the gradient of each batch's
+            mean loss as one sample (the first author's published curvature code).
+        prior_precision: added to every diagonal entry of F.
+        curvature: "diag", "kfac" or "tri_kfac"; the latter two for adapters that train ``down`` and ``up`` themselves.
+        columns: eigenvectors of S_x and G_y that are kept.
+        at_zero: a layer calibrated at B = 0: "literal" leaves A free, as published; "balanced" gives A the curvature
+            that it has on average over random isotropic B, scaled so that A and B have the same trace.
     """
 
     weight: float = 1e4
     fisher: str = "empirical"
     prior_precision: float = 0.0
+    curvature: str = "diag"
+    columns: int = 64
+    at_zero: str = "literal"
 
     name: ClassVar[str] = "laplace"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fisher not in ("empirical", "batch"):
-            raise ValueError(f"Laplace.fisher is {self.fisher!r}, wants 'empirical' or 'batch'")
+        for name, known in (("fisher", FISHERS), ("curvature", CURVATURES), ("at_zero", AT_ZERO)):
+            if getattr(self, name) not in known:
+                wanted = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
+                raise ValueError(f"Laplace.{name} is {getattr(self, name)!r}, wants {wanted}")
+        if isinstance(self.columns, bool) or not isinstance(self.columns, int) or self.columns < 0:
+            raise ValueError(f"Laplace.columns is {self.columns!r}, wants an integer >= 0")
         if not 0.0 <= self.prior_precision < float("inf"):
             raise ValueError(f"Laplace.prior_precision is {self.prior_precision!r}, wants a number >= 0")
 
     def attach(self, adapter: Adapter, site: Site) -> PenaltyState:
-        return _Laplace(self, adapter)
+        from .kfac import Kron
+
+        return _Diagonal(self, adapter, site) if self.curvature == "diag" else Kron(self, adapter, site)
 
 
-class _Laplace(PenaltyState):
+def trains_factors(adapter: Adapter) -> bool:
+    """Whether the adapter's parameters are its two factors themselves."""
+    down, up = adapter.factors()
+    return getattr(adapter, "down", None) is down and getattr(adapter, "up", None) is up
+
+
+class _Diagonal(PenaltyState):
     statistics = "gradients"
     samples: Tensor
 
-    def __init__(self, spec: Laplace, adapter: Adapter):
+    def __init__(self, spec: Laplace, adapter: Adapter, site: Site):
         super().__init__(spec)
         self.nonzero: list[str] | None = None
         self.names = [name for name, p in adapter.named_parameters(recurse=False) if p.requires_grad]
+        self.balances = spec.at_zero == "balanced" and trains_factors(adapter)
+        self.at_zero = False
+        self.spread: Tensor | None = None  # (K,) what at_zero="balanced" gives A, up to a factor
         for name in self.names:
             p = getattr(adapter, name).detach()
             self.register_buffer(f"fisher_{name}", torch.zeros_like(wide(p)))
@@ -70,28 +107,40 @@ class _Laplace(PenaltyState):
 
     def begin_statistics(self, adapter: Adapter) -> None:
         self.nonzero = None
+        self.spread = None
+        self.at_zero = self.balances and not bool(adapter.factors()[1].any())
         for name in self.names:
             getattr(self, f"fisher_{name}").zero_()
             getattr(self, f"centre_{name}").copy_(getattr(adapter, name).detach())
         self.samples.zero_()
 
-    def add_gradients(self, grads: dict[str, Tensor], share: Tensor) -> None:
-        assert isinstance(self.spec, Laplace)
-        if self.spec.fisher == "batch":
-            for name in self.names:
-                getattr(self, f"fisher_{name}").add_(grads[name].sum(0).square())
-            self.samples += 1
-            return
-        # contribution to the batch's mean -> gradient of the sequence's own mean; one without labels has none
-        factor = torch.where(share > 0, 1.0 / share, 0.0).square()
+    def add_gradients(self, grads: dict[str, Tensor], count: Tensor | int) -> None:
         for name in self.names:
-            getattr(self, f"fisher_{name}").add_(torch.einsum("s...,s->...", grads[name].square(), factor))
-        self.samples += (share > 0).sum()
+            if name in grads:
+                fisher = getattr(self, f"fisher_{name}")
+                fisher += torch.linalg.vector_norm(grads[name], dim=0, dtype=fisher.dtype).square_()
+        self.samples += count
+
+    @property
+    def wants_tokens(self) -> bool:
+        return self.at_zero
+
+    def add_tokens(self, tokens: Any) -> None:
+        """For at_zero="balanced": over B with independent entries of variance v, the mean square of
+        sum_t (dy_t B)_r x_tk is v ||sum_t dy_t x_tk||^2 = v x_k^T (dY dY^T) x_k, which needs no (N, K) product."""
+        x, dy = wide(tokens.x), wide(tokens.scaled_dy())
+        seen = (((dy @ dy.transpose(1, 2)) @ x) * x).sum((0, 1))
+        self.spread = seen if self.spread is None else self.spread + seen
 
     def end_statistics(self) -> None:
         self.nonzero = None
         for name in self.names:
             getattr(self, f"fisher_{name}").div_(self.samples.clamp(min=1))
+        if self.spread is not None:
+            trace = self.fisher_up.sum()
+            share = self.spread.clamp(min=0) / self.spread.sum().clamp(min=torch.finfo(self.spread.dtype).tiny)
+            self.fisher_down.copy_((trace / self.fisher_down.shape[0] * share).expand_as(self.fisher_down))
+            self.spread = None
 
     def export_statistics(self) -> dict[str, Tensor]:
         names = [f"fisher_{name}" for name in self.names]
@@ -110,6 +159,9 @@ class _Laplace(PenaltyState):
     def calibrated(self) -> bool:
         return bool(self.samples > 0)
 
+    def __getattr__(self, name: str) -> Any:  # the buffers, for the type checker
+        return super().__getattr__(name)
+
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
         spec = self.spec
         assert isinstance(spec, Laplace)
@@ -122,28 +174,28 @@ class _Laplace(PenaltyState):
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        rows = [
-            (state, getattr(adapter, name), getattr(state, f"fisher_{name}"), getattr(state, f"centre_{name}"))
-            for state, adapter, _ in items
-            for name in state.active_names()
-        ]
+        rows = [(state, name) for state, _, _ in items for name in state.active_names()]
+        parameters = [getattr(adapter, name) for state, adapter, _ in items for name in state.active_names()]
+        specs = [(state.spec.weight, state.spec.prior_precision) for state, _ in rows]
 
         def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            value = wide(rows[0][1]).new_zeros(())
-            grads: list[Tensor | None] = []
-            for (state, _, fisher, centre), theta, need in zip(rows, factors, needs, strict=True):
-                moved = wide(theta) - wide(centre)
-                grad = moved * fisher.to(moved.dtype)
-                if state.spec.prior_precision:
-                    grad.add_(moved, alpha=state.spec.prior_precision)
-                grad.mul_(state.spec.weight)
-                value = value + 0.5 * torch.vdot(moved.flatten(), grad.flatten())
-                grads.append(grad.to(theta.dtype) if need else None)
+            value = wide(factors[0]).new_zeros(())
+            grads: list[Tensor | None] = [None] * len(factors)
+            for group in buckets([(row[1], spec, like(p)) for row, spec, p in zip(rows, specs, factors, strict=True)]):
+                name = rows[group[0]][1]
+                weight, prior = specs[group[0]]
+                owners = [rows[i][0] for i in group]
+                moved = wide(torch.stack([factors[i] for i in group])).sub_(one_storage(owners, f"centre_{name}"))
+                grad = moved * one_storage(owners, f"fisher_{name}").to(moved.dtype)
+                if prior:
+                    grad.add_(moved, alpha=prior)
+                value = value + 0.5 * weight * torch.dot(moved.flatten(), grad.flatten())
+                scatter(grads, group, grad.mul_(weight), needs, factors[group[0]])
             return value, grads
 
         if not rows:
             return torch.stack([wide(next(adapter.parameters())).new_zeros(()) for _, adapter, _ in items]).sum()
-        return closed_form(compute, [row[1] for row in rows])
+        return closed_form(compute, parameters)
 
     def active_names(self) -> list[str]:
         """Parameters that the penalty can move: all but those whose precision is identically zero."""

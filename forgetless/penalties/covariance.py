@@ -1,0 +1,209 @@
+"""Second moments of a stream of vectors: exact, diagonal, or an eigenbasis of q columns beside a diagonal rest.
+
+S = sum_t x_t x_t^T in one of three forms:
+
+    "full"   the (K, K) matrix
+    "diag"   its diagonal, K numbers
+    q        V diag(l) V^T + diag(rest), V (K, q) orthonormal; rest makes the diagonal exact, so nothing of the trace is
+             lost. q >= K is the full matrix, q = 0 the diagonal, and data of rank q or less loses nothing.
+
+The eigenbasis is kept up blockwise (subspace merging, Halko et al., arXiv 0909.4061, and Brand 2006 for the update): a
+block of rows X is compressed together with the present V diag(l) V^T by a randomised range finder, then a Rayleigh-Ritz
+step in that range; K x K is never made. A margin of further columns is kept until the end, so that directions that only
+become strong later are not lost early.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+#: Columns kept beyond q while data streams in.
+MARGIN = 16
+#: Rows that are gathered before they are merged, at least; merging costs the same for one row as for many.
+BLOCK = 512
+
+
+class Covariance(nn.Module):
+    """S of vectors of length K, filled by ``add``. Siblings that see the same x share one of these.
+
+    Args:
+        form: "diag", "full" or the number of columns q of the eigenbasis.
+        K: length of the vectors.
+        like: a tensor whose device it lives on; its dtype, if wider than float32, is that of the sums.
+
+    Buffers: ``matrix`` (K, K) for "full"; else ``rest`` (K,), and with an eigenbasis ``basis`` (K, q), ``spectrum``
+    (q,); ``tokens``, the vectors seen.
+    """
+
+    matrix: Tensor
+    rest: Tensor
+    basis: Tensor
+    spectrum: Tensor
+    tokens: Tensor
+
+    def __init__(self, form: str | int, K: int, like: Tensor):
+        super().__init__()
+        self.columns = 0 if isinstance(form, str) else min(form, K)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shapes: dict[str, tuple[int, ...]] = {"matrix": (K, K)} if form == "full" else {"rest": (K,)}
+        if self.columns:
+            shapes |= {"basis": (K, self.columns), "spectrum": (self.columns,)}
+        self.full = form == "full"
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=like.device))
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64, device=like.device))
+        self._stream: _Stream | None = None
+
+    def reset(self) -> None:
+        """Nothing has been seen."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self._stream = None
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Take in rows x (T, K)."""
+        self.tokens += x.shape[0]
+        if self.full:
+            x = x.to(self.matrix.dtype)
+            self.matrix.addmm_(x.T, x)
+            return
+        if not self.columns:
+            self.rest += x.to(self.rest.dtype).square().sum(0)
+            return
+        if self._stream is None:
+            self._stream = _Stream(self.rest, self.columns)
+        self._stream.add(x)
+
+    @torch.no_grad()
+    def finish(self, count: Tensor | None = None) -> None:
+        """Divide the sums by ``count``, the vectors seen if not given; at most once after ``add``."""
+        if self._stream is not None:
+            values, basis = self._stream.finish(self.columns)
+            self._set(values, basis, self.rest)
+            self._stream = None
+        count = (self.tokens if count is None else count).clamp(min=1)
+        for name in ("matrix", "rest", "spectrum"):
+            if name in self._buffers:
+                getattr(self, name).div_(count)
+
+    def _set(self, values: Tensor, basis: Tensor, diagonal: Tensor) -> None:
+        """Eigenvalues and eigenvectors, at most ``columns`` of them, and the diagonal of all of S."""
+        self.basis.zero_()
+        self.spectrum.zero_()
+        self.spectrum[: values.numel()] = values
+        self.basis[:, : values.numel()] = basis
+        self.rest.copy_((diagonal - basis.square() @ values).clamp_(min=0))
+
+    def length(self) -> int:
+        return (self.matrix if self.full else self.rest).shape[0]
+
+    def diagonal(self) -> Tensor:  # (K,)
+        if self.full:
+            return self.matrix.diagonal()
+        return self.rest + self.basis.square() @ self.spectrum if self.columns else self.rest
+
+    def dense(self) -> Tensor:  # (K, K), for tests and small layers
+        if self.full:
+            return self.matrix
+        low = (self.basis * self.spectrum) @ self.basis.T if self.columns else 0.0
+        return low + torch.diag(self.rest)
+
+    def apply_to(self, rows: Tensor) -> Tensor:  # (R, K) -> (R, K)
+        """rows @ S in the dtype of ``rows``, differentiable in them."""
+        if self.full:
+            return rows @ self.matrix.to(rows.dtype)
+        seen = rows * self.rest.to(rows.dtype)
+        if self.columns:
+            basis = self.basis.to(rows.dtype)
+            seen = seen + ((rows @ basis) * self.spectrum.to(rows.dtype)) @ basis.T
+        return seen
+
+    @torch.no_grad()
+    def merge(self, held: dict[str, Tensor]) -> None:
+        """Add another S of the same form, as its ``state`` has it."""
+        if self.columns:
+            total = self.diagonal() + held["rest"] + held["basis"].square() @ held["spectrum"]
+            rows = (held["basis"] * held["spectrum"].sqrt()).T
+            values, basis = merged(self.spectrum, self.basis, rows, self.columns, None)
+            self._set(values, basis, total)
+        for name in ("matrix", "rest"):
+            if name in self._buffers and not self.columns:
+                getattr(self, name).add_(held[name])
+        self.tokens += held["tokens"]
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the buffers, for ``merge``."""
+        return {name: buffer.clone() for name, buffer in self.named_buffers()}
+
+    def same_as(self, other: Covariance) -> bool:
+        """Whether the buffers hold the same numbers."""
+        mine, theirs = dict(self.named_buffers()), dict(other.named_buffers())
+        return mine.keys() == theirs.keys() and all(
+            a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+            for a, b in ((mine[name], theirs[name]) for name in mine)
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} {tuple(buffer.shape)}" for name, buffer in self.named_buffers() if buffer.dim())
+
+
+class _Stream:
+    """The eigenbasis while data comes in: ``diagonal`` is added to as it goes."""
+
+    def __init__(self, diagonal: Tensor, columns: int):
+        K = diagonal.numel()
+        self.diagonal = diagonal
+        self.width = min(K, columns + MARGIN)
+        self.values = diagonal.new_zeros(0)
+        self.basis = diagonal.new_zeros(K, 0)
+        self.waiting: list[Tensor] = []
+        self.block = max(BLOCK, 4 * self.width)
+        self.merges = 0
+
+    def add(self, x: Tensor) -> None:
+        self.waiting.append(x.detach())
+        if sum(rows.shape[0] for rows in self.waiting) >= self.block:
+            self._merge()
+
+    def _merge(self) -> None:
+        rows = (torch.cat(self.waiting) if len(self.waiting) > 1 else self.waiting[0]).to(self.diagonal.dtype)
+        self.waiting = []
+        self.diagonal += rows.square().sum(0)
+        if not torch.isfinite(self.diagonal).all():
+            raise ValueError("a layer's inputs or gradients hold NaN or Inf: nothing can be measured on them")
+        generator = torch.Generator().manual_seed(self.merges)  # results are a function of the data alone
+        self.values, self.basis = merged(self.values, self.basis, rows, self.width, generator)
+        self.merges += 1
+
+    def finish(self, columns: int) -> tuple[Tensor, Tensor]:
+        if self.waiting:
+            self._merge()
+        return self.values[:columns], self.basis[:, :columns]
+
+
+def merged(
+    values: Tensor,  # (p,)
+    basis: Tensor,  # (K, p), orthonormal
+    rows: Tensor,  # (T, K)
+    width: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:  # (w,) descending, (K, w) with w <= width
+    """The ``width`` strongest eigenpairs of basis diag(values) basis^T + rows^T rows.
+
+    Exact for few rows or a small K; else within a random range of 2 ``width`` columns that holds whatever has rank up
+    to ``width``. The seeded ``generator`` draws on the CPU, so that every device finds the same range.
+    """
+    T, K = rows.shape
+    if generator is None or T + values.numel() <= 3 * width or K <= 2 * width:
+        spanning = torch.cat((basis * values.sqrt(), rows.T), dim=1)
+    else:
+        probe = torch.randn(K, width, generator=generator, dtype=torch.float64).to(rows)
+        probe = torch.cat((basis, probe), dim=1)
+        spanning = rows.T @ (rows @ probe) + (basis * values) @ (basis.T @ probe)
+    Q = torch.linalg.qr(spanning).Q  # (K, m)
+    held, seen = basis.T @ Q, rows @ Q
+    found, turn = torch.linalg.eigh(seen.T @ seen + held.T @ (values[:, None] * held))
+    found, turn = found.flip(0)[:width].clamp(min=0), turn.flip(1)[:, :width]
+    return found, Q @ turn
