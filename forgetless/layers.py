@@ -93,21 +93,21 @@ class AdaptedLinear(nn.Module):
         return self.weight.shape[1 if self.transposed else 0]
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        weight = self.weight.T if self.transposed else self.weight
-        found: Any = self.adapter.shortcut(x, weight, self.bias)
+        base, adapter = self.base, self.adapter  # every lookup in a module costs: take each thing once
+        weight: Tensor = base.weight.T if self.transposed else base.weight  # type: ignore[assignment]
+        bias: Tensor | None = base.bias  # type: ignore[assignment]
+        found: Any = adapter.shortcut(x, weight, bias)
         if found is None:
-            down, up = self.adapter.factors()
-            dropout = self.adapter.dropout if self.training else 0.0
+            dropout = adapter.dropout if self.training else 0.0
             if self.group is not None:
                 found = self._with_siblings(x, weight, dropout)
             if found is None:
-                scale, bias = self.adapter.scale, self.bias
-                if self.needs_hidden:
-                    found = lowrank_linear(x, weight, down, up, bias, scale, dropout, return_h=True)
-                else:
-                    found = lowrank_linear(x, weight, down, up, bias, scale, dropout), None
+                down, up = adapter.factors()
+                found = lowrank_linear(x, weight, down, up, bias, adapter.scale, dropout, None, self.needs_hidden)
+                if not self.needs_hidden:
+                    found = found, None
         y, h = found
-        self.trace = self._trace(x, h)
+        self.__dict__["trace"] = self._trace(x, h)  # not a module's attribute: setting one takes microseconds
         return y
 
     def _with_siblings(self, x: Tensor, weight: Tensor, dropout: float) -> tuple[Tensor, Tensor] | None:
@@ -118,8 +118,7 @@ class AdaptedLinear(nn.Module):
             return None  # nonsense is refused by the op; a change of an inference tensor could not be seen
         made, result = group.take(self, x, dropout)
         if not made:
-            group = self.group  # it may have changed
-            result = self._for_siblings(group, x, dropout)
+            result = self._for_siblings(self.group or group, x, dropout)  # it may have changed
         if result is None:
             return None
         y, h = result
@@ -168,13 +167,14 @@ class AdaptedLinear(nn.Module):
         )
 
     def _trace(self, x: Tensor, h: Tensor | None) -> Trace:
+        compiling = torch.compiler.is_compiling()  # no weak references there
         M = x.numel() // max(x.shape[-1], 1)
         hidden = h.reshape(M, h.shape[-1]) if self.needs_hidden and h is not None else None
-        compiling = torch.compiler.is_compiling()  # no weak references there
         first = None if compiling or self.group is None else self.group.members[0]
         trace = None if first is None or first is self else first.trace  # its own is of an earlier pass
         if trace is None or trace.source is None or trace.source() is not x:
-            sample = x.detach().reshape(M, x.shape[-1])[:: -(-M // DRIFT_TOKENS) or 1].clone()
+            rows = x.detach() if x.dim() == 2 else x.detach().reshape(M, x.shape[-1])
+            sample = rows.clone() if M <= DRIFT_TOKENS else rows[:: -(-M // DRIFT_TOKENS)].clone()
         else:
             sample = trace.x
         return Trace(sample, hidden, None if compiling else weakref.ref(x))
