@@ -124,8 +124,8 @@ def test_the_report_is_one_file(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     assert (finished / "compare.png").read_bytes().startswith(b"\x89PNG")
     links = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(links) == 1 and links[0].startswith("data:image/png;base64,iVBOR")
-    assert "http" not in page.replace(links[0], "") and "<script" not in page
+    assert len(links) == 2 and all(link.startswith("data:image/png;base64,iVBOR") for link in links)
+    assert "http" not in page.replace(links[0], "").replace(links[1], "") and "<script" not in page
     assert "How to read this" in page and "forgetless compare --model" in page
     assert page.count("LoRA+source") >= 2
 
@@ -156,7 +156,8 @@ def test_several_seeds_show_their_spread(inputs: dict[str, Path], tmp_path: Path
     assert first != second
     row = main_table(found).rows[1]
     learnt = [-r["learnt"]["upper"] for r in found["rows"]]
-    assert f"{sum(learnt) / 2:+.2f} ±{abs(learnt[0] - learnt[1]) / math.sqrt(2):.2f}" in row[1]
+    half = 12.7062 * abs(learnt[0] - learnt[1]) / 2  # t of one degree of freedom times the standard error
+    assert f"{sum(learnt) / 2:+.2f} ±{half:.2f}" in row[1]
     assert (tmp_path / "compare.png").exists() and settings_table(found).rows[0][1] == "0, 1"
 
 
@@ -173,7 +174,7 @@ def test_finished_rows_are_reused(inputs: dict[str, Path], tmp_path: Path, monke
     assert main(command(inputs, tmp_path, "--steps", "3")) == 0
     assert ran[2:] == ["LoRA/0"], "another setting is another row"
     assert len(read(tmp_path)["rows"][0]["tasks"][0]["loss"]) == 3
-    for path in (tmp_path / "rows").glob("lora-seed0-*.json"):
+    for path in (tmp_path / "runs").glob("lora-seed0-*.json"):
         path.write_text(path.read_text()[:-40])  # cut off
     assert main(command(inputs, tmp_path, *small)) == 0
     assert ran[3:] == ["LoRA/0"], "a damaged row is run again"
@@ -225,10 +226,10 @@ def test_ctrl_c_outside_of_training_keeps_what_is_done(
 ) -> None:
     evaluate = module.evaluate
 
-    def interrupted(session: Any, adapted: bool) -> dict[str, Any]:
-        if adapted:
+    def interrupted(session: Any, plan: Any) -> dict[str, Any]:
+        if plan is not None:
             raise KeyboardInterrupt
-        return evaluate(session, adapted)
+        return evaluate(session, plan)
 
     monkeypatch.setattr(module, "evaluate", interrupted)
     assert main(command(inputs, tmp_path, "--steps", "2")) == 130
@@ -286,11 +287,11 @@ def test_a_changed_base_is_noticed(inputs: dict[str, Path], tmp_path: Path, monk
     session = prepare(options)
     assert session.checksum == checksum(tiny_model())
     fl.adapt(session.model, fl.LoRA(rank=2))
-    module.put_back(session, "LoRA")
+    module.put_back(session, session.plans[0])
     fl.adapt(session.model, fl.LoRA(rank=2))
     monkeypatch.setattr(fl, "remove", careless)
     with pytest.raises(RuntimeError, match="changed by LoRA"):
-        module.put_back(session, "LoRA")
+        module.put_back(session, session.plans[0])
 
 
 def test_tokens_are_taken_up_to_the_budget() -> None:

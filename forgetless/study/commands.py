@@ -20,7 +20,7 @@ import typer
 
 from . import results as book
 from .cli import TOOLS, fail, installed
-from .compare import CompareOptions, Stopped
+from .compare import Stopped
 from .compare import compare as run_compare
 from .console import Ui
 from .data import BUILTIN, DataError
@@ -29,7 +29,9 @@ from .finetune import finetune as run_finetune
 from .models import ModelError
 from .options import BadInput, parse_targets
 from .packages import MissingPackage
-from .report import main_table, rich_table, write_report
+from .page import published, write_page
+from .report import further_tables, main_table, rich_table, write_report
+from .session import FACTS, CompareOptions
 from .train import DIVERGED, FINISHED, INTERRUPTED
 
 #: Sizes that prove the way works and nothing else.
@@ -42,7 +44,40 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-METHOD_HELP = "NAME[+PENALTY[=WEIGHT]][:FIELD=VALUE,...], e.g. clora, lora+source=0.03, clora:k=512,lr=1e-3"
+#: The run that docs/forgetting.md is made from: three tasks in a row, five kinds of knowledge to keep, of which two
+#: are calibrated on, three seeds, and other weights of every penalty with the first seed.
+STUDY: dict[str, Any] = {
+    "tasks": ("django-de", "tool-calls", "django-fr"),
+    "keep": ("news", "python", "wikipedia", "python-docs", FACTS),
+    "source": ("news", "python"),
+    "methods": (
+        "lora",
+        "lora+consolidate",
+        "lora+decay",
+        "clora",
+        "curlora",
+        "lalora",
+        "source",
+        "source+consolidate",
+        "source+consolidate:covariance=full",
+        "full",
+    ),
+    "seeds": (0, 1, 2),
+    "steps": 12,
+    "evals": 2,
+    "eval_tokens": 512,
+    "sweep": (1 / 3, 3.0),
+    "sweep_seeds": (0,),
+    "sweep_methods": ("lora", "lora+decay", "clora", "lalora", "source+consolidate"),
+}
+PRESETS = {"demo": {}, "study": STUDY}
+#: What a sweep multiplies weights with unless told otherwise.
+FACTORS = (1 / 3, 3.0)
+#: Options that may be given once with several values: --seeds 0 1 2 is --seed 0 --seed 1 --seed 2.
+PLURALS = {"--seeds": "--seed", "--methods": "--method", "--tasks": "--task", "--keeps": "--keep"}
+METHOD_HELP = (
+    "NAME[+PART]...[:FIELD=VALUE,...], e.g. clora, lora+source=0.03, clora:k=512,lr=1e-3, source+consolidate, full"
+)
 
 Model = Annotated[str, typer.Option(help="smollm2, a folder with a Hugging Face model, a .gguf file or a hub name.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
@@ -130,6 +165,9 @@ F: dict[str, Any] = shown_defaults(FinetuneOptions)
 def compare(
     out: Out = Path("runs/compare"),
     model: Model = C["model"],
+    preset: Annotated[
+        str, typer.Option(help="demo (the defaults, minutes) or study (3 tasks, 10 methods, 3 seeds, a sweep: hours).")
+    ] = "demo",
     task: Annotated[
         list[str] | None,
         typer.Option(help=f"What to learn, in this order: {', '.join(BUILTIN)}, or a .jsonl file. Repeatable."),
@@ -137,7 +175,10 @@ def compare(
     keep: Annotated[
         list[str] | None, typer.Option(help="What must not be forgotten: texts as above, or facts. Repeatable.")
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP + ". Repeatable.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Texts that methods calibrate on. Default: all of --keep. Repeatable.")
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP + ". Repeatable; also --methods A B C.")] = None,
     rank: Rank = None,
     alpha: Alpha = None,
     weight: Weight = None,
@@ -152,11 +193,29 @@ def compare(
     calibration: Annotated[
         int | None, typer.Option(help=f"Sequences to calibrate on. Default: {C['calibration']}.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeatable: one row per method and seed. Default: 0.")] = None,
+    evals: Annotated[
+        int | None, typer.Option(help="Evaluations per task; from 2 on, equal learning is compared. Default: 1.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Repeatable, also --seeds 0 1 2: a row per method and seed. Default: 0.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Also other weights of every penalty: Pareto front.")] = False,
+    sweep_factor: Annotated[
+        list[float] | None, typer.Option(help="What a sweep multiplies weights with. Repeatable. Default: 1/3 and 3.")
+    ] = None,
+    sweep_seed: Annotated[
+        list[int] | None, typer.Option(help="Seeds of the sweep. Repeatable. Default: all of --seed.")
+    ] = None,
     targets: Targets = None,
+    sweep_method: Annotated[
+        list[str] | None, typer.Option(help="Methods to sweep, as given to --method. Repeatable. Default: all.")
+    ] = None,
     dtype: Dtype = C["dtype"],
     device: Device = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not reuse rows that an earlier run finished.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not reuse runs that were finished earlier.")] = False,
+    any_commit: Annotated[
+        bool, typer.Option("--any-commit", help="Go on from runs of another commit of this source tree too.")
+    ] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes: shows that it runs, measures nothing.")] = False,
 ) -> int:
     """Teach one base model new tasks with each method; show what each learnt and what it made it forget."""
@@ -166,8 +225,21 @@ def compare(
         max_length=max_length,
         eval_tokens=eval_tokens,
         calibration=calibration,
+        evals=evals,
     )
-    lists: dict[str, Any] = given(tasks=task, keep=keep, methods=method, seeds=seed)
+    if preset not in PRESETS:
+        raise BadInput(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    factors = sweep_factor or (list(FACTORS) if sweep else None)
+    lists: dict[str, Any] = given(
+        tasks=task,
+        keep=keep,
+        source=source,
+        methods=method,
+        seeds=seed,
+        sweep=factors,
+        sweep_seeds=sweep_seed,
+        sweep_methods=sweep_method,
+    )
     options = CompareOptions(
         out=out,
         model=model,
@@ -180,8 +252,9 @@ def compare(
         dtype=dtype,
         device=resolve_device(device),
         fresh=fresh,
+        any_commit=any_commit,
         command=shlex.join(["forgetless", *_arguments]),
-        **(SMOKE if smoke else {}) | sizes | {name: tuple(values) for name, values in lists.items()},
+        **PRESETS[preset] | (SMOKE if smoke else {}) | sizes | {name: tuple(values) for name, values in lists.items()},
     )
     ui = Ui()
     try:
@@ -194,10 +267,12 @@ def compare(
 
 
 def show(folder: Path, results: dict[str, Any], ui: Ui) -> None:
-    """The table, and where the rest is."""
+    """The tables, and where the rest is."""
     if not results["base"]:
         return
     ui.console.print(rich_table(main_table(results)))
+    for title, table in further_tables(results):
+        ui.console.print(rich_table(table, title))
     written = write_report(folder, results)
     ui.say(f"written: {', '.join(str(path) for path in [folder / book.FILE, *written])}")
 
@@ -263,9 +338,20 @@ def finetune(
 @handled
 def report(
     folder: Annotated[Path, typer.Argument(help="Output folder of an earlier compare.")],
+    markdown: Annotated[Path | None, typer.Option(help="Also a page for documentation, and its picture.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also the results in a smaller file, to be committed.")] = None,
 ) -> int:
-    """Make the table, the plot and the page again from results.json."""
-    show(folder, book.read_results(folder), Ui())
+    """Make the tables, the plots and the page again from results.json."""
+    found = book.read_results(folder)
+    ui = Ui()
+    show(folder, found, ui)
+    small = published(found)
+    if markdown is not None:
+        written = write_page(markdown, small, None if json is None else json.name)
+        ui.say(f"written: {', '.join(map(str, written))}")
+    if json is not None:
+        book.dump(json, small)
+        ui.say(f"written: {json}")
     return 0
 
 
@@ -284,11 +370,25 @@ for _name, (_module, _help) in TOOLS.items():
 _arguments: list[str] = []
 
 
+def singular(arguments: Sequence[str]) -> list[str]:
+    """``--seeds 0 1 2`` as ``--seed 0 --seed 1 --seed 2``: the values go on to the next option."""
+    words: list[str] = []
+    option = None
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            option = PLURALS.get(name)
+            words += [word] if option is None else [option, value] if equals else []
+        else:
+            words += [word] if option is None else [option, word]
+    return words
+
+
 def run(arguments: Sequence[str]) -> int:
     """Parse and run; returns the exit code."""
     _arguments[:] = arguments
     try:
-        app(args=list(arguments), prog_name="forgetless")
+        app(args=singular(arguments), prog_name="forgetless")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     return 0

@@ -1,19 +1,19 @@
 """The main job: teach one base model new tasks with each method, and measure what each made it forget.
 
-One adapter goes through all tasks in a row, as in real use; after each task everything is evaluated. Between
-methods the base is put back and proved to be the same, bit by bit. A finished (method, seed) row is a JSON file under
-``rows/`` of the output folder: a run that was killed goes on after the last one.
+One adapter goes through all tasks in a row, as in real use; after each task everything is evaluated, with ``evals``
+above 1 also on the way. Between runs the base is put back and proved to be the same, bit by bit. A finished run, one
+method with one seed, is a JSON file under ``runs/`` of the output folder: a comparison that was killed goes on after
+the last one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import re
+import math
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from transformers import set_seed
@@ -22,91 +22,74 @@ import forgetless as fl
 
 from . import results as book
 from .console import Ui
-from .data import Collator
+from .data import Collator, Domain, encode_domain
 from .evaluate import facts, nll
 from .machine import commit
+from .metrics import continual, summary
 from .models import describe
 from .options import Plan
+from .runs import Store, put_aside, slug
 from .session import CompareOptions, Session, checksum, needs_calibration, prepare
-from .train import DIVERGED, FINISHED, INTERRUPTED, TrainConfig, mean_drift, train, trainable
+from .train import DIVERGED, FINISHED, INTERRUPTED, Step, TrainConfig, train, trainable
+
+#: From so many runs to do on, a few steps are timed first to say how long it will take.
+WORTH_A_PROBE = 9
 
 
 class Stopped(Exception):
     """Ctrl-C: what is finished is written; the message says what was kept."""
 
 
-def evaluate(session: Session, adapted: bool) -> dict[str, Any]:
-    """Losses of everything held out, fact probes, and the drift on each kept text."""
-    collate = Collator(session.tokenizer)
-    losses: dict[str, float] = {}
-    drift: dict[str, float] = {}
-    for domain in session.tasks + session.kept:
-        losses[domain.name] = nll(session.model, session.held_out[domain.name], collate).loss
-        if adapted and domain in session.kept:
-            drift[domain.name] = mean_drift(session.model)
-    found: dict[str, Any] = {"losses": losses, "drift": drift}
-    if adapted:
-        found["drift_layers"] = fl.drift(session.model)
+def evaluate(session: Session, plan: Plan | None, after: int = -1, midway: bool = False) -> dict[str, Any]:
+    """Losses of everything held out, fact probes, and the drift on each kept text.
+
+    Midway through task number ``after`` only what a curve needs: that task, the earlier ones and the kept texts.
+    """
+    model, collate = session.model, Collator(session.tokenizer)
+    domains = (session.tasks[: after + 1] if midway else session.tasks) + session.kept
+    found: dict[str, Any] = {"losses": {}, "accuracies": {}, "drift": {}}
+    layers: dict[str, float] = {}
+    watched = session.original.watching() if plan is not None and plan.full and session.original else nullcontext()
+    with watched:
+        for domain in domains:
+            score = nll(model, session.held_out[domain.name], collate)
+            found["losses"][domain.name] = score.loss
+            found["accuracies"][domain.name] = score.accuracy
+            if plan is not None and domain in session.kept:
+                layers = drift(session, plan)
+                if layers:
+                    found["drift"][domain.name] = statistics.fmean(layers.values())
+    if midway:
+        return found
+    if plan is not None:
+        found["drift_layers"] = layers or drift(session, plan)
     if session.facts:
-        found["facts"] = list(facts(session.model, session.tokenizer))
+        found["facts"] = list(facts(model, session.tokenizer))
     return found
 
 
-def fingerprint(session: Session, plan: Plan | None, seed: int | None) -> str:
-    """What decides a row's numbers: code, machine, the model's bits, the texts, the settings; not the other rows."""
-    options = session.options
-    names = ["steps", "batch_size", "accumulate", "max_length", "dtype"]
-    texts = {
-        "tasks": [[dataclasses.astuple(e) for e in task.train] for task in session.tasks],
-        "held_out": session.held_out,
-        "source": session.source,
-        "facts": session.facts,
-    }
-    about: dict[str, Any] = {
-        "schema": book.SCHEMA,
-        "versions": book.versions(),
-        "commit": (commit() or "").rstrip("+"),
-        "machine": book.machine(session.device),
-        "model": session.checksum,
-        "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-    }
-    if plan is not None:
-        about |= {"plan": plan.settings, "seed": seed, "targets": options.targets}
-        about |= {name: getattr(options, name) for name in names}
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def stored_row(session: Session, name: str, mark: str) -> tuple[Path, dict[str, Any] | None]:
-    """Where a row is kept, and the row itself if an earlier run finished it under the same fingerprint."""
-    path = session.options.out / "rows" / f"{name}-{mark}.json"
-    if session.options.fresh or not path.is_file():
-        return path, None
-    try:
-        row = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return path, None
-    return path, row if isinstance(row, dict) and row.get("fingerprint") == mark else None
-
-
-def slug(label: str) -> str:
-    """A file name out of a label."""
-    return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
+def drift(session: Session, plan: Plan) -> dict[str, float]:
+    """Per layer the relative change of the output since the untouched base, on the last text that was read."""
+    if plan.alters and session.original is not None:
+        return session.original.drift(fl.adapters(session.model))
+    return fl.drift(session.model)
 
 
 def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui) -> None:
-    """Adapt, calibrate, learn every task in a row and evaluate after each; fills ``row`` as it goes."""
+    """Adapt, calibrate, learn every task in a row and evaluate on the way; fills ``row`` as it goes."""
     options, model = session.options, session.model
     started = time.perf_counter()
     set_seed(seed)
-    method = plan.seeded(seed)
-    row |= {"label": plan.label, "seed": seed, "settings": plan.settings, "stages": [], "tasks": []}
-    fl.adapt(model, method, targets=options.targets)
+    row |= {"label": plan.label, "seed": seed, "settings": plan.settings, "family": plan.family}
+    row |= {"stages": [], "points": [], "tasks": []}
+    if plan.full:
+        model.requires_grad_(True)
+    else:
+        fl.adapt(model, plan.seeded(seed), targets=options.targets)
     row["trainable"] = sum(p.numel() for p in trainable(model))
     if needs_calibration(model):
         began = time.perf_counter()
-        collate = Collator(session.tokenizer)
-        rows = session.source
-        fl.calibrate(model, [collate(rows[i : i + 4]) for i in range(0, len(rows), 4)])
+        fl.calibrate(model, batches(session, session.source))
         row["calibrate_seconds"] = time.perf_counter() - began
     config = TrainConfig(
         steps=options.steps,
@@ -116,50 +99,95 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
         max_length=options.max_length,
         seed=seed,
     )
-    for task in session.tasks:
+    for i, task in enumerate(session.tasks):
         with ui.training(f"{plan.label}, seed {seed}: {task.name}", options.steps) as on_step:
-            result = train(model, session.tokenizer, task.train, config, on_step)
+            watched = watching(session, plan, i, row, on_step)
+            result = train(model, session.tokenizer, task.train, config, watched)
         row["tasks"].append({"task": task.name, **dataclasses.asdict(result)})
         if result.stopped == INTERRUPTED:
             raise KeyboardInterrupt
-        row["stages"].append({"after": task.name, **evaluate(session, adapted=True)})
+        row["stages"].append({"after": task.name, **evaluate(session, plan)})
         if result.stopped != FINISHED:
             break
+        if plan.consolidate and i < len(session.tasks) - 1:
+            consolidate(session, task, row)
     row["stopped"] = row["tasks"][-1]["stopped"]
     row["seconds_per_step"] = statistics.median(t["seconds_per_step"] for t in row["tasks"])
     row["peak_mib"] = max(t["peak_mib"] for t in row["tasks"])
     row["seconds"] = time.perf_counter() - started
     row["drift"] = _mean(row["stages"][-1]["drift"])
     book.derive(row, session.results["base"], *session.names)
+    row["continual"] = continual(row, session.results["base"], session.names[0])
+
+
+def watching(
+    session: Session, plan: Plan, i: int, row: dict[str, Any], on_step: Callable[[Step], None]
+) -> Callable[[Step], None]:
+    """``on_step`` that also evaluates on the way through task ``i``; the end of the task is evaluated anyway."""
+    options = session.options
+    due = {round(options.steps * k / options.evals) for k in range(1, options.evals)} - {0, options.steps}
+
+    def stepped(step: Step) -> None:
+        on_step(step)
+        if step.number in due:
+            found = evaluate(session, plan, i, midway=True)
+            row["points"].append({"task": session.tasks[i].name, "step": step.number, **found})
+
+    return stepped
+
+
+def consolidate(session: Session, task: Domain, row: dict[str, Any]) -> None:
+    """Fold a learnt task into the base; its own text joins what the penalties protect."""
+    began = time.perf_counter()
+    wanted = None
+    if needs_calibration(session.model):
+        encoded = encode_domain(task.train, session.tokenizer, session.options.max_length)
+        wanted = batches(session, encoded[: session.options.calibration])
+    lost = fl.consolidate(session.model, wanted).rounding
+    row.setdefault("consolidated", []).append(
+        {
+            "after": task.name,
+            "rounding": statistics.fmean(lost.values()),
+            "seconds": time.perf_counter() - began,
+        }
+    )
+
+
+def batches(session: Session, rows: list[dict[str, list[int]]]) -> list[Any]:
+    """Rows for ``fl.calibrate``."""
+    collate = Collator(session.tokenizer)
+    return [collate(rows[i : i + 4]) for i in range(0, len(rows), 4)]
 
 
 def _mean(values: dict[str, float]) -> float | None:
     return statistics.fmean(values.values()) if values else None
 
 
-def put_back(session: Session, label: str) -> None:
+def put_back(session: Session, plan: Plan) -> None:
     """Take the adapters off and prove that the base is what it was."""
-    fl.remove(session.model)
+    if fl.adapters(session.model):
+        fl.remove(session.model)
+    if plan.alters and session.original is not None:
+        session.original.restore()
     if checksum(session.model) != session.checksum:
-        raise RuntimeError(f"the base model was changed by {label}: later rows would mean nothing")
+        raise RuntimeError(f"the base model was changed by {plan.label}: later rows would mean nothing")
 
 
-def base_row(session: Session, ui: Ui) -> dict[str, Any]:
+def base_row(session: Session, store: Store, ui: Ui) -> dict[str, Any]:
     """The untouched model, evaluated once."""
-    mark = fingerprint(session, None, None)
-    path, row = stored_row(session, "base", mark)
+    path, mark, row = store.find(None, None)
     if row is None:
         ui.say("base: evaluating")
-        row = {"fingerprint": mark, "label": "base", **evaluate(session, adapted=False)}
-        path.parent.mkdir(exist_ok=True)
-        book.dump(path, row)
+        row = {"fingerprint": mark, "commit": commit(), "label": "base", **evaluate(session, None)}
+        store.keep(path, row)
     return row
 
 
 def open_book(session: Session) -> dict[str, Any]:
     """results.json without its rows."""
     options = dataclasses.asdict(session.options)
-    del options["out"], options["command"], options["fresh"]
+    for name in ("out", "command", "fresh", "any_commit"):
+        del options[name]
     roles = [("task", d) for d in session.tasks] + [("kept", d) for d in session.kept]
     return {
         "kind": book.KIND,
@@ -190,6 +218,15 @@ def open_book(session: Session) -> dict[str, Any]:
     }
 
 
+def schedule(session: Session) -> list[tuple[Plan, int]]:
+    """All runs in their order: every method before the next seed, the sweep at the end."""
+    options = session.options
+    seeds = options.seeds if options.sweep_seeds is None else options.sweep_seeds
+    return [(plan, seed) for seed in options.seeds for plan in session.plans] + [
+        (plan, seed) for seed in seeds for plan in session.swept
+    ]
+
+
 def compare(options: CompareOptions, ui: Ui) -> dict[str, Any]:
     """Run what is not yet done, writing results.json after every row.
 
@@ -201,34 +238,45 @@ def compare(options: CompareOptions, ui: Ui) -> dict[str, Any]:
     session.results = found = open_book(session)
     ui.say(f"{found['model']['name']}: {found['model']['parameters']:,} parameters, {options.dtype}")
     path = options.out / book.FILE
+    put_aside(session, found, ui)
     row: dict[str, Any] = {}
     try:
-        found["base"] = base_row(session, ui)
-        for seed in options.seeds:
-            for plan in session.plans:
-                mark = fingerprint(session, plan, seed)
-                where, known = stored_row(session, f"{slug(plan.label)}-seed{seed}", mark)
-                if known is not None:
-                    ui.say(f"{plan.label}, seed {seed}: finished earlier, reused")
-                    found["rows"].append(known)
-                    continue
-                row = {"fingerprint": mark}
-                run_row(session, plan, seed, row, ui)
-                if row["stopped"] == DIVERGED:
-                    keep_adapter(session, row, ui)
-                put_back(session, plan.label)
-                row = book.plain(row)
-                book.dump(where, row)
-                found["rows"].append(row)
-                book.dump(path, found)
-                ui.say(told(row))
-                row = {}
+        store = Store(session)
+        runs = [(plan, seed, *store.find(plan, seed)) for plan, seed in schedule(session)]
+        found["base"] = base_row(session, store, ui)
+        store.tell_others(ui)
+        missing = sum(known is None for *_, known in runs)
+        clock = Clock(missing)
+        if missing >= WORTH_A_PROBE:
+            clock.guess = foreseen(session)
+            ui.say(f"{missing} runs to do at about {lasting(clock.guess)} each: {clock.remaining()} in all")
+        for number, (plan, seed, where, mark, known) in enumerate(runs, start=1):
+            if known is not None:
+                ui.say(f"{plan.label}, seed {seed}: finished earlier, reused")
+                found["rows"].append(known)
+                continue
+            row = {"fingerprint": mark, "commit": commit()}
+            run_row(session, plan, seed, row, ui)
+            if row["stopped"] == DIVERGED:
+                keep_adapter(session, row, ui)
+            put_back(session, plan)
+            row = book.plain(row)
+            store.keep(where, row)
+            found["rows"].append(row)
+            book.dump(path, found)
+            ui.say(told(row))
+            clock.done(row["seconds"])
+            if clock.left:
+                ui.say(f"run {number} of {len(runs)} done, {clock.remaining()} left")
+            row = {}
         found["complete"] = True
+        found["commits"] = sorted({r["commit"] for r in found["rows"] if r.get("commit")})
+        found["summary"] = book.plain(summary(found))
         book.dump(path, found)
     except KeyboardInterrupt:
         found["stopped"] = INTERRUPTED
         kept = "nothing was in training"
-        if fl.adapters(session.model):
+        if row.get("label"):
             found["unfinished"] = row
             kept = keep_adapter(session, row, ui)
         book.dump(path, found)
@@ -238,13 +286,62 @@ def compare(options: CompareOptions, ui: Ui) -> dict[str, Any]:
     return found
 
 
+class Clock:
+    """How long the runs that are left will take."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self.guess = 0.0
+        self.seconds: list[float] = []
+
+    def done(self, seconds: float) -> None:
+        """One more run is finished."""
+        self.left -= 1
+        self.seconds.append(seconds)
+
+    def remaining(self) -> str:
+        """In words, by the runs of this session, or by the guess before the first."""
+        return f"about {lasting(self.left * (statistics.fmean(self.seconds) if self.seconds else self.guess))}"
+
+
+def lasting(seconds: float) -> str:
+    """A duration in words."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def foreseen(session: Session) -> float:
+    """Seconds that one run will take, from two steps of plain LoRA on each task and one text evaluated."""
+    options, model = session.options, session.model
+    set_seed(0)
+    rank = min(16, min(min(p.shape) for p in model.parameters() if p.dim() == 2))
+    fl.adapt(model, fl.LoRA(rank=rank), targets=options.targets)
+    config = TrainConfig(steps=2, batch_size=options.batch_size, max_length=options.max_length)
+    steps = [train(model, session.tokenizer, task.train, config).seconds_per_step for task in session.tasks]
+    sizes = {name: sum(len(row["input_ids"]) for row in rows) for name, rows in session.held_out.items()}
+    first = next(reversed(session.held_out))
+    began = time.perf_counter()
+    nll(model, session.held_out[first], Collator(session.tokenizer))
+    per_token = (time.perf_counter() - began) / sizes[first]
+    fl.remove(model)
+    tasks, kept = session.names
+    texts = sum(sizes[name] for name in kept)
+    evaluated = len(tasks) * sum(sizes.values())
+    evaluated += (options.evals - 1) * sum(texts + sum(sizes[t] for t in tasks[: i + 1]) for i in range(len(tasks)))
+    return options.steps * options.accumulate * sum(steps) + per_token * evaluated
+
+
 def keep_adapter(session: Session, row: dict[str, Any], ui: Ui) -> str:
-    """Save the adapter of a row that was stopped; says where."""
-    folder = session.options.out / "stopped" / f"{slug(row['label'])}-seed{row['seed']}"
-    fl.save(session.model, folder)
-    row["adapter"] = str(folder.relative_to(session.options.out))
+    """Save the adapter of a row that was stopped; says where. Full fine-tuning leaves none."""
     note = row["tasks"][-1]["note"] if row["tasks"] else "interrupted before training"
-    kept = f"{row['label']}, seed {row['seed']}: {note}; adapter saved in {folder}"
+    kept = f"{row['label']}, seed {row['seed']}: {note}"
+    if fl.adapters(session.model):
+        folder = session.options.out / "stopped" / f"{slug(row['label'])}-seed{row['seed']}"
+        fl.save(session.model, folder)
+        row["adapter"] = str(folder.relative_to(session.options.out))
+        kept += f"; adapter saved in {folder}"
     if row.get("stopped") == DIVERGED:
         ui.say(kept)
     return kept

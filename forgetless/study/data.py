@@ -508,6 +508,22 @@ def _python() -> _Pool:
     )
 
 
+def _python_docs() -> _Pool:
+    """The language reference of Python in plain text: English technical prose, as ``help()`` shows it."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise DataError("python-docs: this interpreter has no pydoc_data.topics") from None
+    return _Pool(
+        title="Python documentation",
+        groups=_documents(topics[name] for name in sorted(topics)),
+        source=f"pydoc_data.topics of Python {platform.python_version()}",
+        licence="PSF-2.0",
+        most_held_out=KEPT_PASSAGES,
+        documents=True,
+    )
+
+
 WIKIPEDIA = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 WIKIPEDIA_ARTICLES = 64  # of some hundred: reading on takes a second more
@@ -591,6 +607,7 @@ _POOLS: dict[str, Callable[[], _Pool]] = {
     "tool-calls": _tool_calls,
     "news": _news,
     "python": _python,
+    "python-docs": _python_docs,
     "wikipedia": _wikipedia,
     "shakespeare": _shakespeare,
 }

@@ -26,10 +26,11 @@ from .data import (
 
 @dataclass(frozen=True)
 class Score:
-    """Mean negative log-likelihood in nats per label token, and how many label tokens that is."""
+    """Mean negative log-likelihood in nats per label token, how many those are, the share that is the likeliest."""
 
     loss: float
     tokens: int
+    accuracy: float = 0.0
 
 
 def nll(
@@ -51,7 +52,7 @@ def nll(
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
     rows = sorted(encoded, key=lambda row: len(row["input_ids"]))
-    total, tokens = 0.0, 0
+    total, tokens, right = 0.0, 0, 0
     with _evaluating(model), torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             batch = {k: v.to(device) for k, v in collate(rows[start : start + batch_size]).items()}
@@ -68,12 +69,14 @@ def nll(
             if not keeps:
                 logits = logits[:, :-1]
             wanted = labels != IGNORED
-            losses = F.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none")
+            logits, labels = logits[wanted].float(), labels[wanted]
+            losses = F.cross_entropy(logits, labels, reduction="none")
             total += losses.double().sum().item()
-            tokens += int(wanted.sum())
+            right += int((logits.argmax(-1) == labels).sum())
+            tokens += labels.numel()
     if not tokens:
         raise ValueError("nothing to evaluate: no example has a label after its first token")
-    return Score(total / tokens, tokens)
+    return Score(total / tokens, tokens, right / tokens)
 
 
 def facts(

@@ -76,6 +76,8 @@ def prepare(options: FinetuneOptions) -> Work:
     if options.dtype not in DTYPES:
         raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
     plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
+    if plan.alters:
+        raise BadInput(f"{plan.label}: finetune trains one adapter; full and consolidate are rows of compare")
     if (options.out / "adapter_config.json").exists() and not options.overwrite:
         raise BadInput(f"{options.out} holds an adapter already; give --overwrite or another --out")
     writable(options.out)

@@ -1,4 +1,4 @@
-"""compare.png: what each method forgot, what it learnt, and how its loss fell."""
+"""compare.png: what each method forgot, what it learnt, how its loss fell. pareto.png: learnt against forgotten."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .results import by_label, spread
+from .metrics import drift_and_forgetting, front, main_rows, names, trajectory, whole
+from .results import by_label
+from .stats import half_width, interval
 
 #: Okabe and Ito's palette: told apart by colour-blind readers, and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 #: Steps that a bold loss curve averages over; the thin one behind it does not.
 WINDOW = 5
+MARKS = ("o", "s", "^", "D")
 STYLES = ("-", "--", ":", "-.")
 Rows = dict[str, list[dict[str, Any]]]
 Value = Callable[[dict[str, Any]], float | None]
@@ -24,9 +27,8 @@ Value = Callable[[dict[str, Any]], float | None]
 def draw(results: dict[str, Any]) -> bytes:
     """The figure as PNG bytes. It needs no display and leaves no state in matplotlib behind."""
     groups = by_label(results)
-    tasks = [d["name"] for d in results["domains"] if d["role"] == "task"]
-    kept = [d["name"] for d in results["domains"] if d["role"] == "kept"]
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    tasks, kept = names(results)
+    figure = Figure(figsize=(max(11.0, 0.22 * len(groups) * (len(tasks) + len(kept))), 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, width_ratios=(max(1, len(kept) + len(tasks) - 1), len(tasks)))
     forgotten = figure.add_subplot(grid[0, 0])
@@ -49,9 +51,71 @@ def draw(results: dict[str, Any]) -> bytes:
         curves.legend(handles, labels, frameon=False, ncols=min(6, len(labels)), loc="upper right")
     model, device = results["model"]["name"], results["machine"]["device"]
     figure.suptitle(f"{model}, {results['options']['steps']} steps a task, {device}")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
+
+
+def draw_pareto(results: dict[str, Any]) -> bytes | None:
+    """Learnt against forgotten along training and over a sweep, and drift against forgetting; None without rows."""
+    tasks, kept = names(results)
+    points = front(results)
+    if not points:
+        return None
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    colours: dict[str, str] = {}
+    for point in points:
+        colours.setdefault(point["family"], COLOURS[len(colours) % len(COLOURS)])
+    marks = {family: MARKS[i // len(COLOURS) % len(MARKS)] for i, family in enumerate(colours)}
+    groups: Rows = {}
+    for row in whole(main_rows(results)):
+        groups.setdefault(row["label"], []).append(row)
+    for label, rows in groups.items():
+        curves = [trajectory(row, results["base"], tasks, kept) for row in rows]
+        length = min(map(len, curves))
+        mean = [[sum(c[i][part] for c in curves) / len(curves) for i in range(length)] for part in ("learnt", "kept")]
+        left.plot(*mean, color=colours[label], linewidth=1.0, alpha=0.6)
+    for point in points:
+        main = point["family"] == point["label"]
+        x, y = point["learnt"], point["forgotten"]
+        left.errorbar(
+            x["mean"],
+            y["mean"],
+            xerr=None if x["high"] is None else x["high"] - x["mean"],
+            yerr=None if y["high"] is None else y["high"] - y["mean"],
+            color=colours[point["family"]],
+            marker=marks[point["family"]],
+            markersize=8 if main else 4,
+            markerfacecolor=colours[point["family"]] if main else "white",
+            linewidth=0.8,
+            capsize=2,
+            label=point["label"] if main else None,
+            linestyle="none",
+        )
+    best = sorted((p["learnt"]["mean"], p["forgotten"]["mean"]) for p in points if p["front"])
+    left.plot([p[0] for p in best], [p[1] for p in best], color="black", linewidth=0.8, linestyle=":")
+    left.set_xlabel("learnt: sum over tasks of the fall of the loss (more to the right is better)")
+    left.set_ylabel("forgotten: mean rise on kept texts (lower is better)")
+    left.set_title("lines: along training; hollow: other weights; dotted: Pareto front")
+    left.legend(frameon=False, fontsize=8)
+    for row in whole(results["rows"]):
+        if row["drift"] is not None:
+            family = row.get("family") or row["label"]
+            right.plot(row["drift"], row["forgotten_mean"], marks[family], color=colours[family], markersize=5)
+    about = drift_and_forgetting(results)
+    r = about["pearson"]
+    right.set_title(f"drift and forgetting, {about['runs']} runs" + ("" if r is None else f": r = {r:.2f}"))
+    right.set_xlabel("drift: mean of ‖ΔW x‖ / ‖x‖ over layers, on kept texts")
+    for axis in (left, right):
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
 
 
 def _at(part: str, name: str) -> Value:
@@ -62,12 +126,14 @@ def _bars(axis: Any, groups: Rows, values: dict[str, Value]) -> None:
     width = 0.8 / max(1, len(groups))
     for i, (label, rows) in enumerate(groups.items()):
         for j, value in enumerate(values.values()):
-            found = spread(value(row) for row in rows)
+            known = [value(row) for row in rows]
+            found = interval(known)
             if found is None:
                 continue
+            half = half_width(known)
             where = j + (i - (len(groups) - 1) / 2) * width
             colour = COLOURS[i % len(COLOURS)]
-            axis.bar(where, found[0], 0.92 * width, yerr=found[1], capsize=2, color=colour, label=label)
+            axis.bar(where, found["mean"], 0.92 * width, yerr=half, capsize=2, color=colour, label=label)
     axis.set_xticks(range(len(values)), list(values))
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_ylabel("nats per token")

@@ -1,4 +1,4 @@
-"""A comparison for people: the table on the terminal, and report.html, one file that opens from disk."""
+"""A comparison for people: the tables on the terminal, and report.html, one file that opens from disk."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from rich import box
 from rich.markup import escape as plain_markup
 from rich.table import Table as RichTable
 
+from .metrics import ALMOST_ALL, drift_and_forgetting, summary
 from .options import write_atomically
-from .plots import draw
-from .results import by_label, spread
+from .plots import draw, draw_pareto
+from .results import by_label
+from .stats import half_width, interval
 
-PICTURE, PAGE = "compare.png", "report.html"
+PICTURE, PARETO, PAGE = "compare.png", "pareto.png", "report.html"
 NOTHING = "–"
 
 
@@ -34,18 +36,27 @@ def figure(value: float | None, digits: int = 2) -> str:
 
 
 def change(values: list[float | None], digits: int = 3) -> str:
-    """Mean change with its sign and, of several seeds, the standard deviation."""
-    found = spread(values)
+    """Mean change with its sign and, of several seeds, half its 95 % t-interval."""
+    found = interval(values)
     if found is None:
         return NOTHING
-    mean, deviation = found
-    return f"{mean:+.{digits}f}" + (f" ±{deviation:.{digits}f}" if deviation is not None else "")
+    half = half_width(values)
+    return f"{found['mean']:+.{digits}f}" + (f" ±{half:.{digits}f}" if half is not None else "")
 
 
 def mean(values: list[float | None], digits: int = 2) -> str:
     """Mean of what is known, or a dash."""
-    found = spread(values)
-    return figure(None if found is None else found[0], digits)
+    found = interval(values)
+    return figure(None if found is None else found["mean"], digits)
+
+
+def between(found: dict[str, Any] | None, digits: int = 2, sign: bool = False) -> str:
+    """A mean and its interval from ``stats.interval``: "0.33 (0.21 to 0.45)"."""
+    if found is None:
+        return NOTHING
+    form = f"{'+' if sign else ''}.{digits}f"
+    shown = f"{found['mean']:{form}}"
+    return shown if found["low"] is None else f"{shown} ({found['low']:{form}} to {found['high']:{form}})"
 
 
 def main_table(results: dict[str, Any]) -> Table:
@@ -118,6 +129,96 @@ def domains_table(results: dict[str, Any]) -> Table:
     return Table([k.replace("_", " ") for k in keys], [[str(d[k]) for k in keys] for d in results["domains"]])
 
 
+def further_tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
+    """What only several tasks, seeds, evaluations or weights can tell; a table is left out where it would be empty."""
+    found = results.get("summary") or summary(results)
+    tasks = [d["name"] for d in results["domains"] if d["role"] == "task"]
+    tables = []
+    if len(tasks) > 1 and found["continual"]:
+        tables.append(("the task sequence", sequence_table(found)))
+    if found["paired_with_baseline"] and len(results["options"]["seeds"]) > 1:
+        tables.append((f"differences to {found['baseline']} with the same seed", paired_table(found)))
+    if found["equal_learning"] and any(row.get("points") for row in results["rows"]):
+        tables.append((f"against {found['baseline']} at equal learning", equal_table(found)))
+    if found["tuned"]:
+        tables.append(("learnt and forgotten over the sweep", sweep_table(found)))
+    return tables
+
+
+def sequence_table(found: dict[str, Any]) -> Table:
+    """Continual-learning metrics of each method."""
+    keys = ("final", "backward_transfer", "forward_transfer", "forgetting")
+    columns = ["method", "mean loss at the end", "backward transfer", "forward transfer", "forgetting of tasks"]
+    columns += ["mean accuracy at the end", "its backward transfer"]
+    rows = [
+        [label]
+        + [between(of["losses"][key], 3, sign=key != "final") for key in keys]
+        + [between(of["accuracies"]["final"], 3), between(of["accuracies"]["backward_transfer"], 3, sign=True)]
+        for label, of in found["continual"].items()
+    ]
+    return Table(columns, rows)
+
+
+def paired_table(found: dict[str, Any]) -> Table:
+    """Differences to plain LoRA, seed by seed."""
+    keys = ("learnt", "forgotten", "tasks", "drift")
+    columns = ["method", "learnt, all tasks", "forgotten, kept texts", "forgotten, earlier tasks", "drift"]
+    rows = [[row["label"], *(between(row[key], 3, sign=True) for key in keys)] for row in found["paired_with_baseline"]]
+    return Table(columns, rows)
+
+
+def equal_table(found: dict[str, Any]) -> Table:
+    """Forgetting where a method and plain LoRA had learnt the same."""
+    columns = ["method", "learning compared at", "kept texts", f"{found['baseline']} there", "ratio"]
+    columns += ["earlier tasks", f"{found['baseline']} there ", "ratio "]
+    rows = []
+    for row in found["equal_learning"]:
+        share = f"{100 * row['share']['mean']:.0f} % of {found['baseline']}'s" + ("" if row["enough"] else " (!)")
+        cells = [row["label"], share]
+        for part in ("kept", "tasks"):
+            both = row[part]
+            cells += [between(both["method"], 3), between(both["lora"], 3), between(both["ratio"])]
+        rows.append(cells)
+    return Table(columns, rows)
+
+
+def sweep_table(found: dict[str, Any]) -> Table:
+    """Every setting with what it learnt and forgot; a star marks the Pareto front."""
+    points = sorted(found["front"], key=lambda p: (p["family"], p["learnt"]["mean"]))
+    best = {t["best"]["label"] for t in found["tuned"] if t["best"]}
+    rows = [
+        [
+            point["label"] + (" *" if point["front"] else ""),
+            between(point["learnt"], 2),
+            between(point["forgotten"], 3, sign=True),
+            str(point["learnt"]["n"]),
+            "yes" if point["label"] in best else "",
+        ]
+        for point in points
+    ]
+    return Table(
+        ["method (* on the Pareto front)", "learnt, all tasks", "forgotten, kept texts", "seeds", "tuned"], rows
+    )
+
+
+def drift_sentence(results: dict[str, Any]) -> str:
+    """Whether drift went with forgetting over all runs."""
+    about = drift_and_forgetting(results)
+    if about["pearson"] is None:
+        return ""
+    text = (
+        f"Over {about['runs']} runs drift and forgetting of kept texts correlate with r = {about['pearson']:.2f} "
+        f"(ranks: {about['spearman']:.2f})."
+    )
+    if about["explained_by_method"] is not None:
+        text += (
+            f" A straight line in drift explains {100 * about['explained_by_drift']:.0f} % of the variance of "
+            f"forgetting, the method's name alone {100 * about['explained_by_method']:.0f} % (both adjusted for the "
+            "number of parameters)."
+        )
+    return text
+
+
 def rich_table(table: Table, title: str | None = None) -> RichTable:
     """For the terminal."""
     shown = RichTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
@@ -137,7 +238,19 @@ is <b>forgetting</b>, and nearer to zero is better; the column of that name is i
 <b>Facts</b> are short sentences that the model must still complete. <b>Drift</b> is the mean of &#8214;&#916;W
 x&#8214; / &#8214;x&#8214; over layers and tokens of the kept texts: how far the layers' outputs moved there.
 Compare forgetting only between methods that learnt about the same: one that learns nothing forgets nothing.
-&plusmn; is the standard deviation over seeds. One seed and a short run are a demonstration, not a result to quote.
+&plusmn; is half of a 95 % t-interval over seeds, and so are the ranges in brackets. One seed and a short run are a
+demonstration, not a result to quote.
+"""
+
+HOW_SEQUENCE = """
+<b>Backward transfer</b> (Lopez-Paz and Ranzato 2017) is what later tasks did to earlier ones, mean over these since
+each was learnt; <b>forward transfer</b> what earlier tasks did to the next one before it was trained;
+<b>forgetting of tasks</b> (Chaudhry et al. 2018) the distance of each earlier task from its best. All with the sign
+that more transfer is better; accuracies are those of the likeliest next token. <b>At equal learning</b>: learning is
+the sum over tasks of the fall of the loss, forgetting is followed along training, and both curves are read where they
+first reach the greatest learning that both reached, linear between evaluations, seed by seed. A method that learnt
+far less than LoRA (!) is compared at little learning only. <b>Tuned</b> is the setting of each method that forgets
+least among those that learnt at least {almost:.0%} of what plain LoRA did.
 """
 
 STYLE = """
@@ -158,12 +271,12 @@ def html_table(table: Table, words: bool = False) -> str:
     return f"<table{' class=words' if words else ''}><tr>{head}</tr>\n{body}</table>"
 
 
-def html_page(results: dict[str, Any], picture: bytes) -> str:
+def html_page(results: dict[str, Any], picture: bytes, pareto: bytes | None = None) -> str:
     """The whole report; it refers to no other file."""
     model, machine = results["model"], results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     warning = "" if results["complete"] else _unfinished(results)
-    image = base64.b64encode(picture).decode()
+    tables = further_tables(results)
     about = Table(
         ["what", "value"],
         [
@@ -176,15 +289,22 @@ def html_page(results: dict[str, Any], picture: bytes) -> str:
             ["run at", results["created"]],
         ],
     )
+    further = "".join(f"<h3>{escape(t[0].upper() + t[1:])}</h3>{html_table(table)}" for t, table in tables)
+    second = f'<img alt="learnt against forgotten; drift against forgetting" src="{_inline(pareto)}">' if pareto else ""
+    more = HOW_SEQUENCE.format(almost=ALMOST_ALL) if tables else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>forgetless: {escape(model["name"])}</title>
 <style>{STYLE}</style></head><body>
 <h1>What was learnt, and what was forgotten</h1>
 {warning}
 {html_table(main_table(results))}
-<img alt="forgetting and learning per domain, and loss curves" src="data:image/png;base64,{image}">
+<img alt="forgetting and learning per domain, and loss curves" src="{_inline(picture)}">
+{further}
+{second}
+<p>{escape(drift_sentence(results))}</p>
 <h2>How to read this</h2>
 <p>{HOW_TO_READ}</p>
+<p>{more}</p>
 <h2>Settings</h2>
 {html_table(settings_table(results), words=True)}
 <h2>Texts</h2>
@@ -197,6 +317,10 @@ def html_page(results: dict[str, Any], picture: bytes) -> str:
 """
 
 
+def _inline(picture: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
 def _unfinished(results: dict[str, Any]) -> str:
     label = results.get("unfinished", {}).get("label")
     during = f" during {label}" if label else ""
@@ -204,8 +328,10 @@ def _unfinished(results: dict[str, Any]) -> str:
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> list[Path]:
-    """compare.png and report.html in ``folder``, from results alone."""
-    picture = draw(results)
+    """compare.png, pareto.png and report.html in ``folder``, from results alone."""
+    picture, pareto = draw(results), draw_pareto(results)
     write_atomically(folder / PICTURE, picture)
-    write_atomically(folder / PAGE, html_page(results, picture))
-    return [folder / PICTURE, folder / PAGE]
+    if pareto is not None:
+        write_atomically(folder / PARETO, pareto)
+    write_atomically(folder / PAGE, html_page(results, picture, pareto))
+    return [folder / name for name in (PICTURE, *([PARETO] if pareto else []), PAGE)]

@@ -116,16 +116,10 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def by_label(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each method, in the order of the file: one per seed."""
+    """The rows of each method that was asked for, in the order of the file: one per seed; none of a sweep."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:
+        if row.get("family"):
+            continue
         groups.setdefault(row["label"], []).append(row)
     return groups
-
-
-def spread(values: Iterable[float | None]) -> tuple[float, float | None] | None:
-    """Mean and, of two values or more, standard deviation; None where nothing is known."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return None
-    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None

@@ -18,6 +18,7 @@ from forgetless.penalties import PenaltyState
 from .batches import Encoded, encode_for_training
 from .data import Domain, encode, encode_domain, load_domain
 from .models import load_model
+from .moved import Original
 from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
 from .train import TrainConfig
 
@@ -26,7 +27,11 @@ FACTS = "facts"
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Everything that can be asked of a comparison; the defaults end in minutes on two cores."""
+    """Everything that can be asked of a comparison; the defaults end in minutes on two cores.
+
+    ``evals`` evaluations per task, the last one at its end; ``source`` texts to calibrate on, all kept ones if None;
+    ``sweep`` factors on each method's weight (without one: on its learning rate), run with ``sweep_seeds`` for ``sweep_methods`` (None: all).
+    """
 
     out: Path
     model: str = "smollm2"
@@ -46,9 +51,15 @@ class CompareOptions:
     eval_tokens: int = 1024
     eval_length: int = 256
     calibration: int = 16
+    evals: int = 1
+    source: tuple[str, ...] | None = None
+    sweep: tuple[float, ...] = ()
+    sweep_seeds: tuple[int, ...] | None = None
+    sweep_methods: tuple[str, ...] | None = None
     dtype: str = "bfloat16"
     device: str = "cpu"
     fresh: bool = False
+    any_commit: bool = False
     command: str = "forgetless compare"
 
 
@@ -66,6 +77,8 @@ class Session:
     source: Encoded
     facts: bool
     checksum: str
+    swept: list[Plan] = field(default_factory=list)
+    original: Original | None = None
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -90,11 +103,14 @@ def check(options: CompareOptions) -> list[Plan]:
             "eval-tokens": options.eval_tokens,
             "calibration": options.calibration,
             "rank": options.rank,
+            "evals": options.evals,
         },
     )
     at_least(2, {"max-length": options.max_length, "eval-length": options.eval_length})
     at_least(0, {"weight": options.weight, "seed": min(options.seeds, default=0)})
-    positive({"lr": options.lr, "alpha": options.alpha})
+    positive({"lr": options.lr, "alpha": options.alpha, "sweep": min(options.sweep, default=None)})
+    if options.evals > options.steps:
+        raise BadInput(f"--evals must be at most --steps, {options.steps}, got {options.evals}")
     if options.dtype not in DTYPES:
         raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
     names = [Path(spec).stem if Path(spec).suffix else spec for spec in options.tasks + options.keep]
@@ -105,6 +121,14 @@ def check(options: CompareOptions) -> list[Plan]:
         raise BadInput("no task to learn: give --task")
     if not options.seeds or len(set(options.seeds)) < len(options.seeds):
         raise BadInput(f"--seed wants different numbers, got {list(options.seeds)}")
+    strange = sorted(set(options.sweep_seeds or ()) - set(options.seeds))
+    if strange:
+        raise BadInput(f"--sweep-seed must be one of --seed, got {strange[0]}")
+    unknown = sorted(set(options.sweep_methods or ()) - set(options.methods))
+    if unknown:
+        raise BadInput(f"--sweep-method must be one of --method, got {unknown[0]}")
+    if 1.0 in options.sweep or len(set(options.sweep)) < len(options.sweep):
+        raise BadInput(f"--sweep wants different factors other than 1, got {list(options.sweep)}")
     plans = [
         parse_method(
             spec,
@@ -122,6 +146,11 @@ def check(options: CompareOptions) -> list[Plan]:
     if twice:
         raise BadInput(f"{', '.join(twice)}: asked for twice")
     return plans
+
+
+def sweep(plans: Sequence[Plan], factors: Sequence[float]) -> list[Plan]:
+    """The plans with other weights; learning rates are only lowered, for a higher one mostly diverges."""
+    return [plan.swept(f) for plan in plans for f in sorted(factors) if plan.weight is not None or f < 1]
 
 
 def take_tokens(encoded: Encoded, budget: int) -> Encoded:
@@ -153,7 +182,8 @@ def prepare(options: CompareOptions) -> Session:
     plans = check(options)
     writable(options.out)
     unkept = [plan.label for plan in plans if calibrates(plan)]
-    if unkept and not set(options.keep) - {FACTS}:
+    named = options.keep if options.source is None else options.source
+    if unkept and not set(named) - {FACTS}:
         raise BadInput(f"{', '.join(unkept)}: calibrated on text to keep, and --keep names none")
     tasks = [load_domain(spec) for spec in options.tasks]
     kept = [load_domain(spec) for spec in options.keep if spec != FACTS]
@@ -168,8 +198,14 @@ def prepare(options: CompareOptions) -> Session:
         )
         for domain in tasks + kept
     }
-    source = source_rows(kept, tokenizer, options.calibration, options.eval_length // 2)
+    known = {spec: domain for spec, domain in zip((k for k in options.keep if k != FACTS), kept, strict=True)}
+    protected = [known.get(spec) or load_domain(spec) for spec in named if spec != FACTS]
+    source = source_rows(protected, tokenizer, options.calibration, options.eval_length // 2)
     check_fit(model, plans, options.targets)
+    specs = [spec for spec in options.methods if spec != "base"]
+    chosen = specs if options.sweep_methods is None else options.sweep_methods
+    swept = [plan for spec, plan in zip(specs, plans, strict=True) if spec in chosen]
+    altered = any(plan.alters for plan in plans)
     return Session(
         options,
         plans,
@@ -181,6 +217,8 @@ def prepare(options: CompareOptions) -> Session:
         source,
         FACTS in options.keep,
         checksum(model),
+        sweep(swept, options.sweep),
+        Original(model, options.targets) if altered else None,
     )
 
 
@@ -206,6 +244,8 @@ def calibrates(plan: Plan) -> bool:
     Raises:
         BadInput: a penalty makes no sense with the method.
     """
+    if plan.full:
+        return False
     width = 2 * getattr(plan.method, "rank", 1)
     probe = torch.nn.ModuleDict({"layer": torch.nn.Linear(width, width)})
     try:

@@ -133,7 +133,8 @@ class PenaltyTrainer(Trainer):
         parts = 1 if scaled else self.current_gradient_accumulation_steps
         self.task_loss += loss.detach().float().item() / parts
         if self.accelerator.sync_gradients:  # the last micro-batch of this optimizer step
-            penalty = fl.penalty(self.accelerator.unwrap_model(model))
+            bare = self.accelerator.unwrap_model(model)
+            penalty = fl.penalty(bare) if fl.adapters(bare) else loss.new_zeros(())
             self.penalty_value = penalty.detach().float().item()
             if penalty.requires_grad:
                 loss = loss + parts * penalty.to(loss.device)
@@ -153,6 +154,26 @@ class PenaltyTrainer(Trainer):
         super().log(logs, *args, **kwargs)
         if self.emit is not None and "grad_norm" in logs:
             self.emit(logs["grad_norm"])
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on float32 copies of half-precision parameters, rounded back after each step: small steps are not lost."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], lr: float) -> None:
+        self.rounded = list(parameters)
+        super().__init__([p.detach().float().clone() for p in parameters], lr=lr, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update of the copies with the gradients of the parameters themselves."""
+        copies = self.param_groups[0]["params"]
+        for copy, parameter in zip(copies, self.rounded, strict=True):
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        found = super().step(closure)
+        for copy, parameter in zip(copies, self.rounded, strict=True):
+            parameter.copy_(copy)
+            copy.grad = None
+        return found
 
 
 class Watch(TrainerCallback):
@@ -185,8 +206,8 @@ class Watch(TrainerCallback):
 
 
 def mean_drift(model: nn.Module) -> float:
-    """The drift of the last forward, averaged over layers; NaN where nothing has been seen."""
-    values = list(fl.drift(model).values())
+    """The drift of the last forward, averaged over layers; NaN where nothing has been seen or nothing is adapted."""
+    values = list(fl.drift(model).values()) if fl.adapters(model) else []
     return statistics.fmean(values) if values else math.nan
 
 
@@ -227,7 +248,10 @@ def train(
     config: TrainConfig,
     on_step: Callable[[Step], None] | None = None,
 ) -> TrainResult:
-    """Train the adapters on ``model``. A NaN or Ctrl-C ends it early with the last good adapter in place."""
+    """Train what is trainable in ``model``. A NaN or Ctrl-C ends it early with the last good state in place.
+
+    Parameters in half precision (full fine-tuning) are updated through float32 copies.
+    """
     encoded = encode_for_training(examples, tokenizer, config.max_length)
     device = next(model.parameters()).device
     result = TrainResult()
@@ -235,6 +259,8 @@ def train(
     watch = Watch(snapshot, config.snapshot_every)
     use_cache = getattr(model.config, "use_cache", None)
     peak = Peak(device)
+    narrow = any(p.dtype.itemsize < 4 for p in snapshot.parameters)
+    master = MasterAdamW(snapshot.parameters, config.lr) if narrow else None
     with tempfile.TemporaryDirectory() as folder:
         trainer = PenaltyTrainer(
             model=model,
@@ -244,6 +270,7 @@ def train(
             ),
             data_collator=Collator(tokenizer),
             callbacks=[watch],
+            optimizers=(master, None),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
