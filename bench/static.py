@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from forgetless_kernels import tiles
+from forgetless_kernels.descriptors import parts_of
 from forgetless_kernels.lowrank import pad_rank, strips_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def cdiv(a: int, b: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A layer and its element sizes: activations, factors"""
+    """A layer and its element sizes, activations and factors; ``siblings`` stacked on one x have R ranks each"""
 
     M: int
     N: int
@@ -46,44 +47,70 @@ class Sizes:
     R: int
     element: int = 2
     factor: int = 4
+    bias: bool = False
+    dropout: bool = False
+    siblings: int = 1
 
 
 Bytes = dict[str, int]  # by tensor: what one launch loads or stores of it
+SEED = 4  # bytes of the one number that each block of rows, or of columns, reads of the dropout's seed
 
 
 def project_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     """Loads and stores of project; x comes once for each block of ranks, down once for each block of rows"""
     R = pad_rank(s.R)
-    rows, blocks_r = cdiv(s.M, tile.BLOCK_M), cdiv(s.R, R)
+    rows, blocks_r = cdiv(s.M, tile.BLOCK_M), cdiv(s.R, R) * s.siblings
     x = rows * tile.BLOCK_M * s.K * s.element * blocks_r
-    return {"x": x, "down": rows * blocks_r * R * s.K * s.factor}, {"h": s.M * s.R * s.element}
+    loads = {"x": x, "down": rows * blocks_r * R * s.K * s.factor}
+    if s.dropout:
+        loads["seed"] = rows * blocks_r * (1 + cdiv(s.K, tile.BLOCK_K)) * SEED
+    return loads, {"h": s.M * s.R * s.siblings * s.element}
 
 
 def matmul_lowrank_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
-    """Loads and stores of matmul_lowrank without bias: x for each column of tiles, weight for each row of tiles"""
+    """Loads and stores of matmul_lowrank: x for each column of tiles, weight for each row of tiles"""
     rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
-    M, N = rows * tile.BLOCK_M, columns * tile.BLOCK_N
+    M, N, parts = rows * tile.BLOCK_M, columns * tile.BLOCK_N, 2
     loads = {
         "x": columns * M * s.K * s.element,
         "weight": rows * N * s.K * s.element,
-        "h": 2 * columns * M * s.R * s.element,  # both halves of a tile
+        "h": parts * columns * M * s.R * s.element,
         "up": rows * N * s.R * s.factor,
     }
+    if s.bias:
+        loads["bias"] = rows * N * s.element
+    if s.dropout:
+        loads["seed"] = rows * columns * parts * 2 * SEED
     return loads, {"y": s.M * s.N * s.element}
+
+
+def matmul_lowrank_descriptor_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
+    """Loads and stores of matmul_lowrank on descriptors: they cut off what is past the end of x and weight"""
+    rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
+    parts = parts_of(tile.BLOCK_N, s.dropout)
+    loads, stores = matmul_lowrank_traffic(s, tile)
+    loads["x"] = columns * s.M * s.K * s.element
+    loads["weight"] = rows * s.N * s.K * s.element
+    loads["h"] = parts * columns * rows * tile.BLOCK_M * s.R * s.element
+    if s.dropout:
+        loads["seed"] = rows * columns * parts * 2 * SEED
+    return loads, stores
 
 
 def outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     """Loads and stores of outer, its second kernel included"""
     R = pad_rank(s.R)
-    columns, blocks_r = cdiv(s.K, tile.BLOCK_K), cdiv(s.R, R)
-    strips, _ = strips_of(s.M, tile.BLOCK_M, columns * blocks_r)
+    columns, blocks_r = cdiv(s.K, tile.BLOCK_K), cdiv(s.R, R) * s.siblings
+    strips, steps = strips_of(s.M, tile.BLOCK_M, columns * blocks_r)
     loads = {
         "g": columns * blocks_r * R * s.M * s.element,
         "x": columns * tile.BLOCK_K * s.M * s.element * blocks_r,
     }
-    stores = {"out": s.R * s.K * s.factor}
+    if s.dropout:
+        loads["seed"] = columns * blocks_r * strips * (1 + steps) * SEED
+    stores = {"out": s.R * s.siblings * s.K * s.factor}
     if strips > 1:
-        loads["part"] = stores["part"] = 4 * strips * s.R * s.K
+        loads["part"] = stores["part"] = 4 * strips * s.R * s.siblings * s.K
     return loads, stores
 
 
@@ -102,21 +129,54 @@ def project_outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     return loads, {"g": s.M * s.R * s.element, "out": s.K * s.R * s.factor, **part}
 
 
+def full_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple[Bytes, Bytes]:
+    """Loads and stores of the plan full: every tile makes h for itself, the first of each row of tiles stores it"""
+    rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
+    loads, stores = matmul_lowrank_traffic(s, tile)
+    del loads["h"]
+    loads["down"] = rows * columns * pad_rank(s.R) * s.K * s.factor
+    if s.dropout:
+        keys = 4 if drop_output else 1 + cdiv(s.K, tile.BLOCK_K)  # of both halves of y, or of x
+        loads["seed"] = rows * columns * keys * SEED
+    return loads, {**stores, "h": s.M * s.R * s.element}
+
+
+def once_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple[Bytes, Bytes]:
+    """Loads and stores of the plan once: one column of tiles makes h, the others load it; where no tile has to wait"""
+    rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
+    loads, stores = full_traffic(s, tile, drop_output)
+    loads["down"] = rows * pad_rank(s.R) * s.K * s.factor
+    if columns > 1:
+        loads["h"] = (columns - 1) * s.M * s.R * s.element
+    if s.dropout and not drop_output:
+        loads["seed"] //= columns  # the makers alone drop x
+    # a ticket for each tile, then a flag raised or looked at; an atomic operation loads and stores
+    loads["flags"] = stores["flags"] = 2 * 4 * rows * columns
+    return loads, stores
+
+
 TRAFFIC = {
     "project": project_traffic,
     "matmul_lowrank": matmul_lowrank_traffic,
+    "matmul_lowrank_descriptor": matmul_lowrank_descriptor_traffic,
     "outer": outer_traffic,
     "project_outer": project_outer_traffic,
+    "full": full_traffic,
+    "once": once_traffic,
 }
 
 
-def flops(kernel: str, s: Sizes) -> int:
-    """What the formula needs, padding not counted"""
+def flops(kernel: str, s: Sizes, tile: tiles.Tile) -> int:
+    """What the kernel's products take, padding not counted"""
+    gemm, skinny = 2 * s.M * s.N * (s.K + s.R), 2 * s.M * s.K * s.R
     return {
-        "project": 2 * s.M * s.K * s.R,
-        "matmul_lowrank": 2 * s.M * s.N * (s.K + s.R),
-        "outer": 2 * s.M * s.K * s.R,
-        "project_outer": 4 * s.M * s.K * s.R,
+        "project": skinny,
+        "matmul_lowrank": gemm,
+        "matmul_lowrank_descriptor": gemm,
+        "outer": skinny,
+        "project_outer": 2 * skinny,
+        "full": gemm + cdiv(s.N, tile.BLOCK_N or s.N) * skinny,
+        "once": gemm + skinny,
     }[kernel]
 
 
@@ -131,15 +191,15 @@ def memory(kernel: str, s: Sizes, tile: tiles.Tile) -> int:
         "down": s.R * s.K * s.factor,
         "up": s.N * s.R * s.factor,
     }
-    return sum(once[name] for name in loads if name in once) + sum(stores.values())
+    return sum(once[name] for name in loads if name in once and name not in stores) + sum(stores.values())
 
 
-def tile_of(kernel: str, arch: int, R: int, transposed: bool = False) -> tiles.Tile:
-    """The tile that the launcher takes on that card for bfloat16"""
-    name = kernel + "_t" if transposed else kernel
-    if kernel == "matmul_lowrank" and (arch, 2) in tiles.TABLE[name + "_descriptor"]:
-        name += "_descriptor"
-    return tiles.fit(name, tiles.row(name, arch, 2), pad_rank(R), 2, arch)
+def on_card(kernel: str, arch: int, R: int, transposed: bool = False) -> tuple[str, tiles.Tile]:
+    """The kernel that the launcher takes on that card for aligned bfloat16, descriptors or not, and its tile"""
+    row = kernel + "_t" if transposed else kernel
+    if kernel == "matmul_lowrank" and (arch, 2) in tiles.TABLE[row + "_descriptor"]:
+        kernel, row = kernel + "_descriptor", row + "_descriptor"
+    return kernel, tiles.fit(row, tiles.row(row, arch, 2), pad_rank(R), 2, arch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +224,8 @@ def designs(s: Sizes, arch: int) -> dict[str, tuple[float, float]]:
         return rate.time(0, E * sum(elements))
 
     def run(kernel: str, sizes: Sizes, transposed: bool = False) -> float:
-        return rate.time(flops(kernel, sizes), memory(kernel, sizes, tile_of(kernel, arch, R, transposed)))
+        kernel, tile = on_card(kernel, arch, R, transposed)
+        return rate.time(flops(kernel, sizes, tile), memory(kernel, sizes, tile))
 
     gemm = rate.time(2 * M * N * K, E * (M * K + N * K + M * N))
     read_x, read_dy = moved(M * K, K * R, M * R), moved(M * N, N * R, M * R)
@@ -234,22 +295,31 @@ def kernel_rows(s: Sizes, arch: int) -> list[dict]:
     for case, kernel, sizes, transposed in (
         ("project", "project", s, False),
         ("forward", "matmul_lowrank", s, False),
+        ("full", "full", s, False),
+        ("once", "once", s, False),
         ("sweep", "project_outer", back, False),
         ("dx", "matmul_lowrank", back, True),
         ("outer", "outer", s, False),
+        ("project dropout", "project", s, False),
+        ("full dropout", "full", s, False),
+        ("once dropout", "once", s, False),
+        ("dx dropout", "matmul_lowrank", back, True),
+        ("outer dropout", "outer", s, False),
     ):
-        tile = tile_of(kernel, arch, s.R, transposed)
+        sizes = dataclasses.replace(sizes, dropout=case.endswith("dropout"))
+        kernel, tile = on_card(kernel, arch, s.R, transposed)
         loads, stores = TRAFFIC[kernel](sizes, tile)
+        work, moved = flops(kernel, sizes, tile), memory(kernel, sizes, tile)
         compiled = targets.attempt(targets.Case(case, s.R), arch)[0]
         rows.append(
             {
                 "call": case,
                 "tile": [tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, tile.num_warps, tile.num_stages],
-                "flops": flops(kernel, sizes),
+                "flops": work,
                 "loads": loads,
                 "stores": stores,
-                "memory": memory(kernel, sizes, tile),
-                "predicted_us": 1e6 * rate.time(flops(kernel, sizes), memory(kernel, sizes, tile)),
+                "memory": moved,
+                "predicted_us": 1e6 * rate.time(work, moved),
                 **{name: compiled.get(name) for name in ("registers", "stack", "shared", "blocks_per_sm", "mmas")},
             }
         )

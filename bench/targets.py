@@ -26,16 +26,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+def beside(version: str) -> Path:
+    """A folder that holds that Triton alone, installed by pip on first use; half an installation leaves none"""
+    folder = ROOT / ".cache" / f"triton-{version}"
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
+            subprocess.run([*pip, "--target", f"{place}/triton", f"triton=={version}"], check=True)
+            os.replace(f"{place}/triton", folder)
+    return folder
+
+
 if (
     __name__ == "__main__" and "--triton" in sys.argv
 ):  # before Triton is imported: go on in a process that finds that one
     place = sys.argv.index("--triton")
-    version = sys.argv[place + 1]
-    folder = ROOT / ".cache" / f"triton-{version}"
-    if not folder.exists():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
-        subprocess.run([*pip, f"triton=={version}"], check=True)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    path = [str(beside(sys.argv[place + 1])), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
     os.execv(sys.executable, [sys.executable, "-m", "bench.targets", *sys.argv[1:place], *sys.argv[place + 2 :]])
 
 import torch  # noqa: E402
@@ -382,11 +391,16 @@ def write(records: list[dict]) -> None:
         f"timed. Layer of M={M}, N={N}, K={K}; bfloat16 activations and float32 factors unless the row says otherwise.",
         "Spills is the stack the assembler reports; MMA counts instructions in the PTX.",
         "",
-        "| Triton | kernels compiled | with problems |",
-        "|---|---|---|",
+        "Kernels compiled, by Triton version and card, and how many of them have a problem: too much shared memory, a",
+        "spill, products off the tensor cores, multiply-adds or stores missing, or a failure to compile.",
+        "",
+        "| Triton | " + " | ".join(f"sm_{arch}" for arch in ARCHS) + " | problems |",
+        "|" + "---|" * (len(ARCHS) + 2),
     ]
-    for version, found in sorted(results.items()):
-        lines.append(f"| {version} | {len(found)} | {sum(bool(r['problems']) for r in found)} |")
+    for version, found in sorted(results.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
+        compiled = [sum(r["arch"] == arch and "kernel" in r for r in found) for arch in ARCHS]
+        bad = sum(bool(r["problems"]) for r in found)
+        lines.append(f"| {version} | {' | '.join(map(str, compiled))} | {bad} |")
     lines += [f"\n## Triton {pinned}", table(results.get(pinned, []))]
     docs = ROOT / "docs" / "targets.md"
     docs.parent.mkdir(exist_ok=True)

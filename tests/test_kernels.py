@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import tempfile
 
 import pytest
 import torch
 from helpers import assert_as_good_as_eager
+from kernel_plans import PLANS, on_kernels
 
-from forgetless import blas, reference
+from forgetless import blas, ops, reference
 from forgetless_kernels import backend, backward, descriptors, lowrank, plans, tiles, tl_utils
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -350,6 +352,139 @@ def test_every_plan_keeps_to_its_operands(plan, monkeypatch):
     h = reference.project(x, draw(24, 60), 0.5, P, seeds(*SEED))
     torch.testing.assert_close(runs[0][0], reference.matmul_lowrank(x, weight, h, up), rtol=2e-2, atol=2e-1)
     assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+
+
+# ------------------------------------------------------------------------------ forward and backward, every plan
+
+
+def layer(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Leaves x, weight, down, up, bias; the factors in float32"""
+    x, weight, _, up, bias = operands("matmul_lowrank", M, N, K, R, dtype)
+    down = draw(R, K, seed=5) / K**0.5
+    return {"x": x, "weight": weight, "down": down, "up": up, "bias": bias}
+
+
+def with_gradients(run, leaves: dict[str, torch.Tensor], dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    """y and the gradient of every leaf, by name"""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+    y = run(**leaves)
+    y.backward(dy.to(y.dtype))
+    return {"y": y.detach(), **{f"d{name}": t.grad for name, t in leaves.items()}}
+
+
+@pytest.mark.parametrize("dropout", [0.0, P])
+@pytest.mark.parametrize(
+    "plan, dtype", [(p, d) for p in PLANS for d in DTYPES if p != "descriptors" or d.itemsize == 2], ids=str
+)
+def test_every_gradient_of_every_plan(plan, dtype, dropout, monkeypatch):
+    M, N, K, R, scale, seed = 24, 64, 40, 8, 0.5, seeds(*SEED)
+    leaves, dy = layer(M, N, K, R, dtype), draw(M, N, dtype=dtype, seed=6)
+    keep = reference.keep_mask(seed, dropout, M, K)
+
+    def ours(x, weight, down, up, bias):
+        return ops.lowrank_linear(x, weight, down, up, bias, scale, dropout, seed if dropout else None)
+
+    def plainly(x, weight, down, up, bias):
+        h = plain("project", x, down, scale=scale / (1 - dropout), keep=keep)
+        return plain("matmul_lowrank", x, weight, h, up, bias)
+
+    with on_kernels(plan, monkeypatch):
+        found = with_gradients(ours, leaves, dy)
+    eager = with_gradients(plainly, leaves, dy)
+    truth = with_gradients(plainly, {name: t.double() for name, t in leaves.items()}, dy)
+    for name, value in found.items():
+        assert_as_good_as_eager(value, eager[name], truth[name])
+
+
+@contextlib.contextmanager
+def backwards(monkeypatch):
+    """In the interpreter the programs of a launch run last to first; a card takes whatever order it likes"""
+    if DEVICE == "cpu":
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        at = InterpreterBuilder.set_grid_idx
+
+        def from_the_end(self, x, y, z):
+            at(self, *(n - 1 - i for n, i in zip(self.grid_dim, (x, y, z), strict=True)))
+
+        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", from_the_end)
+    yield
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_same_bits_whatever_the_order_of_programs(plan, monkeypatch):
+    """Forward and backward with dropout, several strips of rows; on no plan does a sum depend on scheduling."""
+    leaves, dy = layer(72, 64, 40, 8, torch.bfloat16), draw(72, 64, dtype=torch.bfloat16, seed=6)
+
+    def run(x, weight, down, up, bias):
+        return ops.lowrank_linear(x, weight, down, up, bias, 0.5, P, seeds(*SEED))
+
+    with on_kernels(plan, monkeypatch):
+        first, again = (with_gradients(run, leaves, dy) for _ in range(2))
+        with backwards(monkeypatch):
+            other_way = with_gradients(run, leaves, dy)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]) and torch.equal(value, other_way[name]), name
+
+
+@pytest.mark.parametrize("plan", ["descriptors", "full", "once"])
+@pytest.mark.parametrize("R", RANKS)
+def test_any_rank_in_every_plan(R, plan, monkeypatch):
+    M, N, K = 13, 64, 40
+    x, weight, down, up, bias = layer(M, N, K, R, torch.bfloat16).values()
+    with on_kernels(plan, monkeypatch):
+        y, h = plans.linear_lowrank(
+            x, weight, down, up, bias, 0.5, plan="split" if plan == "descriptors" else plan
+        )  # fmt: skip
+
+    def plainly(x, weight, down, up, bias):
+        h = plain("project", x, down, scale=0.5)
+        return plain("matmul_lowrank", x, weight, h, up, bias), h
+
+    eager, truth = (plainly(*map(as_one, (x, weight, down, up, bias))) for as_one in (lambda t: t, torch.Tensor.double))
+    for found in zip((y, h), eager, truth, strict=True):
+        assert_as_good_as_eager(*found)
+
+
+def far(t: torch.Tensor, axis: int, folder) -> torch.Tensor:
+    """The same values 2**30 elements apart along one axis, in a file that is nearly all hole.
+
+    It starts 2**31 elements before them, so that an offset in 32 bits reads a hole and not another's memory.
+    """
+    step = (1 << 30) + 8
+    rows, columns = t.shape
+    stride = (step, 1) if axis == 0 else (1, step)
+    span = (1 << 31) + step * max(rows, columns)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.truncate(span * t.element_size())
+        hole = torch.from_file(file.name, shared=True, size=span, dtype=t.dtype)
+    return hole.as_strided(t.shape, stride, 1 << 31).copy_(t)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the matrices lie in sparse files")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("function", [*FUNCTIONS, "project_outer", "full", "once"])
+def test_offsets_beyond_32_bits(function, axis, tmp_path, monkeypatch):
+    """M, N, K and R of 4: the last row, or column, starts 3 * 2**30 elements after the first."""
+    from triton.runtime.interpreter import GridExecutor
+
+    # it would copy every byte of every storage onto itself
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
+    monkeypatch.setattr(backward, "sweep_pays", lambda *sizes: True)
+    x, weight, h, up, bias = operands("matmul_lowrank", 4, 4, 4, 4, torch.bfloat16)
+    down = draw(4, 4)
+    given = {
+        "project": (x, down), "matmul_lowrank": (x, weight, h, up, bias), "outer": (h, x), "project_outer": (x, down, h)
+    }.get(function, (x, weight, down, up, bias))  # fmt: skip
+    options = {"plan": function} if function in plans.PLANS else {}
+    name = "linear_lowrank" if options else function
+    want = getattr(reference, name)(*given, **options)
+    if function in FUNCTIONS:  # the others lay their results out themselves
+        monkeypatch.setattr(
+            tl_utils, "empty", lambda shape, dtype, like: far(torch.zeros(shape, dtype=dtype), axis, tmp_path)
+        )
+    found = getattr(backend, name)(*[far(t, axis, tmp_path) if t.dim() == 2 else t for t in given], **options)
+    torch.testing.assert_close(found, want, rtol=2e-2, atol=2e-2)
 
 
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
