@@ -20,7 +20,7 @@ def test_nothing_the_size_of_an_activation_is_written_but_the_outputs(arch, drop
         _, stores = static.TRAFFIC[name](s, tile)
         result = stores.pop("y", 0)
         assert result in (0, s.M * s.N * s.element)
-        assert max(stores.values(), default=0) < s.M * s.K * s.element / 8
+        assert max(stores.values(), default=0) <= s.M * s.K * s.element / 8  # partial sums, in float32
 
 
 @pytest.mark.parametrize("arch", static.CARDS)
