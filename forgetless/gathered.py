@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .ops import refuse_second_derivative
 
@@ -39,6 +40,12 @@ def gathered_linear(
     return y.view(*lead, y.shape[-1]), h.view(*lead, h.shape[-1])
 
 
+def _gather(t: Tensor, columns: Tensor) -> Tensor:  # (M, n), (R,) -> (M, R)
+    """t[:, columns], by the quickest of the ways on a CPU: gather, and of half precision as plain words."""
+    words = t.view(torch.int16) if t.element_size() == 2 else t
+    return words.gather(1, columns.expand(t.shape[0], -1)).view(t.dtype)
+
+
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -53,10 +60,12 @@ class _Gathered(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        y = x @ weight.T
-        h = y.index_select(1, rows).mul_(scale)
+        y = linear(x, weight)
+        h = _gather(y, rows)
+        if scale != 1.0:
+            h.mul_(scale)
         small = core.to(x.dtype)
-        y.addmm_(h @ small.T, lift.T)
+        y.addmm_(torch.mm(h, small.t()), lift.t())
         if bias is not None:
             y.add_(bias)
         ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, weight, small, lift, down, columns)
@@ -73,7 +82,7 @@ class _Gathered(torch.autograd.Function):
         dx = dcore = dbias = g = None
         if dy is not None:
             dx = dy @ weight if need_x else None
-            q = dy @ lift if dx is None else dx.index_select(1, columns)
+            q = dy @ lift if dx is None else _gather(dx, columns)
             g = q @ small if need_x else None
             if need_core:
                 dcore = (q.to(ctx.core_dtype).T @ h.to(ctx.core_dtype)).to(ctx.core_dtype)

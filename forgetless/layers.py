@@ -16,7 +16,7 @@ from .ops import draw_seed, lowrank_linear, quantised, settled_module
 from .siblings import Group, families, lowrank_linears
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
-DRIFT_TOKENS = 128
+DRIFT_TOKENS = 32
 
 
 def is_conv1d(module: nn.Module) -> bool:

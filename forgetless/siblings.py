@@ -160,7 +160,7 @@ class _Siblings(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         down = blas.as_dtype(torch.cat(downs), x.dtype)
         if run is blas:  # which wants one dtype: cast once for both passes
-            ups = [blas.as_dtype(up, x.dtype) for up in ups]
+            ups = tuple(blas.as_dtype(up, x.dtype) for up in ups)
         h = run.project(x, down, s, p, seed)
         parts = h.split(ctx.ranks, dim=1)
         ys = [run.matmul_lowrank(x, *each) for each in zip(weights, parts, ups, biases, strict=True)]
@@ -215,7 +215,7 @@ def _composed(
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """``blas.gradients`` out of a backend's functions: dy_i is read for g_i and dup_i at once, then for dx."""
     ranks = [up.shape[1] for up in ups]
-    downs, dhs = down.split(ranks), (dh.split(ranks, dim=1) if dh is not None else [None] * len(ranks))
+    downs, dhs = down.split(ranks), () if dh is None else dh.split(ranks, dim=1)
     parts = h.split(ranks, dim=1) if h is not None else [None] * len(ranks)
     like = next(t for t in dys if t is not None)
     dx: Tensor | None = None
@@ -230,7 +230,7 @@ def _composed(
             dup = out.T
         else:
             g = run.project(dy, ups[i].T, s)
-        if dhs[i] is not None:
+        if dh is not None:
             g = g.add_(dhs[i], alpha=s)
         if need_x:
             if dy is None:

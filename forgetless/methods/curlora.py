@@ -99,7 +99,7 @@ class CURLoRAAdapter(Adapter):
     def gather(self, weight: Tensor) -> None:
         """Copy C and R out of ``weight`` (N, K)."""
         self.down = weight[self.into].contiguous()  # (R, K)
-        self.lift = weight[:, self.out_of].contiguous()  # (N, R)
+        self.lift = weight[:, self.out_of].t().contiguous().t()  # (N, R), of which every product reads the transpose
         self._matches: tuple[int, bool] | None = None
 
     @property
