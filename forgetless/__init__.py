@@ -19,6 +19,7 @@ from .penalties import (
     SourceDeviation,
     WeightDeviation,
 )
+from .swap import swap_in, swap_out
 
 __version__ = "0.1.0"
 
@@ -47,4 +48,6 @@ __all__ = [
     "penalty",
     "remove",
     "save",
+    "swap_in",
+    "swap_out",
 ]

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from .layers import AdaptedLinear
 from .methods.base import Adapter
-from .model import adapters
+from .model import _running
 from .siblings import families
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -47,9 +47,7 @@ def calibrate(
         ValueError: no adapters, nothing asks for statistics, no batch, no loss, no logits where Laplace's
             fisher="true" draws labels from them, or two Laplace penalties of which one does. Statistics are then reset.
     """
-    found = adapters(model)
-    if not found:
-        raise ValueError("model has no adapters; call fl.adapt(model, method) first")
+    found = _running(model)
     wanting = {name: layer for name, layer in found.items() if _states(layer)}
     if not wanting:
         raise ValueError("no attached penalty asks for statistics; only Laplace (LaLoRA) and SourceDeviation do")
@@ -185,7 +183,7 @@ def _families(layers: dict[str, AdaptedLinear]) -> dict[int, _Family]:
 
 def share_statistics(model: nn.Module) -> None:
     """Siblings that hold the same statistics hold them once: after loading, which gives each its own."""
-    layers = {name: layer for name, layer in adapters(model).items() if _states(layer)}
+    layers = {name: layer for name, layer in _running(model).items() if _states(layer)}
     for members in _kin(layers):
         for member in members[1:]:
             if member.shared() is not members[0].shared() and member.shared().same_as(members[0].shared()):

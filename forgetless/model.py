@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,7 +64,34 @@ def build(method: Method, site: Site) -> Adapter:
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> adapted layer, in the model's order; empty for a model without adapters."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    found: dict[str, AdaptedLinear] = {}
+    _collect(model, "", found, set())
+    return found
+
+
+def _collect(module: nn.Module, name: str, found: dict[str, AdaptedLinear], seen: set[int]) -> None:
+    """``named_modules`` without what is inside adapted layers: it is asked for every step."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, AdaptedLinear):
+        found[name] = module
+        return
+    for key, child in module._modules.items():
+        if child is not None:
+            _collect(child, f"{name}.{key}" if name else key, found, seen)
+
+
+def _running(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Name -> layer on our op: those of ``adapters``, and the active adapters of PEFT layers that are swapped in."""
+    found = adapters(model)
+    if "peft" in sys.modules:
+        from .swap import views
+
+        found |= views(model)
+    if not found:
+        raise ValueError("model has no adapters; call fl.adapt(model, method) or fl.swap_in(peft_model) first")
+    return found
 
 
 def _adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -87,7 +115,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
     """
-    found = _adapters(model)
+    found = _running(model)
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
     for layer in found.values():
         hidden = None if layer.trace is None else layer.trace.hidden
@@ -127,7 +155,7 @@ def drift(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: the model has no adapters.
     """
-    values = {name: layer.drift() for name, layer in _adapters(model).items()}
+    values = {name: layer.drift() for name, layer in _running(model).items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -162,11 +190,16 @@ class Report(dict[str, LayerReport]):
 def explain(model: nn.Module) -> Report:
     """Per layer: method, shape, rank, the path its op takes here, and why. ``print`` it for a table.
 
+    Layers of PEFT in a swapped-in model are all listed; path "peft" is PEFT's own forward, "onto" the frozen layer's
+    with the low-rank product added in place, "base" the frozen layer alone.
+
     Raises:
         ValueError: the model has no adapters.
     """
-    report = Report()
-    for name, layer in _adapters(model).items():
+    from .swap import reports
+
+    report = Report(reports(model))
+    for name, layer in (adapters(model) if report else _adapters(model)).items():
         with torch.no_grad():
             rank = layer.adapter.factors()[0].shape[0]
         N, K = layer.out_features, layer.in_features
