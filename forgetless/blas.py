@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, mix, siblings
 
 # Hash words made at a time: both scratch arrays stay in a core's cache.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 
 
 def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16, -1 keep, 0 drop
