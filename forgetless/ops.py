@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import blas, plans, reference
+from .door import check, dtype_name, plainly_right
 
 try:
     from forgetless_kernels import backend as _kernels
@@ -34,9 +35,6 @@ except ImportError as error:
 BACKENDS: dict[str, ModuleType] = {"cpu": blas}
 if _kernels is not None:
     BACKENDS["cuda"] = _kernels
-
-#: Dtypes of the op.
-FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
 #: Dtypes that the fused kernels take; others run on BLAS.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,7 +51,7 @@ def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: in
     module = module_for(device, dtype)
     if module is not _kernels or _kernels is None:
         if BACKENDS.get(device.type) is _kernels and _kernels is not None:
-            return "blas", f"the fused kernels do not take {_name(dtype)}"
+            return "blas", f"the fused kernels do not take {dtype_name(dtype)}"
         if module is blas and device.type == "cuda":
             return "blas", "Triton is not installed"
         return module.__name__.rpartition(".")[2], f"in-place BLAS is the {device.type} path" if module is blas else ""
@@ -432,8 +430,8 @@ def lowrank_linear(
         if x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-    if not _plain(x, weight, down, up, bias, scale, dropout, seed):
-        _check(x, weight, down, up, bias, scale, dropout, seed)
+    if not plainly_right(x, weight, down, up, bias, scale, dropout, seed):
+        check(x, weight, down, up, bias, scale, dropout, seed)
         if dropout != 0.0:
             dropout = quantised(dropout)
             if dropout != 0.0 and seed is None:
@@ -453,92 +451,3 @@ def lowrank_linear(
         y = y.view(*lead, y.shape[-1])
         h = h.view(*lead, h.shape[-1]) if return_h else h
     return (y, h) if return_h else y
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _plain(
-    x: Tensor,
-    weight: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> bool:
-    """Whether the usual case is plainly right, in the fewest lookups; ``_check`` says what is wrong with the others."""
-    if bias is not None or seed is not None or dropout != 0.0 or not x.dim() or not math.isfinite(scale):
-        return False
-    if not weight.dim() == down.dim() == up.dim() == 2:
-        return False
-    (N, K), (R, width), (height, rank), dtype = weight.shape, down.shape, up.shape, x.dtype
-    return (
-        x.shape[-1] == K == width
-        and height == N
-        and rank == R > 0
-        and weight.dtype == dtype
-        and dtype in FLOATS
-        and down.dtype in FLOATS
-        and up.dtype in FLOATS
-        and (
-            x.is_cpu
-            and weight.is_cpu
-            and down.is_cpu
-            and up.is_cpu
-            or x.device == weight.device == down.device == up.device
-        )
-    )
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> None:
-    def shape(t: Tensor) -> tuple[int, ...]:
-        return tuple(t.shape)
-
-    if not x.is_floating_point():
-        raise ValueError(f"x has dtype {_name(x.dtype)}, wants a floating-point dtype")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {shape(weight)}, wants (out_features, in_features)")
-    N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x has shape {shape(x)}, weight {shape(weight)} wants (..., {K})")
-    if down.dim() != 2 or down.shape[1] != K or down.shape[0] < 1:
-        raise ValueError(f"down has shape {shape(down)}, weight {shape(weight)} wants (rank, {K})")
-    R = down.shape[0]
-    if up.shape != (N, R):
-        raise ValueError(f"up has shape {shape(up)}, weight and down want ({N}, {R})")
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias has shape {shape(bias)}, weight {shape(weight)} wants ({N},)")
-    if weight.dtype != x.dtype:
-        raise ValueError(f"weight has dtype {_name(weight.dtype)}, x wants {_name(x.dtype)}")
-    if bias is not None and bias.dtype != x.dtype:
-        raise ValueError(f"bias has dtype {_name(bias.dtype)}, x wants {_name(x.dtype)}")
-    for name, t in (("down", down), ("up", up)):
-        if not t.is_floating_point():
-            raise ValueError(f"{name} has dtype {_name(t.dtype)}, wants a floating-point dtype")
-    device = x.device
-    if weight.device != device or down.device != device or up.device != device:
-        for name, t in (("weight", weight), ("down", down), ("up", up)):
-            if t.device != device:
-                raise ValueError(f"{name} is on {t.device}, x on {device}: they must be on one device")
-    if bias is not None and bias.device != device:
-        raise ValueError(f"bias is on {bias.device}, x on {device}: they must be on one device")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}, wants a finite number")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}, wants a probability in [0, 1)")
-    if seed is not None and (seed.shape != (2,) or seed.dtype != torch.int32 or seed.device != device):
-        raise ValueError(
-            f"seed has shape {shape(seed)}, dtype {_name(seed.dtype)} on {seed.device}, wants (2,) int32 on {device}"
-        )
