@@ -2,9 +2,10 @@
 
     python -m bench penalty [--k 256] [--batch 4 128]
 
-CLoRA's penalty, ours with both bases against the authors' loop over modules on the same factors; then every penalty as
-a share of the training step it is added to. OutputDeviation needs h of a forward pass: its row is the penalty alone, on
-h as a leaf, and "step with OutputDeviation" is the step it belongs to.
+CLoRA's penalty, ours with every basis against the authors' loop over modules on the same factors; then every penalty as
+a share of the training step it is added to, both timed in the same rounds. OutputDeviation needs h of a forward pass:
+its row is the penalty alone, on h as a leaf, and "step with OutputDeviation" is the step it belongs to. Last what
+``fl.calibrate`` costs, against the plain forward and backward (forward for SourceDeviation) of the same sequences.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ def stir(model: Any) -> None:
 def specs(k: int) -> dict[str, Any]:
     return {
         "NullSpace, orthogonal": fl.NullSpace(k=k),
+        "NullSpace, shared": fl.NullSpace(k=k, basis="shared"),
         "NullSpace, hadamard": fl.NullSpace(k=k, basis="hadamard"),
         "Laplace": fl.Laplace(),
+        "Laplace, tri_kfac": fl.Laplace(curvature="tri_kfac"),
         "SourceDeviation, diag": fl.SourceDeviation(),
+        "SourceDeviation, q = 64": fl.SourceDeviation(covariance=64),
         "OutputDeviation": fl.OutputDeviation(),
         "WeightDeviation": fl.WeightDeviation(),
         "Decay": fl.Decay(),
@@ -76,6 +80,39 @@ def prepare(base: Any, spec: Any, inputs: Tensor, ids: Tensor) -> tuple[Any, lis
     return model, leaves
 
 
+def calibration(base: Any, ids: Tensor, options: Any) -> dict[str, Any]:
+    """What measuring costs, against the plain pass of the same sequences through the same adapted model."""
+    sequences, tokens = (4, 8) if options.smoke else (32, ids.shape[1])
+    ids = torch.randint(0, base.config.vocab_size, (sequences, tokens), device=ids.device)
+    batches = [{"input_ids": part, "labels": part} for part in ids.split(options.batch[0])]
+    plain = models.our_lora(base, 0.0).eval()
+    trained = [p for p in plain.parameters() if p.requires_grad]
+
+    def forward() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                plain(**batch)
+
+    def backward() -> None:
+        for batch in batches:
+            torch.autograd.grad(plain(**batch).loss, trained)
+
+    forms = {
+        "Laplace": (fl.Laplace(), "forward and backward"),
+        "Laplace, kfac": (fl.Laplace(curvature="kfac"), "forward and backward"),
+        "SourceDeviation, diag": (fl.SourceDeviation(), "forward"),
+        "SourceDeviation, q = 64": (fl.SourceDeviation(covariance=64), "forward"),
+    }
+    runs: dict[str, Any] = {"forward": forward, "forward and backward": backward}
+    for title, (spec, _) in forms.items():
+        model = models.our_lora(base, 0.0, (spec,)).eval()
+        runs[f"calibrate {title}"] = lambda model=model: fl.calibrate(model, batches)
+    found = interleave(runs, min(options.rounds, 3), 1, None, ids.device, options.seconds)
+    for title, (_, against) in forms.items():
+        found[f"calibrate {title}"]["times_plain"] = found[f"calibrate {title}"]["median"] / found[against]["median"]
+    return {"sequences": sequences, "tokens": tokens, "seconds": found}
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     made = parser(__doc__, "penalty", 9)
     made.add_argument("--k", type=int, default=models.K)
@@ -101,13 +138,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     loop = CloraAuthors.drawn(factors, options.k, next(base.parameters()).dtype)
     runs[AUTHORS] = value_and_gradient(loop, [t for pair in factors for t in pair])
     held[AUTHORS] = loop.bytes()
-    times = interleave(runs, options.rounds, 2, None, device, options.seconds)
     deviating = models.our_lora(base, 0.0, (fl.OutputDeviation(),))
     steps = {
         STEP: models.step(plain, inputs, ids),
         "step with OutputDeviation": models.step(deviating, inputs, ids, lambda: fl.penalty(deviating)),
     }
-    step_times = interleave(steps, options.rounds, 2, None, device, options.seconds)
+    both = interleave({**runs, **steps}, options.rounds, 2, None, device, options.seconds)
+    times, step_times = {t: both[t] for t in runs}, {t: both[t] for t in steps}
     whole = step_times[STEP]["median"]
     for title, row in times.items():
         row.update(share_of_step=row["median"] / whole, times_authors=times[AUTHORS]["median"] / row["median"])
@@ -120,8 +157,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         seconds={**times, **step_times},
         clora_speedup={
             basis: times[AUTHORS]["median"] / times[f"NullSpace, {basis}"]["median"]
-            for basis in ("orthogonal", "hadamard")
+            for basis in ("orthogonal", "shared", "hadamard")
         },
+        calibration=calibration(base, ids, options),
     )
     rows = [
         [
@@ -135,6 +173,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for title, row in result["seconds"].items()
     ]
     print(table(("penalty, value and gradient", "ms", "+-", "% of a step", "x faster", "held MiB"), rows))
+    found = result["calibration"]
+    rows = [
+        [title, number(row["median"], 2), number(row["spread"], 2), number(row.get("times_plain"), 2)]
+        for title, row in found["seconds"].items()
+    ]
+    heading = f"{found['sequences']} sequences of {found['tokens']} tokens"
+    print(f"\n{table((heading, 's', '+-', 'x plain'), rows)}")
     return finish(result, options)
 
 

@@ -363,7 +363,7 @@ def test_rows_of_layers(smoke):
 
 def test_rows_of_the_others(smoke):
     penalty, step, memory, found = (smoke[name] for name in ("penalty", "step", "memory", "dispatch"))
-    assert set(penalty["clora_speedup"]) == {"orthogonal", "hadamard"}
+    assert set(penalty["clora_speedup"]) == {"orthogonal", "shared", "hadamard"}
     assert penalty["seconds"]["training step, LoRA"]["share_of_step"] == 1.0
     assert {"Laplace", "SourceDeviation, diag", "OutputDeviation"} <= set(penalty["seconds"])
     assert step["seconds"]["frozen"]["times_frozen"] == 1.0

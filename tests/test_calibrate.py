@@ -181,6 +181,25 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(state.covariance, states(packed)[name].covariance, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("penalty", [fl.Laplace(), fl.Laplace(curvature="kfac"), fl.SourceDeviation(covariance=99)])
+def test_whatever_stands_in_the_padding_does_not_count(penalty, side):
+    """Statistics are those of the sequences without their padding, whichever side it is on."""
+    padded, packed = adapted(penalty), adapted(penalty)
+    lengths = (9, 6, 8)
+    batch = token_batch(lengths, prompts=(0, 3, 6), seed=1)
+    strange = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 11)
+    plain = [{k: v[i : i + 1, :n] for k, v in batch.items()} for i, n in enumerate(lengths)]
+    batch = {**batch, "input_ids": strange}
+    if side == "left":
+        batch = {k: torch.stack([r.roll(9 - n) for r, n in zip(v, lengths, strict=True)]) for k, v in batch.items()}
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    fl.calibrate(padded, [batch])
+    fl.calibrate(packed, plain)
+    stir(padded, 0.1, seed=4), stir(packed, 0.1, seed=4)
+    torch.testing.assert_close(fl.penalty(padded), fl.penalty(packed), rtol=1e-4, atol=0)
+
+
 def test_covariances_alone_need_no_backward_pass(monkeypatch):
     model = adapted(fl.SourceDeviation())
 

@@ -73,13 +73,15 @@ def columns_of(basis: Any, dim: int) -> Tensor:
     kept = buffers.get("basis")
     if kept is None:
         kept = hadamard_blocks(torch.eye(dim, dtype=torch.float64) * basis.signs)[:, basis.columns]
+    if "signs" in buffers and "basis" in buffers:  # one basis for all layers of a width, with signs of each layer's own
+        kept = basis.signs[:, None] * kept
     if not basis.complement:
         return kept.double()
     return torch.linalg.qr(kept.double(), mode="complete").Q[:, kept.shape[1] :]
 
 
 @every_adapter
-@pytest.mark.parametrize("basis", ["orthogonal", "hadamard"])
+@pytest.mark.parametrize("basis", ["orthogonal", "shared", "hadamard"])
 @pytest.mark.parametrize("k", [1, 5, 10, 11, 13, 14, 20, 21, 25, 26, 500])
 def test_null_space_is_the_paper_s_formula(method, basis, k):
     """weight / 2 (||A P||^2 + ||B^T Q||^2): raw factors; beyond dim / 2 by the complement; at dim plain decay."""
@@ -100,7 +102,7 @@ def test_null_space_never_keeps_more_than_half_the_columns(basis):
         assert kept == (0 if k >= K else min(k, K - k))
 
 
-@pytest.mark.parametrize("basis", ["orthogonal", "hadamard"])
+@pytest.mark.parametrize("basis", ["orthogonal", "shared", "hadamard"])
 @pytest.mark.parametrize("dim", [1, 2, 7, 26, 64, 100])
 def test_bases_are_orthonormal(basis, dim):
     for k in {1, max(1, dim // 2), dim}:
@@ -159,6 +161,17 @@ def test_a_basis_is_a_function_of_seed_and_name(basis):
     torch.manual_seed(2)
     assert value() == first
     assert len({value().item(), value(seed=1).item(), value(name="other").item()}) == 3
+
+
+def test_layers_that_share_a_basis_differ_by_its_signs():
+    """One draw for both, but not one subspace; the mean over the signs alone is k / dim on the diagonal."""
+    made = [make_basis(fl.NullSpace(k=6, basis="shared"), 26, site().weight, f"{i}.P") for i in range(400)]
+    assert len({basis.basis.data_ptr() for basis in made}) == 1
+    P, Q = (columns_of(basis, 26) for basis in made[:2])
+    assert not torch.allclose(P @ P.T, Q @ Q.T, atol=0.1)
+    mean = sum(columns_of(basis, 26) @ columns_of(basis, 26).T for basis in made) / len(made)
+    off = mean - torch.diag(mean.diagonal())
+    assert off.abs().max() < 4.5 * 0.25 / 400**0.5 and mean.diagonal().sum() == pytest.approx(6)
 
 
 def test_input_and_output_bases_differ_in_a_square_layer():
@@ -233,6 +246,34 @@ def test_output_deviation_trains_together_with_the_loss():
     plain = plain + 0.3 * (y @ delta.T).square().sum(-1).mean()
     want = torch.autograd.grad(plain, [y, *trained(model)])
     torch.testing.assert_close(got, list(want), rtol=1e-10, atol=1e-12)
+
+
+@every_adapter
+@pytest.mark.parametrize("kind", ["mask", "weights"])
+def test_output_deviation_leaves_padding_out(method, kind):
+    """The mean over the tokens that count, however strange the others are; weights are allowed too."""
+    gen = torch.Generator().manual_seed(4)
+    w = torch.rand(3, 5, generator=gen, dtype=torch.float64) if kind == "weights" else torch.ones(3, 5).tril(2).double()
+    w[1, 4] = 0.0
+    model = network(fl.OutputDeviation(weight=0.3), method=method).train()
+    x = tokens(3, 5)
+    x[w == 0] = 1e3
+    x.requires_grad_()
+    model(x)
+    each = (x @ dense(model.layer.adapter).T).square().sum(-1)
+    plain = 0.3 * (w * each).sum() / w.sum()
+    given = w if kind == "weights" else w.long()
+    same_value_and_gradients(fl.penalty(model, token_weights=given), plain, [x, *trained(model)])
+    (state,) = model.layer.adapter.penalty_states()
+    same_value_and_gradients(state.value(model.layer.adapter, model.layer.trace.hidden, given), plain, trained(model))
+    with pytest.raises(ValueError, match=r"token_weights has 10 entries \(2, 5\), wants one for each of the 15 tokens"):
+        fl.penalty(model, token_weights=w[:2])
+
+
+def test_output_deviation_of_padding_alone_is_zero():
+    model = network(fl.OutputDeviation(weight=0.3)).train()
+    model(tokens(3, 5))
+    assert fl.penalty(model, token_weights=torch.zeros(3, 5)) == 0
 
 
 def test_output_deviation_is_zero_before_a_forward_pass_and_of_no_token():

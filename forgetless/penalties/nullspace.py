@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Item, Penalty, PenaltyState, register, wide
-from .grouped import buckets, closed_form, like
+from .grouped import buckets, closed_form, like, one_storage, scatter
 
 if TYPE_CHECKING:
     from ..methods.base import Adapter, Site
@@ -32,8 +32,9 @@ class NullSpace(Penalty):
         weight: factor, 1 in the paper.
         k: columns of P and of Q, the width of the protected subspace. The paper uses 128 to 2048.
         basis: "orthogonal" draws Haar-random columns for every layer (QR in float32, then cast to the weight's
-            dtype), the paper's; "shared" draws them once for all layers of one width, so that each layer's basis has
-            the paper's distribution but they are not independent: a fraction of the storage and of the time;
+            dtype), the paper's; "shared" draws them once for all layers of one width and flips the signs of their
+            rows anew for each layer, so that each layer's basis has exactly the paper's distribution, and only the
+            joint one differs: hardly any storage and a fraction of the time;
             "hadamard" takes k columns of a randomly signed block Hadamard matrix: exactly orthonormal, same mean
             k / dim * I, stored as dim signs and k indices. It is not the paper's distribution.
         seed: bases are a function of (seed, layer name) alone, so ranks and resumed runs agree; never saved.
@@ -80,14 +81,11 @@ class _NullSpace(PenaltyState):
             # down (R, K) has the protected dimension last, up (N, R) first
             keys = [(i % 2, type(b), b.key(), weights[i], like(factors[i])) for i, b in enumerate(bases)]
             for group in buckets(keys):
-                rows = torch.stack([factors[i] for i in group])
-                rows = rows if group[0] % 2 == 0 else rows.transpose(1, 2)  # (L, R, dim)
-                inside, grad = bases[group[0]].stacked([bases[i] for i in group], rows)
+                stack = wide(torch.stack([factors[i] for i in group]))
+                inside, grad = bases[group[0]].stacked([bases[i] for i in group], stack, group[0] % 2 == 1)
                 value = value + 0.5 * weights[group[0]] * inside
-                grad = grad.mul_(weights[group[0]]).to(rows.dtype)
-                grad = grad if group[0] % 2 == 0 else grad.transpose(1, 2).contiguous()  # once for all layers
-                for i, part in zip(group, grad.unbind(), strict=True):
-                    grads[i] = part if needs[i] else None
+                grad = grad if weights[group[0]] == 1.0 else grad.mul_(weights[group[0]])
+                scatter(grads, group, grad, needs, factors[group[0]])
             return value, grads
 
         return closed_form(compute, factors)
@@ -98,10 +96,14 @@ def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> nn.Module:
     if spec.k >= dim:
         return _Everything()
     if spec.basis == "shared":
-        name = f"{dim}.{name.rpartition('.')[2]}"
-    digest = hashlib.sha256(f"{spec.seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return BASES[spec.basis](dim, spec.k, like, generator)
+        common = _generator(spec.seed, f"{dim}.{name.rpartition('.')[2]}")
+        return _Shared(dim, spec.k, like, _generator(spec.seed, name), common)
+    return BASES[spec.basis](dim, spec.k, like, _generator(spec.seed, name))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class _Basis(nn.Module):
@@ -114,23 +116,31 @@ class _Basis(nn.Module):
         return ()
 
     @classmethod
-    def stacked(cls, bases: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over L bases of ||rows_l P_l||^2, and rows_l P_l P_l^T, for rows (L, R, dim), which it may keep."""
+    def stacked(cls, bases: list[Any], stack: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+        """Sum over L bases of ||F_l P_l||^2, and F_l P_l P_l^T laid out as the stack is.
+
+        Args:
+            stack: F (L, R, dim), or (L, dim, R) if ``tall``; float32 or float64; may be overwritten and returned.
+        """
         raise NotImplementedError
+
+
+def _square(t: Tensor) -> Tensor:
+    flat = t.reshape(-1)
+    return torch.dot(flat, flat)
 
 
 def _complemented(complement: bool, rows: Tensor, inside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """||rows P||^2 = ||rows||^2 - ||rows P'||^2 with P' the other columns."""
-    return (rows.square().sum() - inside, rows - grad) if complement else (inside, grad)
+    return (_square(rows) - inside, rows.sub_(grad)) if complement else (inside, grad)
 
 
 class _Everything(_Basis):
     """All of the space: ||rows||^2."""
 
     @classmethod
-    def stacked(cls, bases: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
-        rows = wide(rows)
-        return rows.square().sum(), rows
+    def stacked(cls, bases: list[Any], stack: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+        return _square(stack), stack
 
     def forward(self, rows: Tensor) -> Tensor:
         return wide(rows).square().sum()
@@ -160,28 +170,14 @@ class _Orthogonal(_Basis):
         return self.complement, like(self.basis)
 
     @classmethod
-    def stacked(cls, bases: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
-        P = cls._one_storage(bases)  # (L, dim, k)
-        z = rows.to(P.dtype) @ P
-        grad = wide(z @ P.transpose(1, 2))
-        return _complemented(bases[0].complement, wide(rows), wide(z).square().sum(), grad)
-
-    @staticmethod
-    def _one_storage(bases: list[Any]) -> Tensor:
-        """The bases as one tensor, without a copy per step: after the first they are views of it."""
-        first = bases[0].basis
-        size = first.numel()
-        together = all(
-            b.basis.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            and b.basis.storage_offset() == first.storage_offset() + i * size
-            for i, b in enumerate(bases)
-        )
-        if not together or not first.is_contiguous():
-            stack = torch.stack([b.basis for b in bases])
-            for b, part in zip(bases, stack.unbind(), strict=True):
-                b.basis = part
-            return stack
-        return first.as_strided((len(bases), *first.shape), (size, *first.stride()), first.storage_offset())
+    def stacked(cls, bases: list[Any], stack: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+        P = one_storage(bases, "basis")  # (L, dim, k)
+        rows = stack.to(P.dtype)
+        # P from the left, P as it lies: the order that BLAS streams P through fastest
+        z = P.transpose(1, 2) @ rows if tall else (rows @ P).transpose(1, 2).contiguous()  # (L, k, R)
+        grad = P @ z
+        grad = wide(grad if tall else grad.transpose(1, 2))
+        return _complemented(bases[0].complement, stack, _square(wide(z)), grad)
 
 
 class _Hadamard(_Basis):
@@ -208,37 +204,54 @@ class _Hadamard(_Basis):
         return self.complement, like(self.signs), like(self.columns)
 
     @classmethod
-    def stacked(cls, bases: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
-        L, R, dim = rows.shape
-        signs = torch.stack([b.signs for b in bases])[:, None]
-        columns = torch.stack([b.columns for b in bases])
-        kept = torch.zeros(L, 1, dim, dtype=wide(rows).dtype, device=rows.device)
-        kept.scatter_(2, columns[:, None], 1.0)
-        turned = hadamard_blocks((wide(rows) * signs).reshape(L * R, dim)).view(L, R, dim) * kept
-        inside = turned.square().sum()
-        grad = hadamard_blocks(turned.reshape(L * R, dim)).view(L, R, dim) * signs  # H is its own transpose
-        return _complemented(bases[0].complement, wide(rows), inside, grad)
+    def stacked(cls, bases: list[Any], stack: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+        dim = stack.shape[1 if tall else 2]
+        signs = torch.stack([b.signs for b in bases]).to(stack.dtype)  # (L, dim)
+        kept = torch.zeros_like(signs).scatter_(1, torch.stack([b.columns for b in bases]), 1.0)
+        signs, kept = (t[:, :, None] if tall else t[:, None] for t in (signs, kept))
+        axis = 1 if tall else 2
+        inside = stack.new_zeros(())
+        grad = torch.empty_like(stack)
+        for start, size in _blocks(dim):
+            part, sign, keep = (t.narrow(axis, start, size) for t in (stack, signs, kept))
+            turned = _fwht(torch.mul(part, sign).contiguous(), tall).mul_(keep)
+            inside = inside + _square(turned)
+            torch.mul(_fwht(turned, tall), sign, out=grad.narrow(axis, start, size))  # H is its own transpose
+        return _complemented(bases[0].complement, stack, inside, grad)
+
+
+def _blocks(dim: int) -> list[tuple[int, int]]:
+    """(start, size) of the blocks: the binary digits of dim, the largest first."""
+    found, start = [], 0
+    for bit in reversed(range(dim.bit_length())):
+        if dim >> bit & 1:
+            found.append((start, 1 << bit))
+            start += 1 << bit
+    return found
 
 
 def hadamard_blocks(rows: Tensor) -> Tensor:
     """rows (R, dim) times the orthonormal block Hadamard matrix whose blocks are the binary digits of dim."""
-    done, parts = 0, []
-    for bit in reversed(range(rows.shape[1].bit_length())):
-        size = 1 << bit
-        if rows.shape[1] & size:
-            parts.append(_fwht(rows[:, done : done + size]))
-            done += size
+    parts = [_fwht(rows[None, :, at : at + size], False)[0] for at, size in _blocks(rows.shape[1])]
     return torch.cat(parts, dim=1)
 
 
-def _fwht(rows: Tensor) -> Tensor:
-    """Orthonormal Walsh-Hadamard transform of rows (R, 2**m): H = H_a x H_b (Kronecker), by two large products."""
-    R, size = rows.shape
+def _fwht(x: Tensor, tall: bool) -> Tensor:
+    """Orthonormal Walsh-Hadamard transform of x (L, R, 2**m), or (L, 2**m, R) if ``tall``, along that dimension.
+
+    H = H_a x H_b (Kronecker), so two products with small matrices do it; nothing is transposed.
+    """
+    L, size = x.shape[0], x.shape[1 if tall else 2]
     b = 1 << (size.bit_length() // 2)
     a = size // b
-    rows = rows.reshape(R * a, b) @ _hadamard(b, rows.dtype, rows.device)
-    rows = rows.view(R, a, b).transpose(1, 2).reshape(R * b, a) @ _hadamard(a, rows.dtype, rows.device)
-    return rows.view(R, b, a).transpose(1, 2).reshape(R, size)
+    H_a, H_b = (_hadamard(n, x.dtype, x.device) for n in (a, b))
+    if tall:
+        R = x.shape[2]
+        x = torch.bmm(H_a.expand(L, a, a), x.reshape(L, a, b * R))
+        return torch.bmm(H_b.expand(L * a, b, b), x.view(L * a, b, R)).view(L, size, R)
+    LR = L * x.shape[1]
+    y = torch.bmm(x.reshape(LR, a, b), H_b.expand(LR, b, b))
+    return torch.bmm(H_a.expand(LR, a, a), y).view(x.shape)
 
 
 @functools.lru_cache(maxsize=64)
@@ -251,18 +264,25 @@ def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _Shared(_Orthogonal):
-    """An orthogonal basis that all layers of one width have in common, held once."""
+    """diag(signs) P with P an orthogonal basis that all layers of one width have in common, held once."""
 
-    def __init__(self, dim: int, k: int, like: Tensor, generator: torch.Generator):
-        self._key = (generator.initial_seed(), dim, k)
+    signs: Tensor
+
+    def __init__(self, dim: int, k: int, like: Tensor, generator: torch.Generator, common: torch.Generator):
+        self._key = (common.initial_seed(), dim, k)
         held = _shared.get((*self._key, like.device, like.dtype))
         if held is None:
-            super().__init__(dim, k, like, generator)
+            super().__init__(dim, k, like, common)
         else:
             _Basis.__init__(self)
             self.complement = 2 * k > dim
             self.register_buffer("basis", held, persistent=False)
+        signs = torch.randint(0, 2, (dim,), generator=generator, dtype=torch.int8) * 2 - 1
+        self.register_buffer("signs", signs.to(like.device), persistent=False)
         self._hold_once()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return super().forward(rows * self.signs)
 
     def _hold_once(self) -> None:
         key = (*self._key, self.basis.device, self.basis.dtype)
@@ -274,12 +294,17 @@ class _Shared(_Orthogonal):
         return result
 
     @classmethod
-    def stacked(cls, bases: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+    def stacked(cls, bases: list[Any], stack: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
         P = bases[0].basis  # (dim, k)
-        L, R, dim = rows.shape
-        z = rows.reshape(L * R, dim).to(P.dtype) @ P
-        grad = wide((z @ P.T).view(L, R, dim))
-        return _complemented(bases[0].complement, wide(rows), wide(z).square().sum(), grad)
+        signs = torch.stack([b.signs for b in bases]).to(stack.dtype)
+        signs = signs[:, :, None] if tall else signs[:, None]
+        flat = stack.mul(signs)
+        flat = flat.transpose(1, 2) if tall else flat  # (L, R, dim)
+        flat = torch.empty(flat.shape, dtype=P.dtype, device=P.device).copy_(flat).view(-1, P.shape[0])
+        z = flat @ P
+        grad = (z @ P.T).view(stack.shape[0], -1, P.shape[0])
+        grad = torch.mul(grad.transpose(1, 2) if tall else grad, signs, out=torch.empty_like(stack))
+        return _complemented(bases[0].complement, stack, _square(wide(z)), grad)
 
     def key(self) -> Any:
         return self._key, like(self.basis)
@@ -288,4 +313,4 @@ class _Shared(_Orthogonal):
 #: Shared bases in use, by (seed, dim, k, device, dtype).
 _shared: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
 
-BASES = {"orthogonal": _Orthogonal, "shared": _Shared, "hadamard": _Hadamard}
+BASES: dict[str, Any] = {"orthogonal": _Orthogonal, "shared": _Shared, "hadamard": _Hadamard}
