@@ -262,8 +262,9 @@ def test_verdicts_claim_only_what_the_intervals_show(low: float, high: float, sa
 
 KILLER = """
 import os, signal, sys
-from forgetless.study import compare, console
+from forgetless.study import compare, console, runs
 from forgetless.study.cli import main
+runs.commit = compare.commit = lambda: "a" * 40  # nobody's commit in between may decide a test
 kind, *words = sys.argv[1:]
 training, told = console.Ui.training, compare.told
 from contextlib import contextmanager
@@ -302,8 +303,15 @@ def undisturbed(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commands, "write_report", lambda folder, found: [])
+        same_commit(patch)
         assert main(killed_words(inputs, out)) == 0
     return read(out)
+
+
+def same_commit(patch: pytest.MonkeyPatch) -> None:
+    """Nobody's commit in between may decide a test."""
+    for where in (runs, module):
+        patch.setattr(where, "commit", lambda: "a" * 40)
 
 
 def killed_words(inputs: dict[str, Path], out: Path) -> list[str]:
@@ -319,6 +327,7 @@ def test_a_killed_comparison_goes_on_to_the_same_result(
     done = subprocess.run([sys.executable, "-c", KILLER, kind, *words], env=environment, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert [r["label"] for r in read(tmp_path)["rows"]] == ["LoRA"] and read(tmp_path)["complete"] is False
+    same_commit(monkeypatch)
     ran: list[str] = []
     run_row = module.run_row
     monkeypatch.setattr(module, "run_row", lambda s, plan, *more: ran.append(plan.label) or run_row(s, plan, *more))

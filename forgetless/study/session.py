@@ -30,7 +30,8 @@ class CompareOptions:
     """Everything that can be asked of a comparison; the defaults end in minutes on two cores.
 
     ``evals`` evaluations per task, the last one at its end; ``source`` texts to calibrate on, all kept ones if None;
-    ``sweep`` factors on each method's weight (without one: on its learning rate), run with ``sweep_seeds`` for ``sweep_methods`` (None: all).
+    ``sweep`` factors on the weights of ``sweep_methods`` (all if None; a method without a weight: on its learning
+    rate), run with ``sweep_seeds``.
     """
 
     out: Path
