@@ -306,6 +306,18 @@ def test_siblings_that_are_given_different_inputs_part(since):
         assert held[name].tokens == len(joint)
 
 
+def test_who_separates_takes_no_more_than_its_own():
+    """After a first fl.penalty the buffers are parts of one stack: a copy must not drag all of it along."""
+    model = fitted(fl.SourceDeviation(0.3, 4))
+    value = fl.penalty(model)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    for state in states(model).values():
+        for buffer in state.buffers():
+            assert buffer.untyped_storage().nbytes() == buffer.numel() * buffer.element_size()
+    assert states(model)["q_proj"].source is not states(model)["k_proj"].source
+    torch.testing.assert_close(fl.penalty(model), value, rtol=1e-13, atol=0)
+
+
 def test_a_layer_that_is_called_twice_counts_both():
     class Twice(Net):
         def forward(self, x: Tensor) -> Tensor:

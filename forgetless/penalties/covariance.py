@@ -15,6 +15,8 @@ become strong later are not lost early.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -136,6 +138,16 @@ class Covariance(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """Copies of the buffers, for ``merge``."""
         return {name: buffer.clone() for name, buffer in self.named_buffers()}
+
+    def copied(self) -> Covariance:
+        """One of its own, in storage of its own: the buffers may be parts of a stack of all layers'."""
+        twin = copy.copy(self)
+        twin.__dict__["_buffers"] = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        if self._stream is not None:
+            twin._stream = copy.copy(self._stream)
+            twin._stream.waiting = list(self._stream.waiting)
+            twin._stream.diagonal = twin.rest
+        return twin
 
     def same_as(self, other: Covariance) -> bool:
         """Whether the buffers hold the same numbers."""

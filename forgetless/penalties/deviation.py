@@ -6,7 +6,6 @@ E ||delta x||^2 = scale^2 <up^T up, down S down^T> where S = E x x^T: only rank-
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -206,7 +205,7 @@ class _SourceDeviation(PenaltyState):
         self.source = other.source
 
     def separate(self) -> None:
-        self.source = copy.deepcopy(self.source)
+        self.source = self.source.copied()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.separate()  # what comes may not be the siblings' as well
