@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,10 +126,8 @@ def views(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 def reports(model: nn.Module) -> dict[str, LayerReport]:
     """Name -> how it runs, of every PEFT LoRA layer of the model, swapped in or not."""
-    if not _swapped(model):
-        return {}
-    lora = _peft("tuners.lora.layer").LoraLayer
-    return {name: _report(layer) for name, layer in _lora_layers(model, lora)}
+    peft = sys.modules.get("peft.tuners.lora.layer")  # without it there is no such layer
+    return {} if peft is None else {name: _report(layer) for name, layer in _lora_layers(model, peft.LoraLayer)}
 
 
 def _peft(module: str) -> Any:
@@ -338,6 +337,13 @@ class _PeftAdapter(Adapter):
         return {"down": ddown, "up": dup}
 
 
+class _Biased(NamedTuple):
+    """A frozen layer whose bias has that of lora_B in it."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 class _View(AdaptedLinear):
     """A PEFT layer with one of its adapters, as the rest of the library sees an adapted layer. Not in the model."""
 
@@ -357,12 +363,13 @@ class _View(AdaptedLinear):
 
     @property
     def base(self) -> Any:  # type: ignore[override]
-        return self.layer.base_layer
+        base = self.layer.base_layer
+        return base if self.adapter.bias is None else _Biased(base.weight, self.bias)
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight; where it is packed or hidden, a tensor of its shape that takes no memory."""
-        base = self.base
+        base = self.layer.base_layer
         if _base_reason(base) is None:
             return base.weight
         down = self.adapter.down
@@ -371,7 +378,7 @@ class _View(AdaptedLinear):
 
     @property
     def bias(self) -> Tensor | None:
-        own, more = self.base.bias, self.adapter.bias
+        own, more = self.layer.base_layer.bias, self.adapter.bias
         if more is None:
             return own
         return (more if own is None else own + more).to(self.weight.dtype)
@@ -407,6 +414,9 @@ class _View(AdaptedLinear):
 
     def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
         return self.layer.register_forward_hook(lambda _, args, y: hook(self, args, y), **kwargs)
+
+    def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return self.layer.register_forward_pre_hook(lambda _, args: hook(self, args), **kwargs)
 
 
 class _Taker:
@@ -512,7 +522,7 @@ def _form_groups(takers: list[_Taker]) -> None:
     for taker in takers:
         for view in taker.make_views():
             view.group = None
-            if _base_reason(view.base) is None:
+            if _base_reason(view.layer.base_layer) is None:
                 together.setdefault(view.adapter.key, {})[view.name] = view
     for same in together.values():
         form_groups(same)
@@ -524,7 +534,11 @@ def _report(layer: Any) -> LayerReport:
     keys = [key for key in layer.active_adapters if key in known]
     path, reason = "peft", None
     if taker is None:
-        reason = "added after fl.swap_in: call it again" if _taken(layer) else _kind_reason(layer)
+        reason = (
+            "not swapped in: call fl.swap_in(model), again after adding layers"
+            if _taken(layer)
+            else _kind_reason(layer)
+        )
     elif state := _state_reason(layer):
         path, reason = "base", state
     elif not keys:
@@ -546,7 +560,7 @@ def _report(layer: Any) -> LayerReport:
 def _op_report(active: list[_View]) -> tuple[str, str]:
     first = active[0]
     down = first.adapter.down
-    own = _base_reason(first.base)
+    own = _base_reason(first.layer.base_layer)
     several = f"; {len(active)} adapters: {', '.join(view.adapter.key for view in active)}" if len(active) > 1 else ""
     if own is not None:
         return "onto", f"{own}, the low-rank product is added in place{several}"
