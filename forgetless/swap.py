@@ -415,7 +415,7 @@ class _View(AdaptedLinear):
     def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
         return self.layer.register_forward_hook(lambda _, args, y: hook(self, args, y), **kwargs)
 
-    def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
         return self.layer.register_forward_pre_hook(lambda _, args: hook(self, args), **kwargs)
 
 
