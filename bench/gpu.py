@@ -11,6 +11,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,20 +109,27 @@ def check(device: torch.device) -> dict[str, float]:
         RuntimeError: ours errs more than twice as much as eager does, in the worst element.
     """
     found = {}
+    for title, error, limit in comparisons(device):
+        if not error <= limit:  # NaN is not
+            raise RuntimeError(f"{title}: error {error:.3e}, limit {limit:.3e}; nothing was timed")
+        found[title] = error / limit if limit else 0.0
+    return found
+
+
+def comparisons(
+    device: torch.device, cases: Sequence[tuple[int, int, int, int, float]] = CHECKS
+) -> Iterator[tuple[str, float, float]]:
+    """Title, our worst error against float64 and twice that of eager PyTorch, for y and every gradient of the op."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for M, N, K, R, p in CHECKS:
+        for M, N, K, R, p in cases:
             ours, eager, truth = outcomes(M, N, K, R, p, dtype, device)
             for name, a, b, t in zip(NAMES, ours, eager, truth, strict=True):
                 title = f"{name} {short(dtype)} M={M} N={N} K={K} R={R} dropout={p}"
                 if not a.numel():
-                    found[title] = 0.0
+                    yield title, 0.0, 0.0
                     continue
                 mine, theirs = ((x.double() - t).abs().max().item() for x in (a, b))
-                limit = 2 * theirs + 4 * torch.finfo(torch.float32).eps * t.abs().max().item()
-                if not mine <= limit:  # NaN is not
-                    raise RuntimeError(f"{title}: error {mine:.3e}, limit {limit:.3e}; nothing was timed")
-                found[title] = mine / limit if limit else 0.0
-    return found
+                yield title, mine, 2 * theirs + 4 * torch.finfo(torch.float32).eps * t.abs().max().item()
 
 
 def outcomes(
