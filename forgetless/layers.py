@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import blas
 from .methods.base import Adapter, Method, Site
-from .ops import draw_seed, lowrank_linear, quantised, settled_module
+from .ops import draw_seed, gives_way, lowrank_linear, quantised, settled_module
 from .siblings import Group, families, lowrank_linears
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -147,7 +148,13 @@ class AdaptedLinear(nn.Module):
             return None
         p = quantised(dropout) if dropout else 0.0
         seed = draw_seed(device) if p else None
-        results = lowrank_linears(rows, weights, downs, ups, biases, self.adapter.scale, p, seed, run)
+        given = (rows, weights, downs, ups, biases, self.adapter.scale, p, seed)
+        try:
+            results = lowrank_linears(*given, run)
+        except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
+            if not gives_way(run, "forward", rows, weights[0], downs[0], error):
+                raise
+            results = lowrank_linears(*given, blas)
         waiting = dict(zip(members, results, strict=True))
         mine = waiting.pop(self)
         group.offer(x, dropout, waiting)

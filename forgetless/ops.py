@@ -134,13 +134,25 @@ def settled_module(x: Tensor, weight: Tensor, down: Tensor) -> ModuleType | None
     if run is not _kernels or _kernels is None:
         return run
     wanted = _problem("forward", x, weight, down)
+    if not weight.numel() or plans.dropped(_problem("backward", x, weight, down)):
+        return blas
     if checkable(x.device) and plans.undecided(wanted):
         return None
     return blas if plans.choose(wanted).plan == "blas" else run
 
 
+def gives_way(run: Any, sweep: str, like: Tensor, weight: Tensor, down: Tensor, error: Exception) -> bool:
+    """Whether BLAS may take over from a backend that raised: one warning, or ``error`` itself where that is wanted."""
+    if run is not _kernels or isinstance(error, torch.OutOfMemoryError):
+        return False
+    plans.fail(_problem(sweep, like, weight, down), plans.forced()[0] or plans.DEFAULT, error)
+    return True
+
+
 def _planned(wanted: plans.Problem, device: torch.device, fused: Any, trusted: Any) -> Any:
     """The result by the chosen plan; ``trusted`` (blas) where the fused one is out or fails."""
+    if not wanted.N * wanted.K:  # no grid to launch
+        return trusted()
     if checkable(device) and plans.undecided(wanted):
         plans.first_use(wanted, lambda: _given(fused(plans.DEFAULT)), lambda: _given(trusted()), device)
     choice = plans.choose(wanted)

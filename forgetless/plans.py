@@ -142,6 +142,11 @@ def undecided(wanted: Problem) -> bool:
     )
 
 
+def dropped(wanted: Problem) -> bool:
+    """Whether a plan failed for this problem in this process."""
+    return any(problem == wanted for problem, _ in _failed)
+
+
 def fail(wanted: Problem, plan: str, error: Exception) -> None:
     """A plan raised: drop it for this problem with one warning, or raise if ``FORGETLESS_PLAN`` says strict."""
     if forced()[1]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import blas
-from .ops import refuse_second_derivative
+from .ops import gives_way, refuse_second_derivative
 
 #: y (M, N) and h (M, R) of one sibling
 Result = tuple[Tensor, Tensor]
@@ -183,7 +183,7 @@ class _Siblings(torch.autograd.Function):
                 return (None,) * (6 + 4 * n)
             dys[0] = dh.new_zeros(dh.shape[0], weights[0].shape[0])
         wanted = (ctx.need_x, any(ctx.need_downs), ctx.need_ups, down_dtype, up_dtypes)
-        gradients = blas.gradients if run is blas else functools.partial(_composed, run)
+        gradients = blas.gradients if run is blas else functools.partial(_or_blas, run)
         arguments = (dys, dh, x, weights, down, ups, h, seed, s, p, *wanted)
         if torch.is_autocast_enabled(down.device.type):
             with torch.autocast(down.device.type, enabled=False):
@@ -193,6 +193,18 @@ class _Siblings(torch.autograd.Function):
         ddowns = [None] * n if ddown is None else ddown.split(ctx.ranks)
         ddowns = [part if want else None for part, want in zip(ddowns, ctx.need_downs, strict=True)]
         return (dx, None, None, None, None, None, *(None,) * n, *ddowns, *dups, *(None,) * n)
+
+
+def _or_blas(run: Any, dys: Sequence[Tensor | None], dh: Any, x: Any, weights: Any, down: Tensor, *rest: Any) -> Any:
+    """``_composed``; by BLAS where the kernels fail."""
+    try:
+        return _composed(run, dys, dh, x, weights, down, *rest)
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
+        like = next(t for t in dys if t is not None)
+        ups, *others = rest
+        if not gives_way(run, "backward", like, weights[0], down[: ups[0].shape[1]], error):
+            raise
+        return blas.gradients(dys, dh, x, weights, down, [blas.as_dtype(up, down.dtype) for up in ups], *others)
 
 
 def _composed(
