@@ -129,6 +129,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     method = Method.from_json(ours["method"])
     tensors = _read_tensors(folder / WEIGHTS, digests.get(WEIGHTS))
     state = _read_tensors(folder / STATE, digests[STATE]) if STATE in digests else {}
+    if count > max([len(tensors), *(size for t in tensors.values() for size in t.shape)]):
+        raise ValueError(f"{folder / OURS}: consolidated is {count}, more than {WEIGHTS} holds")
     linear = _find(model, layers, folder)
     for name, facts in layers.items():
         site = site_of(name, linear[name])
@@ -142,7 +144,12 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
                 f"{folder}: the weight of {name} is not the one this {method.name} adapter was made on; "
                 "load it onto the same base model, in the same dtype"
             )
-    adapt(model, method, list(layers))
+    try:
+        adapt(model, method, list(layers))
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, MemoryError, RuntimeError, TypeError) as error:  # a number beyond all bounds
+        raise ValueError(f"{folder / OURS}: no adapter can be made of {method}: {error}") from None
     try:
         folded = {name: _take_folded(tensors, layer, count) for name, layer in adapters(model).items()}
         filled = _fill(model, tensors, state)
@@ -373,11 +380,13 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: wants a file")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; is {path.parent} a folder with a saved adapter?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits too
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds a {type(data).__name__}, wants an object")
