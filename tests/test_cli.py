@@ -273,7 +273,11 @@ def test_finetune_ctrl_c_saves_the_adapter(
             signal.raise_signal(stop)
 
     on_steps(monkeypatch, act)
-    assert main(tune(inputs, tmp_path, "--method", "clora")) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without one
+    try:
+        assert main(tune(inputs, tmp_path, "--method", "clora")) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "kept the adapter of step 3 of 5; adapter saved in" in capsys.readouterr().out
     torch.testing.assert_close(logits(fl.load(tiny_model(), tmp_path)), logits(trained[0]), rtol=1e-4, atol=1e-6)
     assert json.loads((tmp_path / "training.json").read_text())["stopped"] == "interrupted"
