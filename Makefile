@@ -14,7 +14,7 @@ demo: data  ## fine-tune a real model with every method and show what each one f
 	$(BIN)/forgetless compare --out $(OUT)
 
 test: install  ## the whole test suite, with coverage
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(ARGS)
 
 install: $(VENV)/.installed
 

@@ -20,7 +20,7 @@ import forgetless as fl
 from forgetless import ops, plans
 
 needs_triton = pytest.mark.skipif(ops._kernels is None, reason="Triton is not installed")
-STEPS = int(os.environ.get("FORGETLESS_STEPS", "2000"))
+STEPS = int(os.environ.get("FORGETLESS_STEPS", "1000"))
 
 
 @pytest.fixture(autouse=True)
