@@ -206,12 +206,10 @@ def gradients(
             parts.append(rows.new_zeros(rows.shape[0], rank))
         else:
             if need_g:
-                parts.append(torch.mm(dy, up) if scale == 1.0 else _product(dy, up, scale))
+                parts.append(_product(dy, up, scale))
             if need_up:
                 part = h if len(ups) == 1 else h[:, start : start + rank]  # type: ignore[index]
-                dup = torch.mm(dy.t(), part)  # type: ignore[arg-type]
-                if dup.dtype != up_dtype:
-                    dup = dup.to(up_dtype)
+                dup = as_dtype(torch.mm(dy.t(), part), up_dtype)  # type: ignore[arg-type]
         dups.append(dup)
         start += rank
     if not need_g:
@@ -231,7 +229,5 @@ def gradients(
         if bits is None:
             dx.addmm_(g, down)  # type: ignore[union-attr]
     if need_down:
-        ddown = torch.mm(g.t(), x if bits is None else _dropped(x, bits))  # type: ignore[arg-type]
-        if ddown.dtype != down_dtype:
-            ddown = ddown.to(down_dtype)
+        ddown = as_dtype(torch.mm(g.t(), x if bits is None else _dropped(x, bits)), down_dtype)  # type: ignore[arg-type]
     return dx, ddown, dups

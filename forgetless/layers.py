@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import blas
 from .methods.base import Adapter, Method, Site
-from .ops import draw_seed, gives_way, lowrank_linear, quantised, settled_module
+from .ops import draw_mask, gives_way, lowrank_linear, settled_module
 from .siblings import Group, families, lowrank_linears
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -146,8 +146,7 @@ class AdaptedLinear(nn.Module):
         run = settled_module(rows, weights[0], downs[0])
         if run is None:
             return None
-        p = quantised(dropout) if dropout else 0.0
-        seed = draw_seed(device) if p else None
+        p, seed = draw_mask(dropout, device)
         given = (rows, weights, downs, ups, biases, self.adapter.scale, p, seed)
         try:
             results = lowrank_linears(*given, run)

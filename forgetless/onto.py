@@ -59,8 +59,7 @@ def add_terms(base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term]) ->
     _gradient_references()
     projected = []
     for term in terms:
-        p = ops.quantised(term.dropout) if term.dropout else 0.0
-        seed = ops.draw_seed(x.device) if p > 0.0 else None
+        p, seed = ops.draw_mask(term.dropout, x.device)
         alias, h = _Project.apply(x, term.down, seed, term.scale / (1.0 - p), p, dtype)
         projected.append(h)
         x = alias if x.requires_grad else x
@@ -115,7 +114,7 @@ class _Project(torch.autograd.Function):
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         small = blas.as_dtype(down, dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with ops.exact_products(x.device.type):
             h = ctx.run.project(blas.as_dtype(_flat(x), dtype), small, s, p, seed)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, small, seed)
         return x, h
@@ -128,7 +127,7 @@ class _Project(torch.autograd.Function):
         if dh is None:
             return dx, *(None,) * 5
         s, p = ctx.rest
-        with torch.autocast(dh.device.type, enabled=False):
+        with ops.exact_products(dh.device.type):
             g = dh * s
             bits = blas.keep_bits(seed, p, g.shape[0], down.shape[1]) if p > 0.0 else None
             if not ctx.needs_input_grad[0]:
@@ -204,7 +203,7 @@ class _Add(torch.autograd.Function):
         _, need_h, need_up, need_bias = ctx.needs_input_grad[:4]
         rows = _flat(dy)
         dh = dup = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with ops.exact_products(dy.device.type):
             if need_up:
                 dh, out = ctx.run.project_outer(rows, up.T, h, 1.0, ctx.up_dtype)
                 dup = out.T

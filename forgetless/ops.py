@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -85,6 +85,17 @@ def draw_seed(device: torch.device) -> Tensor:  # (2,) int32
     return torch.randint(-(1 << 31), (1 << 31) - 1, (2,), dtype=torch.int32, device=device)
 
 
+def draw_mask(dropout: float, device: torch.device) -> tuple[float, Tensor | None]:
+    """The rate as the generator can give it, and a seed; 0 and None where nothing would be dropped."""
+    p = quantised(dropout) if dropout else 0.0
+    return p, draw_seed(device) if p else None
+
+
+def exact_products(device: str) -> AbstractContextManager[Any]:
+    """Products in the dtype they are written in: autocast has done its work at the door."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 # ---------------------------------------------------------------------------------------- bodies
 
 
@@ -104,9 +115,7 @@ def _forward(
     device = x.device
     run = module_for(device, x.dtype)
     if run is not _kernels or _kernels is None:
-        if not torch.is_autocast_enabled(device.type):
-            return run.linear_lowrank(*arguments)
-        with torch.autocast(x.device.type, enabled=False):  # autocast has done its work at the door
+        with exact_products(device.type):
             return run.linear_lowrank(*arguments)
     wanted = _problem("forward", x, weight, down)
     kernels = _kernels
@@ -212,9 +221,7 @@ def _backward(
     device = dy.device
     run = module_for(device, dy.dtype)
     if run is not _kernels or _kernels is None:
-        if not torch.is_autocast_enabled(device.type):
-            return _gradients(run, "split", *arguments)
-        with torch.autocast(device.type, enabled=False):
+        with exact_products(device.type):
             return _gradients(run, "split", *arguments)
     return _planned(
         _problem("backward", dy, weight, down),

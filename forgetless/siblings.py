@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import blas
-from .ops import gives_way, refuse_second_derivative
+from .ops import exact_products, gives_way, refuse_second_derivative
 
 #: y (M, N) and h (M, R) of one sibling
 Result = tuple[Tensor, Tensor]
@@ -185,10 +185,7 @@ class _Siblings(torch.autograd.Function):
         wanted = (ctx.need_x, any(ctx.need_downs), ctx.need_ups, down_dtype, up_dtypes)
         gradients = blas.gradients if run is blas else functools.partial(_or_blas, run)
         arguments = (dys, dh, x, weights, down, ups, h, seed, s, p, *wanted)
-        if torch.is_autocast_enabled(down.device.type):
-            with torch.autocast(down.device.type, enabled=False):
-                dx, ddown, dups = gradients(*arguments)
-        else:
+        with exact_products(down.device.type):
             dx, ddown, dups = gradients(*arguments)
         ddowns = [None] * n if ddown is None else ddown.split(ctx.ranks)
         ddowns = [part if want else None for part, want in zip(ddowns, ctx.need_downs, strict=True)]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .door import FLOATS
 from .layers import AdaptedLinear, form_groups, is_conv1d
 from .methods import LoRA
 from .methods.base import Adapter, Site
@@ -36,8 +37,6 @@ LAYERS = (
     "peft.tuners.lora.bnb.Linear8bitLt",
     "peft.tuners.lora.torchao.TorchaoLoraLinear",
 )
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.Module:
@@ -204,13 +203,13 @@ def _adapter_reason(layer: Any, key: str) -> str | None:
     if A._parameters["bias"] is not None:
         return f"lora_A of {key!r} has a bias"
     if not (_plain(down) and _plain(up)):
-        return f"the factors of {key!r} are not plain tensors of one of the dtypes {_names(DTYPES)}"
+        return f"the factors of {key!r} are not plain tensors of one of the dtypes {_names(sorted(FLOATS, key=str))}"
     return None
 
 
 def _plain(t: Tensor | None) -> bool:
     """A tensor of no subclass (DTensor, fake, functorch) in memory, with a dtype that the op takes."""
-    return t is not None and type(t) in (Tensor, nn.Parameter) and t.dtype in DTYPES and t.device.type != "meta"
+    return t is not None and type(t) in (Tensor, nn.Parameter) and t.dtype in FLOATS and t.device.type != "meta"
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

@@ -108,7 +108,7 @@ def test_dropout_is_of_x_once_for_all_siblings(backend, monkeypatch):
     model, _ = pair(fl.LoRA(4, dropout=0.5), torch.float64 if backend != "triton" else torch.float32)
     dtype = model.q_proj.weight.dtype
     seed = torch.tensor([3, 4], dtype=torch.int32)
-    monkeypatch.setattr(layers, "draw_seed", lambda device: seed)
+    monkeypatch.setattr(ops, "draw_seed", lambda device: seed)
     x = torch.randn(6, 24, dtype=dtype, requires_grad=True)
     siblings = [model.q_proj, model.k_proj, model.v_proj]
     wanted = [x, *(p for layer in siblings for p in layer.adapter.parameters())]
