@@ -381,7 +381,11 @@ def write(records: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     results[triton.__version__] = records
-    path.write_text(json.dumps(dict(sorted(results.items())), indent=0) + "\n")
+    parts = (
+        f"{json.dumps(version)}: [\n" + ",\n".join(json.dumps(record) for record in results[version]) + "\n]"
+        for version in sorted(results)
+    )
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")  # a kernel a line
     pins = (ROOT / "constraints.txt").read_text()
     pinned = re.search(r"^triton==(\S+)", pins, re.M)[1]
     lines = [

@@ -41,7 +41,6 @@ def _matmul_lowrank_descriptor_kernel(
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
         pid_m, pid_n = grouped(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = lowrank_start(
             h_ptr, offs_m, M, stride_hm, stride_hr,
             up_ptr, pid_n * BLOCK_N, N, stride_un, stride_ur,
@@ -54,10 +53,12 @@ def _matmul_lowrank_descriptor_kernel(
             else:
                 w = weight_desc.load([pid_n * BLOCK_N, k * BLOCK_K]).T
             acc = dot(x, w, acc, "ieee")
-        if HAS_BIAS:
-            acc += widen(tl.load(bias_ptr + (offs_n % N).to(tl.int64) * stride_b))[None, :]
         # two halves through one staging buffer: half the shared memory of the whole tile
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        if HAS_BIAS:  # by halves too: of the whole tile, it spilt on sm_100 with Triton 3.9
+            offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+            left += widen(tl.load(bias_ptr + (offs_n % N).to(tl.int64) * stride_b))[None, :]
+            right += widen(tl.load(bias_ptr + ((offs_n + BLOCK_N // 2) % N).to(tl.int64) * stride_b))[None, :]
         y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], narrow(left, y_desc.dtype))
         y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N + BLOCK_N // 2], narrow(right, y_desc.dtype))
 
