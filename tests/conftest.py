@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import os
+import sys
+from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each are several times slower
@@ -47,8 +49,22 @@ with contextlib.suppress(ImportError, AttributeError):  # no Triton, or one that
     _patch_once_a_launch()
 
 
+#: Files that run or compile kernels for minutes. Traced, the interpreter is three times slower, and what these files
+#: reach of forgetless/ the others reach too.
+UNTRACED = {"test_kernels", "test_bytes", "test_targets", "test_static", "test_doctor", "test_bench"}
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _only_young_garbage() -> None:
-    """What is imported stays: later collections skip it (transformers asks for several in every training run)."""
+def _only_what_is_wanted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No coverage of files that are there for the kernels; and what is imported stays out of later collections."""
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # transformers asks for several collections in every training run
+    coverage = getattr(sys.modules.get("coverage"), "Coverage", None)
+    paused = []
+    if request.module.__name__.rpartition(".")[2] in UNTRACED:
+        while coverage and (tracing := coverage.current()):  # a worker of xdist has two
+            tracing.stop()
+            paused.append(tracing)
+    yield
+    for tracing in reversed(paused):
+        tracing.start()
