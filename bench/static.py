@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from forgetless_kernels import tiles
-from forgetless_kernels.descriptors import parts_of
 from forgetless_kernels.lowrank import pad_rank, strips_of
+from forgetless_kernels.tl_utils import parts_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,7 +70,7 @@ def project_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
 def matmul_lowrank_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     """Loads and stores of matmul_lowrank: x for each column of tiles, weight for each row of tiles"""
     rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
-    M, N, parts = rows * tile.BLOCK_M, columns * tile.BLOCK_N, 2
+    M, N, parts = rows * tile.BLOCK_M, columns * tile.BLOCK_N, parts_of(tile.BLOCK_N, s.dropout)
     loads = {
         "x": columns * M * s.K * s.element,
         "weight": rows * N * s.K * s.element,
@@ -87,13 +87,9 @@ def matmul_lowrank_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
 def matmul_lowrank_descriptor_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     """Loads and stores of matmul_lowrank on descriptors: they cut off what is past the end of x and weight"""
     rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
-    parts = parts_of(tile.BLOCK_N, s.dropout)
     loads, stores = matmul_lowrank_traffic(s, tile)
     loads["x"] = columns * s.M * s.K * s.element
     loads["weight"] = rows * s.N * s.K * s.element
-    loads["h"] = parts * columns * rows * tile.BLOCK_M * s.R * s.element
-    if s.dropout:
-        loads["seed"] = rows * columns * parts * 2 * SEED
     return loads, stores
 
 
@@ -136,7 +132,7 @@ def full_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple
     del loads["h"]
     loads["down"] = rows * columns * pad_rank(s.R) * s.K * s.factor
     if s.dropout:
-        keys = 4 if drop_output else 1 + cdiv(s.K, tile.BLOCK_K)  # of both halves of y, or of x
+        keys = 2 * parts_of(tile.BLOCK_N, True) if drop_output else 1 + cdiv(s.K, tile.BLOCK_K)  # of y, or of x
         loads["seed"] = rows * columns * keys * SEED
     return loads, {**stores, "h": s.M * s.R * s.element}
 

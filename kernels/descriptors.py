@@ -16,6 +16,7 @@ from .tl_utils import (
     grouped,
     lowrank_start,
     narrow,
+    parts_of,
     widen,
 )
 
@@ -81,11 +82,6 @@ def programs_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def parts_of(BLOCK_N: int, dropout: bool) -> int:
-    """In how many parts the low-rank product is made: with dropout, of as many columns as leave registers free"""
-    return max(2, BLOCK_N // 32) if dropout else 2
 
 
 def matmul_lowrank_descriptor(

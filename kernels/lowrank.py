@@ -20,6 +20,7 @@ from .tl_utils import (
     lowrank_start,
     narrow,
     pair_key,
+    parts_of,
     row_key,
     widen,
 )
@@ -125,7 +126,7 @@ def _matmul_lowrank_kernel(
     y_ptr, stride_ym, stride_yn,
     seed_ptr, threshold,
     R: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y (M, N) = x (M, K) @ weight (N, K).T + bias (N,) + drop(h (M, R) @ up (N, R).T)"""
@@ -141,7 +142,7 @@ def _matmul_lowrank_kernel(
     acc = lowrank_start(
         h_ptr, offs_m, M, stride_hm, stride_hr,
         up_ptr, pid_n * BLOCK_N, N, stride_un, stride_ur,
-        seed_ptr, threshold, x_ptr.dtype.element_ty, R, HAS_DROP, PRECISION, BLOCK_R, BLOCK_M, BLOCK_N, 2,
+        seed_ptr, threshold, x_ptr.dtype.element_ty, R, HAS_DROP, PRECISION, BLOCK_R, BLOCK_M, BLOCK_N, PARTS,
     )  # fmt: skip
     x_ptrs = x_ptr + rows_m[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
     w_ptrs = weight_ptr + rows_n[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
@@ -201,8 +202,8 @@ def matmul_lowrank(
             bias, 0 if bias is None else bias.stride(0),
             y, *y.stride(),
             R=R, HAS_BIAS=bias is not None, EVEN_K=K % tile["BLOCK_K"] == 0,
-            PRECISION=dot_precision(x.dtype), BLOCK_R=BLOCK_R, GROUP_M=8,
-            **drop_args(p, seed), **tile,
+            PRECISION=dot_precision(x.dtype), PARTS=parts_of(tile["BLOCK_N"], p > 0.0 and seed is not None),
+            BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
         )  # fmt: skip
     return y
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import tl_utils
 from .lowrank import matmul_lowrank, pad_rank, project
 from .tiles import tile_for
-from .tl_utils import cast, dot, dot_precision, drop, drop_args, grouped, narrow, pair_key, row_key, widen
+from .tl_utils import cast, dot, dot_precision, drop, drop_args, grouped, narrow, pair_key, parts_of, row_key, widen
 
 PLANS = ("split", "full", "once")
 
@@ -84,9 +84,23 @@ def _finish(
     up_ptr, stride_un, stride_ur, bias_ptr, stride_b, y_ptr, stride_ym, stride_yn,
     seed_ptr, threshold,
     R: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """y = acc + bias + drop(low @ up.T) for WIDTH columns from first_n on"""
+    if PARTS > 1:  # one after the other: the mask of a whole 128x256 tile spills, on sm_100 that of a half
+        HALF: tl.constexpr = WIDTH // 2
+        left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+        _finish(
+            left, low, offs_m, M, first_n, N, up_ptr, stride_un, stride_ur, bias_ptr, stride_b,
+            y_ptr, stride_ym, stride_yn, seed_ptr, threshold,
+            R, HAS_BIAS, DROP, PRECISION, BLOCK_R, BLOCK_M, HALF, PARTS // 2,
+        )  # fmt: skip
+        _finish(
+            right, low, offs_m, M, first_n + HALF, N, up_ptr, stride_un, stride_ur, bias_ptr, stride_b,
+            y_ptr, stride_ym, stride_yn, seed_ptr, threshold,
+            R, HAS_BIAS, DROP, PRECISION, BLOCK_R, BLOCK_M, HALF, PARTS // 2,
+        )  # fmt: skip
+        return
     offs_r = tl.arange(0, BLOCK_R)
     offs_n = first_n + tl.arange(0, WIDTH)
     rows_n = (offs_n % N).to(tl.int64)
@@ -115,7 +129,7 @@ def _linear_lowrank_kernel(
     h_ptr, flags_ptr,
     seed_ptr, threshold, scale,
     R: tl.constexpr, ONCE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROP: tl.constexpr, DROP_Y: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h = scale * drop(x (M, K)) @ down (R, K).T, y (M, N) = x @ weight (N, K).T + bias + h @ up (N, R).T"""
@@ -167,18 +181,10 @@ def _linear_lowrank_kernel(
         )  # fmt: skip
         if pid_n == 0:
             tl.store(h_ptrs, low, mask=mask_h)
-    # two halves: the mask of a whole 128x256 tile spills
-    HALF: tl.constexpr = BLOCK_N // 2
-    left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
     _finish(
-        left, low, offs_m, M, first_n, N, up_ptr, stride_un, stride_ur, bias_ptr, stride_b,
+        acc, low, offs_m, M, first_n, N, up_ptr, stride_un, stride_ur, bias_ptr, stride_b,
         y_ptr, stride_ym, stride_yn, seed_ptr, threshold,
-        R, HAS_BIAS, HAS_DROP and DROP_Y, PRECISION, BLOCK_R, BLOCK_M, HALF,
-    )  # fmt: skip
-    _finish(
-        right, low, offs_m, M, first_n + HALF, N, up_ptr, stride_un, stride_ur, bias_ptr, stride_b,
-        y_ptr, stride_ym, stride_yn, seed_ptr, threshold,
-        R, HAS_BIAS, HAS_DROP and DROP_Y, PRECISION, BLOCK_R, BLOCK_M, HALF,
+        R, HAS_BIAS, HAS_DROP and DROP_Y, PRECISION, BLOCK_R, BLOCK_M, BLOCK_N, PARTS,
     )  # fmt: skip
 
 
@@ -219,6 +225,7 @@ def linear_lowrank(
             h, flags, scale=float(scale),
             R=R, ONCE=plan == "once", HAS_BIAS=bias is not None, DROP_Y=drop_output,
             EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=dot_precision(x.dtype),
+            PARTS=parts_of(tile["BLOCK_N"], drop_output and p > 0.0 and seed is not None),
             BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
         )  # fmt: skip
     return y, h

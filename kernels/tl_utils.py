@@ -36,6 +36,11 @@ def drop_args(p: float, seed: torch.Tensor | None) -> dict:
     return {"seed_ptr": seed, "threshold": round(p * LEVELS), "HAS_DROP": True}
 
 
+def parts_of(BLOCK_N: int, dropout: bool) -> int:
+    """In how many parts a tile's low-rank product is made: with dropout of 32 columns, so that its mask fits"""
+    return max(1, BLOCK_N // 32) if dropout else 2
+
+
 @triton.jit
 def widen(x):
     """x in float32"""

@@ -162,9 +162,10 @@ def test_hadamard_holds_no_basis():
         assert floats == []
 
 
-def test_gradients_become_grad_without_a_copy():
+@pytest.mark.parametrize("penalty", [fl.WeightDeviation(0.2), fl.NullSpace(0.7, 9)], ids=["weight", "null-space"])
+def test_gradients_become_grad_without_a_copy(penalty):
     """Freshly made and given away: what backward leaves in .grad are parts of the batched products."""
-    model = stack_of(4, fl.WeightDeviation(0.2))
+    model = stack_of(4, penalty)
     fl.penalty(model).backward()
     grads = [p.grad for p in trained(model)]
     assert len({grad.untyped_storage().data_ptr() for grad in grads}) == 4  # down and up, of two shapes

@@ -8,7 +8,7 @@ worked out beside the value: nothing is kept for a backward pass but the gradien
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,16 +52,6 @@ def buckets(keys: Sequence[Any]) -> list[list[int]]:
     for index, key in enumerate(keys):
         found.setdefault(key, []).append(index)
     return list(found.values())
-
-
-#: What a piece may hold on a CPU: a second-level cache. Several passes over a piece cost what one over memory does.
-CACHE_BYTES = 1 << 20
-
-
-def pieces(group: list[int], nbytes: int, device: torch.device) -> Iterator[list[int]]:
-    """A bucket whose layers take ``nbytes`` each, in pieces that stay in a CPU's cache; whole on any other device."""
-    size = max(1, CACHE_BYTES // nbytes) if device.type == "cpu" else len(group)
-    yield from (group[at : at + size] for at in range(0, len(group), size))
 
 
 def like(t: Tensor) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Item, Penalty, PenaltyState, register, wide
-from .grouped import buckets, closed_form, like, one_storage, pieces, scatter
+from .grouped import buckets, closed_form, like, one_storage, scatter
 
 if TYPE_CHECKING:
     from ..methods.base import Adapter, Site
@@ -80,14 +80,12 @@ class _NullSpace(PenaltyState):
             value = wide(factors[0]).new_zeros(())
             # down (R, K) has the protected dimension last, up (N, R) first
             keys = [(i % 2, type(b), b.key(), weights[i], like(factors[i])) for i, b in enumerate(bases)]
-            for bucket in buckets(keys):
-                basis, weight, first = bases[bucket[0]], weights[bucket[0]], factors[bucket[0]]
-                layer_bytes = basis.nbytes + 12 * first.numel()  # the factor, its product and its gradient in float32
-                for group in pieces(bucket, layer_bytes, first.device):
-                    stack = wide(torch.stack([factors[i] for i in group]))
-                    inside, grad = basis.stacked([bases[i] for i in group], stack, bucket[0] % 2 == 1)
-                    value = value + 0.5 * weight * inside
-                    scatter(grads, group, grad if weight == 1.0 else grad.mul_(weight), needs, first)
+            for group in buckets(keys):
+                stack = wide(torch.stack([factors[i] for i in group]))
+                inside, grad = bases[group[0]].stacked([bases[i] for i in group], stack, group[0] % 2 == 1)
+                value = value + 0.5 * weights[group[0]] * inside
+                grad = grad if weights[group[0]] == 1.0 else grad.mul_(weights[group[0]])
+                scatter(grads, group, grad, needs, factors[group[0]])
             return value, grads
 
         return closed_form(compute, factors)
@@ -112,11 +110,6 @@ class _Basis(nn.Module):
     """Orthonormal columns P. ``stacked`` does many bases of one kind at once."""
 
     complement = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its own that are read for every layer."""
-        return 0
 
     def key(self) -> Any:
         """Bases with equal keys can go through ``stacked`` together."""
@@ -173,10 +166,6 @@ class _Orthogonal(_Basis):
         inside = wide(rows.to(self.basis.dtype) @ self.basis).square().sum()
         return wide(rows).square().sum() - inside if self.complement else inside
 
-    @property
-    def nbytes(self) -> int:
-        return self.basis.nbytes
-
     def key(self) -> Any:
         return self.complement, like(self.basis)
 
@@ -187,7 +176,8 @@ class _Orthogonal(_Basis):
         # P from the left, P as it lies: the order that BLAS streams P through fastest
         z = P.transpose(1, 2) @ rows if tall else (rows @ P).transpose(1, 2).contiguous()  # (L, k, R)
         grad = P @ z
-        grad = wide(grad if tall else grad.transpose(1, 2))
+        # laid out as the factors are: autograd copies any other gradient, one by one
+        grad = wide(grad) if tall else torch.empty_like(stack).copy_(grad.transpose(1, 2))
         return _complemented(bases[0].complement, stack, _square(wide(z)), grad)
 
 
@@ -261,8 +251,8 @@ def _fwht(x: Tensor, tall: bool) -> Tensor:
         x = torch.bmm(H_a.expand(L, a, a), x.reshape(L, a, b * R))
         return torch.bmm(H_b.expand(L * a, b, b), x.view(L * a, b, R)).view(L, size, R)
     LR = L * x.shape[1]
-    y = torch.bmm(x.reshape(LR, a, b), H_b.expand(LR, b, b))
-    return torch.bmm(H_a.expand(LR, a, a), y).view(x.shape)
+    y = x.reshape(LR * a, b) @ H_b
+    return torch.bmm(H_a.expand(LR, a, a), y.view(LR, a, b)).view(x.shape)
 
 
 @functools.lru_cache(maxsize=64)
@@ -316,10 +306,6 @@ class _Shared(_Orthogonal):
         grad = (z @ P.T).view(stack.shape[0], -1, P.shape[0])
         grad = torch.mul(grad.transpose(1, 2) if tall else grad, signs, out=torch.empty_like(stack))
         return _complemented(bases[0].complement, stack, _square(wide(z)), grad)
-
-    @property
-    def nbytes(self) -> int:
-        return 0  # the one basis stays where it is
 
     def key(self) -> Any:
         return self._key, like(self.basis)
