@@ -5,7 +5,7 @@ fl.adapt(model, fl.CLoRA(rank=16, alpha=32, k=256), targets=["q_proj", "v_proj"]
 loss = model(**batch).loss + fl.penalty(model)
 """
 
-from . import methods, ops, penalties
+from . import methods, ops, penalties, training
 from .calibrate import calibrate
 from .consolidate import consolidate
 from .io import load, save
@@ -50,4 +50,5 @@ __all__ = [
     "save",
     "swap_in",
     "swap_out",
+    "training",
 ]

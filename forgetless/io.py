@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from .calibrate import share_statistics
 from .layers import AdaptedLinear, site_of
 from .methods import LoRA, Method
+from .methods.base import whole
 from .methods.curlora import CURLoRAAdapter, weight_hash
 from .methods.lora import LoRAAdapter
 from .model import adapt, adapters
@@ -45,7 +46,8 @@ _PEFT_PREFIX = "base_model.model."
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters of ``model`` into ``folder``, which may exist; the base model is not written.
 
-    Every file is written beside its place and then renamed, so a reader never sees half of one.
+    Every file is written beside its place and then renamed, so a reader never sees half of one. Where parameters are
+    sharded over processes (FSDP2), every process must call this; the first one writes, and all return when it has.
 
     Raises:
         ValueError: the model has no adapters, or they are of several methods.
@@ -64,16 +66,17 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         layers[name] = {"in_features": layer.in_features, "out_features": layer.out_features}
         if isinstance(layer.adapter, LoRAAdapter):
             # consolidated tasks follow as further ranks: on the original base PEFT computes the whole change
-            down = torch.cat([layer.adapter.down.detach().cpu(), *(down.cpu() for down, _ in layer.folded)])
-            up = torch.cat([layer.adapter.up.detach().cpu(), *(up.cpu() for _, up in layer.folded)], dim=1)
+            own = [factor.detach().cpu() for factor in layer.adapter.factors()]
+            down = torch.cat([own[0], *(down.cpu() for down, _ in layer.folded)])
+            up = torch.cat([own[1], *(up.cpu() for _, up in layer.folded)], dim=1)
             tensors.update(zip(_peft_keys(name).values(), (down, up), strict=True))
         else:
             for key, tensor in _own_tensors(layer).items():
-                tensors[f"{name}.{key}"] = tensor
+                tensors[f"{name}.{key}"] = whole(tensor)
             for index, factors in enumerate(layer.folded):
                 tensors.update(zip(_folded_keys(name, index), factors, strict=True))
         if isinstance(layer.adapter, CURLoRAAdapter):
-            layers[name]["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(layer.weight)
+            layers[name]["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(whole(layer.weight))
         for index, penalty in enumerate(layer.adapter.penalty_states()):
             for key, tensor in penalty.state_dict().items():
                 state[f"{name}.{index}.{key}"] = tensor
@@ -90,7 +93,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         files[STATE] = _bytes(state)
         ours["sha256"][STATE] = hashlib.sha256(files[STATE]).hexdigest()
     files[OURS] = _json(ours)  # last: it vouches for the others
-    _write(Path(folder), files)
+    sharded = any(hasattr(p, "full_tensor") for layer in found.values() for p in layer.adapter.parameters())
+    try:
+        if not sharded or torch.distributed.get_rank() == 0:
+            _write(Path(folder), files)
+    finally:
+        if sharded:
+            torch.distributed.barrier()
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:

@@ -13,7 +13,7 @@ from .. import blas
 from ..gathered import gathered_linear
 from ..ops import module_for
 from ..penalties import Penalty
-from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
+from .base import Adapter, Method, Site, adapter_dtype, check_fields, register, whole
 
 
 @register
@@ -151,7 +151,7 @@ class CURLoRAAdapter(Adapter):
         self.core.zero_()  # C and R stay those of the first weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        core = self.core.T if self.transposed else self.core
+        core = whole(self.core).T if self.transposed else whole(self.core)
         return self.down, self.lift.to(core.dtype) @ core
 
     def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:

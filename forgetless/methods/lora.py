@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..penalties import Penalty
-from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
+from .base import Adapter, Method, Site, adapter_dtype, check_fields, register, whole
 
 
 @register
@@ -63,7 +63,7 @@ class LoRAAdapter(Adapter):
         self.up.zero_()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.down, self.up
+        return whole(self.down), whole(self.up)
 
     def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
         return {"down": ddown, "up": dup}

@@ -161,6 +161,24 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def whole(t: Tensor) -> Tensor:
+    """t itself, or all of a parameter that is sharded over processes: between forward passes FSDP leaves its shards.
+
+    Gathered differentiably: each shard gets the mean of all processes' gradients, as those of the data. A collective
+    call.
+    """
+    if type(t) in _HERE or not hasattr(t, "full_tensor"):
+        return t
+    from torch.distributed.tensor import Partial
+
+    shards: Any = t
+    gathered: Tensor = shards.full_tensor(grad_placements=[Partial("avg")] * shards.device_mesh.ndim)
+    return gathered
+
+
+_HERE = (Tensor, nn.Parameter)
+
+
 def gram_product(down: Tensor, up: Tensor, scale: float) -> Tensor:
     """||scale * up @ down||_F^2 = scale^2 <up^T up, down down^T>, without the (N, K) product."""
     return scale**2 * ((up.T @ up) * (down @ down.T)).sum()

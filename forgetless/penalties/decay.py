@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Item, Penalty, PenaltyState, register, wide
+from .base import Item, Penalty, PenaltyState, register, whole, wide
 from .grouped import buckets, closed_form, like, scatter
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Decay(Penalty):
 
 class _Decay(PenaltyState):
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        total = sum(wide(p).square().sum() for p in adapter.parameters(recurse=False) if p.requires_grad)
+        total = sum(wide(whole(p)).square().sum() for p in adapter.parameters(recurse=False) if p.requires_grad)
         return 0.5 * self.spec.weight * total  # type: ignore[return-value]
 
     @classmethod
@@ -41,7 +41,7 @@ class _Decay(PenaltyState):
         weights: list[float] = []
         parameters: list[Tensor] = []
         for state, adapter, _ in items:
-            mine = [p for p in adapter.parameters(recurse=False) if p.requires_grad]
+            mine = [whole(p) for p in adapter.parameters(recurse=False) if p.requires_grad]
             parameters += mine
             weights += [state.spec.weight] * len(mine)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Item, Penalty, PenaltyState, register, wide
+from .base import Item, Penalty, PenaltyState, register, whole, wide
 from .grouped import buckets, closed_form, like, one_storage, scatter
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class _Diagonal(PenaltyState):
         assert isinstance(spec, Laplace)
         total: Tensor | float = 0.0
         for name in self.names:
-            moved = wide(getattr(adapter, name)) - wide(getattr(self, f"centre_{name}"))
+            moved = wide(whole(getattr(adapter, name))) - wide(getattr(self, f"centre_{name}"))
             precision = getattr(self, f"fisher_{name}").to(moved.dtype) + spec.prior_precision
             total = total + (precision * moved.square()).sum()
         return 0.5 * spec.weight * total  # type: ignore[return-value]
@@ -175,7 +175,7 @@ class _Diagonal(PenaltyState):
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
         rows = [(state, name) for state, _, _ in items for name in state.active_names()]
-        parameters = [getattr(adapter, name) for state, adapter, _ in items for name in state.active_names()]
+        parameters = [whole(getattr(adapter, name)) for state, adapter, _ in items for name in state.active_names()]
         specs = [(state.spec.weight, state.spec.prior_precision) for state, _ in rows]
 
         def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
@@ -194,7 +194,7 @@ class _Diagonal(PenaltyState):
             return value, grads
 
         if not rows:
-            return torch.stack([wide(next(adapter.parameters())).new_zeros(()) for _, adapter, _ in items]).sum()
+            return torch.stack([wide(adapter.factors()[0]).new_zeros(()) for _, adapter, _ in items]).sum()
         return closed_form(compute, parameters)
 
     def active_names(self) -> list[str]:

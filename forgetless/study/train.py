@@ -1,7 +1,6 @@
 """Training on transformers' Trainer: the penalty once per optimizer step, before clipping, and nothing lost on a stop.
 
-The task loss of a step is divided over its micro-batches by the Trainer. The penalty must not be: it is added to the
-last micro-batch alone, undivided, so that it counts once whatever the accumulation, and the clipping sees the sum.
+How the penalty gets into the loss is ``forgetless.training``'s.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from transformers import (
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-import forgetless as fl
-
+from ..training import PenaltyMixin, mean_drift
 from .batches import encode_for_training, in_batches
 from .data import Collator, Example
 from .memory import Peak
@@ -107,11 +105,9 @@ class Snapshot:
             parameter.copy_(value)
 
 
-class PenaltyTrainer(Trainer):
-    """A Trainer whose loss carries ``fl.penalty`` once per optimizer step."""
+class PenaltyTrainer(PenaltyMixin, Trainer):
+    """A Trainer with the penalty that runs the head only where it must, and stops at what is not finite."""
 
-    task_loss: float = 0.0
-    penalty_value: float = 0.0
     emit: Callable[[float], None] | None = None
 
     @cached_property
@@ -124,23 +120,15 @@ class PenaltyTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor | Any],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
     ) -> Any:
-        loss, outputs = super().compute_loss(model, self._trim(inputs), True, num_items_in_batch)
-        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        parts = 1 if scaled else self.current_gradient_accumulation_steps
-        self.task_loss += loss.detach().float().item() / parts
-        if self.accelerator.sync_gradients:  # the last micro-batch of this optimizer step
-            bare = self.accelerator.unwrap_model(model)
-            penalty = fl.penalty(bare) if fl.adapters(bare) else loss.new_zeros(())
-            self.penalty_value = penalty.detach().float().item()
-            if penalty.requires_grad:
-                loss = loss + parts * penalty.to(loss.device)
-            if not math.isfinite(self.task_loss + self.penalty_value):
-                raise NonFinite(f"loss {self.task_loss}, penalty {self.penalty_value}")
-        return (loss, outputs) if return_outputs else loss
+        found = super().compute_loss(model, self._trim(inputs), return_outputs, num_items_in_batch, **others)
+        if self.accelerator.sync_gradients and not math.isfinite(self.task_loss + self.penalty_value):
+            raise NonFinite(f"loss {self.task_loss}, penalty {self.penalty_value}")
+        return found
 
     def _trim(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
         """Have the head run only where some row of the batch has a label: a third of a small model's step."""
@@ -151,7 +139,7 @@ class PenaltyTrainer(Trainer):
         return {**inputs, "logits_to_keep": where, "shift_labels": labels[:, where].contiguous()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log(logs, *args, **kwargs)
+        Trainer.log(self, logs, *args, **kwargs)  # the study measures drift when it is due, not at every step
         if self.emit is not None and "grad_norm" in logs:
             self.emit(logs["grad_norm"])
 
@@ -203,12 +191,6 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.seconds.append(time.perf_counter() - self._start - self._aside)
-
-
-def mean_drift(model: nn.Module) -> float:
-    """The drift of the last forward, averaged over layers; NaN where nothing has been seen or nothing is adapted."""
-    values = list(fl.drift(model).values()) if fl.adapters(model) else []
-    return statistics.fmean(values) if values else math.nan
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -284,7 +266,6 @@ def train(
             result.grad_norm.append(grad_norm)
             if drift is not None and math.isfinite(drift):
                 result.drift[number] = drift
-            trainer.task_loss = 0.0
             if on_step is not None:
                 step = Step(
                     number,
