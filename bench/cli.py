@@ -16,6 +16,7 @@ BENCHES = {
     "dispatch": "what a call costs before any arithmetic",
 }
 OTHERS = {
+    "qlora": "training on a base in NF4, with PEFT and swapped in; needs bitsandbytes",
     "all": "every benchmark above, one after the other",
     "gpu": "on a CUDA machine: the correctness checks, then every benchmark, in at most ten minutes",
     "tables": "write README's measured section and docs/benchmarks.md from the results",

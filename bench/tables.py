@@ -250,6 +250,23 @@ def memory_page(results: dict[str, Any]) -> str:
     return text + markdown(["layer", "method", "provider", "saved MiB", "/ rival's", "peak MiB"], rows)
 
 
+def qlora_page(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            title,
+            *(f"{row[key] / MIB:.1f}" for key in ("weight_bytes", "saved_bytes", "peak_bytes")),
+            number(row["seconds_per_step"], 2),
+            " ".join(number(loss) for loss in row["losses"]),
+        ]
+        for title, row in results["rows"].items()
+    ]
+    batch = "×".join(map(str, results["batch"]))
+    return (
+        f"{results['model']}, {batch} tokens of {results['task']} at most, AdamW. Weights: of the frozen linear "
+        "layers, scales included. Saved: for the backward pass. Peak: of forward and backward, above what was held.\n\n"
+    ) + markdown(["base", "weights MiB", "saved MiB", "peak MiB", "s/step", "loss of each step"], rows)
+
+
 def dispatch_page(results: dict[str, Any]) -> str:
     rows = [
         [name, number(row["median"] * 1e6, 1), number(row["spread"] * 1e6, 1), number(row["times_bare"])]
@@ -263,6 +280,7 @@ PAGES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "lowrank": ("One layer", lowrank_page),
     "penalty": ("Penalties", penalty_page),
     "memory": ("Memory", memory_page),
+    "qlora": ("QLoRA", qlora_page),
     "dispatch": ("Dispatch", dispatch_page),
 }
 HEAD = """# Benchmarks

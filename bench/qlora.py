@@ -1,0 +1,159 @@
+"""QLoRA: PEFT's LoRA on a base in bitsandbytes' NF4, as it is and swapped in; beside it the same on the bfloat16 base.
+
+    python -m bench qlora [--steps 8] [--batch 4 96]
+
+Real training of SmolLM2-135M on one task, with AdamW, the same batches for all: the loss of every step, seconds per
+step (interleaved), bytes of the linear layers' weights, what is kept for the backward pass, and the peak of a step.
+Needs bitsandbytes, which runs NF4 on a CPU as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import forgetless as fl
+
+from . import models
+from .baselines import have_peft
+from .harness import finish, number, parser, peak_bytes, saved_bytes, start, table
+
+MIB = 2**20
+TASK = "django-de"
+
+
+def quantised(base: nn.Module) -> Any:
+    """A twin of the base with every linear layer but the head in NF4."""
+    import bitsandbytes as bnb
+
+    model = models.twin(base)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or layer is model.get_output_embeddings():
+            continue
+        packed = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, layer.bias is not None, layer.weight.dtype, False, "nf4"
+        )
+        packed.weight = bnb.nn.Params4bit(layer.weight.data, False, quant_type="nf4", compress_statistics=False)
+        packed.bias = layer.bias
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, packed.to(layer.weight.device))
+    model.is_loaded_in_4bit = True  # what PEFT asks
+    return model
+
+
+def with_peft(base: nn.Module) -> Any:
+    """PEFT's LoRA on every linear layer but the head; equal draws every time."""
+    import peft
+
+    config = peft.LoraConfig(r=models.RANK, lora_alpha=models.ALPHA, lora_dropout=0.0, target_modules="all-linear")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.PeftModel(base, config).train()
+
+
+def swapped(base: nn.Module) -> Any:
+    model = with_peft(base)
+    fl.swap_in(model)
+    return model
+
+
+BUILDERS = {
+    "bfloat16 base, PEFT": lambda base: with_peft(models.twin(base)),
+    "bfloat16 base, swapped in": lambda base: swapped(models.twin(base)),
+    "NF4 base, PEFT": lambda base: with_peft(quantised(base)),
+    "NF4 base, swapped in": lambda base: swapped(quantised(base)),
+}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of the frozen layers that are adapted, the scales of a packed weight included."""
+    total = 0
+    for name, module in model.named_modules():
+        if name.endswith("base_layer"):
+            tensors = [module.weight, getattr(module.weight, "quant_state", None)]
+            total += tensors[0].numel() * tensors[0].element_size()
+            if tensors[1] is not None:
+                total += tensors[1].absmax.numel() * tensors[1].absmax.element_size()
+    return total
+
+
+def texts(base: nn.Module, smoke: bool, steps: int, batch: tuple[int, int], device: torch.device) -> list[dict]:
+    """Batches of the task; of random tokens where the model is a toy."""
+    if smoke:
+        ids = torch.randint(0, base.config.vocab_size, (steps, *batch), device=device)
+        return [{"input_ids": part, "labels": part} for part in ids]
+    from forgetless.study.data import Collator, encode, load_domain
+    from forgetless.study.models import load_model
+
+    tokenizer = load_model(device=device)[1]
+    rows = [encode(example, tokenizer, batch[1]) for example in load_domain(TASK).train[: steps * batch[0]]]
+    cut = [rows[at : at + batch[0]] for at in range(0, len(rows), batch[0])]
+    return [{k: v.to(device) for k, v in Collator(tokenizer)(part).items()} for part in cut]
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    made = parser(__doc__, "qlora", 1)
+    made.add_argument("--steps", type=int, default=8)
+    made.add_argument("--batch", type=int, nargs=2, default=(4, 96), metavar=("SEQUENCES", "TOKENS"))
+    options = made.parse_args(arguments)
+    if options.smoke:
+        options.steps, options.batch = 2, (2, 8)
+    if not have_peft() or importlib.util.find_spec("bitsandbytes") is None:
+        raise SystemExit("this benchmark needs PEFT and bitsandbytes: pip install peft bitsandbytes")
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    result = start("qlora", options, arguments)
+    base, name = models.smollm2(device, options.smoke)
+    batches = texts(base, options.smoke, options.steps, options.batch, device)
+    rows: dict[str, dict[str, Any]] = {}
+    runs = {}
+    for title, build in BUILDERS.items():
+        model = build(base)
+        rows[title] = {
+            "weight_bytes": weight_bytes(model),
+            "saved_bytes": saved_bytes(partial(model, **batches[0]), [model, base]),
+            "peak_bytes": peak_bytes(lambda model=model: model(**batches[0]).loss.backward(), device),
+            "losses": [],
+            "seconds": [],
+        }
+        model.zero_grad(set_to_none=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
+        runs[title] = model, optimizer
+    for batch in batches:  # interleaved: whatever else the machine does meets all of them
+        for title, (model, optimizer) in runs.items():
+            began = time.perf_counter()
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rows[title]["seconds"].append(time.perf_counter() - began)
+            rows[title]["losses"].append(loss.item())
+    for row in rows.values():
+        row["seconds_per_step"] = statistics.median(row["seconds"][1:] or row["seconds"])
+    result.update(model=f"{name}, all linear layers but the head, rank {models.RANK}", batch=list(options.batch))
+    result["task"], result["rows"] = TASK, rows
+    cells = [
+        [
+            title,
+            number(row["weight_bytes"] / MIB, 1),
+            number(row["saved_bytes"] / MIB, 1),
+            number(row["peak_bytes"] / MIB, 1),
+            number(row["seconds_per_step"], 2),
+            " ".join(number(loss) for loss in row["losses"]),
+        ]
+        for title, row in rows.items()
+    ]
+    print(table(("base", "weights MiB", "saved MiB", "peak MiB", "s/step", "loss of each step"), cells))
+    return finish(result, options)
+
+
+if __name__ == "__main__":
+    main()
