@@ -8,7 +8,7 @@ loss = model(**batch).loss + fl.penalty(model)
 from . import methods, ops, penalties, training
 from .calibrate import calibrate
 from .consolidate import consolidate
-from .io import load, save
+from .io import export_lora, load, save
 from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
 from .model import adapt, adapters, drift, explain, merge, penalty, remove
 from .penalties import (
@@ -40,6 +40,7 @@ __all__ = [
     "consolidate",
     "drift",
     "explain",
+    "export_lora",
     "load",
     "merge",
     "methods",

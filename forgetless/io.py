@@ -53,23 +53,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: the model has no adapters, or they are of several methods.
         OSError: the folder cannot be written.
     """
-    found = adapters(model)
-    if not found:
-        raise ValueError("model has no adapters; call fl.adapt(model, method) first")
-    method = next(iter(found.values())).method
-    if any(layer.method != method for layer in found.values()):
-        raise ValueError("model holds adapters of several methods; save wants one")
+    found, method = _of_one_method(model)
     tensors: dict[str, Tensor] = {}
     state: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     for name, layer in found.items():
         layers[name] = {"in_features": layer.in_features, "out_features": layer.out_features}
         if isinstance(layer.adapter, LoRAAdapter):
-            # consolidated tasks follow as further ranks: on the original base PEFT computes the whole change
-            own = [factor.detach().cpu() for factor in layer.adapter.factors()]
-            down = torch.cat([own[0], *(down.cpu() for down, _ in layer.folded)])
-            up = torch.cat([own[1], *(up.cpu() for _, up in layer.folded)], dim=1)
-            tensors.update(zip(_peft_keys(name).values(), (down, up), strict=True))
+            tensors.update(_lora_tensors(name, layer))
         else:
             for key, tensor in _own_tensors(layer).items():
                 tensors[f"{name}.{key}"] = whole(tensor)
@@ -88,18 +79,34 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "consolidated": len(next(iter(found.values())).folded),
         "sha256": {WEIGHTS: hashlib.sha256(weights).hexdigest()},
     }
-    files = {WEIGHTS: weights, CONFIG: _json(_peft_config(model, found, method))}
+    own = {"peft_type": method.name.upper(), "base_model_name_or_path": _base_name(model)}
+    lora = isinstance(next(iter(found.values())).adapter, LoRAAdapter)
+    files = {WEIGHTS: weights, CONFIG: _json(_peft_config(model, found, method) if lora else own)}
     if state:
         files[STATE] = _bytes(state)
         ours["sha256"][STATE] = hashlib.sha256(files[STATE]).hexdigest()
     files[OURS] = _json(ours)  # last: it vouches for the others
-    sharded = any(hasattr(p, "full_tensor") for layer in found.values() for p in layer.adapter.parameters())
-    try:
-        if not sharded or torch.distributed.get_rank() == 0:
-            _write(Path(folder), files)
-    finally:
-        if sharded:
-            torch.distributed.barrier()
+    _write_once(Path(folder), files, found)
+
+
+def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters as a plain LoRA checkpoint, whatever their method: PEFT loads it, and ``fl.load`` as fl.LoRA.
+
+    CURLoRA's C U R is the LoRA with lora_B = C U and lora_A = R, exact but for the rounding of C U to the adapter's
+    dtype; it takes r (N + K) numbers a layer instead of r^2, and its rank r is then free to learn. Penalties and what
+    they measured are not in it. Under FSDP2 every process must call this, as ``fl.save``.
+
+    Raises:
+        ValueError: the model has no adapters, or they are of several methods; the folder holds a checkpoint of
+            ``fl.save``, which this one would not fit.
+        OSError: the folder cannot be written.
+    """
+    found, method = _of_one_method(model)
+    if (Path(folder) / OURS).exists():
+        raise ValueError(f"folder {folder} holds a checkpoint of fl.save ({OURS}); export into another one")
+    tensors = {key: tensor for name, layer in found.items() for key, tensor in _lora_tensors(name, layer).items()}
+    files = {WEIGHTS: _bytes(tensors), CONFIG: _json(_peft_config(model, found, method))}
+    _write_once(Path(folder), files, found)
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
@@ -217,6 +224,38 @@ def _take_folded(tensors: dict[str, Tensor], layer: AdaptedLinear, count: int) -
     return [(d.to(device), u.to(device)) for d, u in zip(downs[1:], ups[1:], strict=True)]
 
 
+def _of_one_method(model: nn.Module) -> tuple[dict[str, AdaptedLinear], Method]:
+    found = adapters(model)
+    if not found:
+        raise ValueError("model has no adapters; call fl.adapt(model, method) first")
+    method = next(iter(found.values())).method
+    if any(layer.method != method for layer in found.values()):
+        raise ValueError("model holds adapters of several methods; save wants one")
+    return found, method
+
+
+def _base_name(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _lora_tensors(name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
+    """lora_A and lora_B; consolidated tasks follow as further ranks: on the original base PEFT computes the whole."""
+    factors = [tuple(factor.detach() for factor in layer.adapter.factors()), *layer.folded]
+    downs, ups = zip(*((down.cpu(), up.cpu()) for down, up in factors), strict=True)
+    return dict(zip(_peft_keys(name).values(), (torch.cat(downs), torch.cat(ups, dim=1)), strict=True))
+
+
+def _write_once(folder: Path, files: dict[str, bytes], found: dict[str, AdaptedLinear]) -> None:
+    """Write them; where parameters are sharded, in the first process alone, and all return when that is done."""
+    sharded = any(hasattr(p, "full_tensor") for layer in found.values() for p in layer.adapter.parameters())
+    try:
+        if not sharded or torch.distributed.get_rank() == 0:
+            _write(folder, files)
+    finally:
+        if sharded:
+            torch.distributed.barrier()
+
+
 def _peft_keys(name: str) -> dict[str, str]:
     return {"down": f"{_PEFT_PREFIX}{name}.lora_A.weight", "up": f"{_PEFT_PREFIX}{name}.lora_B.weight"}
 
@@ -260,19 +299,17 @@ def _take(tensors: dict[str, Tensor], wanted: dict[str, Tensor], file: str) -> l
 
 def _peft_config(model: nn.Module, found: dict[str, AdaptedLinear], method: Method) -> dict[str, Any]:
     first = next(iter(found.values()))
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    if not isinstance(first.adapter, LoRAAdapter):
-        return {"peft_type": method.name.upper(), "base_model_name_or_path": base}
+    rank = first.adapter.factors()[0].shape[0] * (1 + len(first.folded))
     alpha = getattr(method, "alpha", None)
     rslora = bool(getattr(method, "rslora", False)) and not first.folded
     if alpha is None or first.folded:  # more ranks, the same scale
-        alpha = first.adapter.scale * first.adapter.down.shape[0] * (1 + len(first.folded))
+        alpha = first.adapter.scale * rank
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": _base_name(model),
         "inference_mode": True,
-        "r": first.adapter.down.shape[0] * (1 + len(first.folded)),
+        "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": first.adapter.dropout,
         "use_rslora": rslora,

@@ -172,6 +172,38 @@ def test_peft_loads_ours_where_names_are_no_suffixes(tmp_path, peft):
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "make, targets", [(tiny_llama, TARGETS), (tiny_gpt2, ["c_attn", "c_fc"])], ids=["llama", "gpt2"]
+)
+@pytest.mark.parametrize("name", ["rslora", "clora", "curlora", "curlora + laplace"])
+@pytest.mark.filterwarnings("ignore:Laplace has no statistics", "ignore:SourceDeviation has no statistics")
+def test_whatever_the_method_it_exports_as_lora(name, make, targets, tmp_path, peft):
+    model = adapted(EVERY[name], make, targets)
+    with torch.no_grad():
+        for layer in fl.adapters(model).values():  # CURLoRA's C and R are small here
+            layer.adapter.core.mul_(100) if "curlora" in name else None
+    before = logits(model)
+    fl.export_lora(model, tmp_path)
+    assert (before - logits(make())).abs().max() > 1e-3
+    theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path))
+    torch.testing.assert_close(logits(theirs), before, rtol=1e-5, atol=1e-5)
+    back = fl.load(make(), tmp_path)
+    torch.testing.assert_close(logits(back), before, rtol=1e-5, atol=1e-5)
+    assert all(isinstance(layer.method, fl.LoRA) for layer in fl.adapters(back).values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_an_export_does_not_go_into_a_saved_folder(tmp_path):
+    model = adapted(EVERY["curlora"])
+    fl.save(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds a checkpoint of fl.save"):
+        fl.export_lora(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(ValueError, match="model has no adapters"):
+        fl.export_lora(tiny_llama(), tmp_path / "other")
+
+
 def theirs_saved(peft: Any, folder: Path, make: Any = tiny_llama, targets: Any = TARGETS, **options: Any) -> Any:
     config = peft.LoraConfig(
         **{"r": 4, "lora_alpha": 6, "target_modules": targets, "task_type": "CAUSAL_LM", **options}
