@@ -300,9 +300,10 @@ def _take(tensors: dict[str, Tensor], wanted: dict[str, Tensor], file: str) -> l
 def _peft_config(model: nn.Module, found: dict[str, AdaptedLinear], method: Method) -> dict[str, Any]:
     first = next(iter(found.values()))
     rank = first.adapter.factors()[0].shape[0] * (1 + len(first.folded))
-    alpha = getattr(method, "alpha", None)
-    rslora = bool(getattr(method, "rslora", False)) and not first.folded
-    if alpha is None or first.folded:  # more ranks, the same scale
+    exact = isinstance(first.adapter, LoRAAdapter) and not first.folded  # PEFT divides by the rank as the method does
+    rslora = exact and bool(getattr(method, "rslora", False))
+    alpha = getattr(method, "alpha", None) if exact else None
+    if alpha is None:
         alpha = first.adapter.scale * rank
     return {
         "peft_type": "LORA",
