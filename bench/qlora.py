@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
-import warnings
 from functools import partial
 from typing import Any
 
@@ -50,13 +49,8 @@ def quantised(base: nn.Module) -> Any:
 
 def with_peft(base: nn.Module) -> Any:
     """PEFT's LoRA on every linear layer but the head; equal draws every time."""
-    import peft
-
-    config = peft.LoraConfig(r=models.RANK, lora_alpha=models.ALPHA, lora_dropout=0.0, target_modules="all-linear")
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return peft.PeftModel(base, config).train()
+    return models.peft_lora(base, 0.0)
 
 
 def swapped(base: nn.Module) -> Any:
@@ -66,8 +60,8 @@ def swapped(base: nn.Module) -> Any:
 
 
 BUILDERS = {
-    "bfloat16 base, PEFT": lambda base: with_peft(models.twin(base)),
-    "bfloat16 base, swapped in": lambda base: swapped(models.twin(base)),
+    "bfloat16 base, PEFT": with_peft,
+    "bfloat16 base, swapped in": swapped,
     "NF4 base, PEFT": lambda base: with_peft(quantised(base)),
     "NF4 base, swapped in": lambda base: swapped(quantised(base)),
 }

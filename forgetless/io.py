@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from .calibrate import share_statistics
 from .layers import AdaptedLinear, site_of
 from .methods import LoRA, Method
-from .methods.base import whole
 from .methods.curlora import CURLoRAAdapter, weight_hash
 from .methods.lora import LoRAAdapter
 from .model import adapt, adapters
+from .penalties.base import whole
 from .targets import find_layers
 
 FORMAT = 1

@@ -82,13 +82,18 @@ def _collect(module: nn.Module, name: str, found: dict[str, AdaptedLinear], seen
             _collect(child, f"{name}.{key}" if name else key, found, seen)
 
 
-def _running(model: nn.Module) -> dict[str, AdaptedLinear]:
+def running(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> layer on our op: those of ``adapters``, and the active adapters of PEFT layers that are swapped in."""
     found = adapters(model)
     if "peft" in sys.modules:
         from .swap import views
 
         found |= views(model)
+    return found
+
+
+def _running(model: nn.Module) -> dict[str, AdaptedLinear]:
+    found = running(model)
     if not found:
         raise ValueError("model has no adapters; call fl.adapt(model, method) or fl.swap_in(peft_model) first")
     return found

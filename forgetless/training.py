@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model import _running, drift, penalty
+from .model import drift, penalty, running
 
 
 class PenaltyMixin:
@@ -82,10 +82,7 @@ class PenaltyMixin:
 
 def adapted(model: nn.Module) -> bool:
     """Whether any layer of the model runs on an adapter of ours, swapped-in PEFT layers included."""
-    try:
-        return bool(_running(model))
-    except ValueError:
-        return False
+    return bool(running(model))
 
 
 @torch.no_grad()

@@ -68,3 +68,15 @@ def _only_what_is_wanted(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for tracing in reversed(paused):
         tracing.start()
+
+
+@pytest.fixture
+def no_plans(tmp_path, monkeypatch) -> Iterator[None]:
+    """No plan is known, none is forced, and none is left behind."""
+    from forgetless import plans
+
+    monkeypatch.setenv("FORGETLESS_TUNE", str(tmp_path / "plans.json"))
+    monkeypatch.delenv("FORGETLESS_PLAN", raising=False)
+    plans.forget()
+    yield
+    plans.forget()

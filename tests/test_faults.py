@@ -19,17 +19,9 @@ from torch import Tensor, nn
 import forgetless as fl
 from forgetless import ops, plans
 
+pytestmark = pytest.mark.usefixtures("no_plans")
 needs_triton = pytest.mark.skipif(ops._kernels is None, reason="Triton is not installed")
 STEPS = int(os.environ.get("FORGETLESS_STEPS", "1000"))
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch):
-    monkeypatch.setenv("FORGETLESS_TUNE", str(tmp_path / "plans.json"))
-    monkeypatch.delenv("FORGETLESS_PLAN", raising=False)
-    plans.forget()
-    yield
-    plans.forget()
 
 
 class Attention(nn.Module):

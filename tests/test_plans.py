@@ -8,18 +8,12 @@ import torch
 
 from forgetless import ops, plans
 
-pytestmark = pytest.mark.skipif(ops._kernels is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(ops._kernels is None, reason="Triton is not installed"),
+    pytest.mark.usefixtures("no_plans"),
+]
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch):
-    monkeypatch.setenv("FORGETLESS_TUNE", str(tmp_path / "plans.json"))
-    monkeypatch.delenv("FORGETLESS_PLAN", raising=False)
-    plans.forget()
-    yield
-    plans.forget()
 
 
 def wanted(**fields):

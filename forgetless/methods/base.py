@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..penalties import Penalty, PenaltyState
-from ..penalties.base import whole as whole
 
 #: Every method by its name, filled by ``register``.
 METHODS: dict[str, type[Method]] = {}

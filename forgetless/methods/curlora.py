@@ -13,7 +13,8 @@ from .. import blas
 from ..gathered import gathered_linear
 from ..ops import module_for
 from ..penalties import Penalty
-from .base import Adapter, Method, Site, adapter_dtype, check_fields, register, whole
+from ..penalties.base import whole
+from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
 
 
 @register

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..penalties import Penalty
-from .base import Adapter, Method, Site, adapter_dtype, check_fields, register, whole
+from ..penalties.base import whole
+from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
 
 
 @register

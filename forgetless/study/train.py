@@ -117,15 +117,8 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
         takes = "logits_to_keep" in inspect.signature(model.forward).parameters
         return takes and getattr(model, "loss_function", None) is ForCausalLMLoss
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-        **others: Any,
-    ) -> Any:
-        found = super().compute_loss(model, self._trim(inputs), return_outputs, num_items_in_batch, **others)
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **named: Any) -> Any:
+        found = super().compute_loss(model, self._trim(inputs), *others, **named)
         if self.accelerator.sync_gradients and not math.isfinite(self.task_loss + self.penalty_value):
             raise NonFinite(f"loss {self.task_loss}, penalty {self.penalty_value}")
         return found
