@@ -1,5 +1,6 @@
-"""DDP and FSDP2: two processes with half a batch each do what one does with all of it."""
+"""DDP and FSDP2: two processes with half a batch each do what one does with all of it; finetune too."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_study import tiny_model
-from two_processes import METHODS, TOKENS, prepared, step
+from tiny_study import tiny_model, write_model, write_texts
+from two_processes import METHODS, TOKENS, finetune, prepared, step
 
 import forgetless as fl
 
@@ -21,6 +22,9 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "ddp":
+        write_model(folder / "model")
+        write_texts(folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -49,3 +53,25 @@ def test_the_same_step_as_in_one_process(done: tuple[str, Path], name: str) -> N
                 moved = (parameter - before[n]).norm()
                 assert moved > 0
                 assert (there[n] - parameter).norm() <= 1e-4 * moved, n
+
+
+@pytest.mark.parametrize("done", ["ddp"], indirect=True)
+def test_finetune_is_the_run_of_one_process(done: tuple[str, Path]) -> None:
+    """Batches are divided, the numbers are the whole batch's, and the first process writes."""
+    folder = done[1]
+    assert finetune(folder, "alone") == 0
+    ours, theirs = (json.loads((folder / name / "training.json").read_text()) for name in ("finetuned", "alone"))
+    assert (ours["processes"], theirs["processes"]) == (2, 1)
+    for key in ("loss", "penalty", "grad_norm", "held_out_after"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+    assert len(ours["loss"]) == 3 and min(ours["penalty"]) > 0
+    ours, theirs = (dict(fl.load(tiny_model(), folder / n).named_parameters()) for n in ("finetuned", "alone"))
+    for name, parameter in theirs.items():
+        torch.testing.assert_close(ours[name], parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("done", ["ddp"], indirect=True)
+def test_a_signal_to_one_process_stops_both_and_saves(done: tuple[str, Path]) -> None:
+    log = json.loads((done[1] / "stopped" / "training.json").read_text())
+    assert log["stopped"] == "interrupted" and len(log["loss"]) == 2 and "step 2 of 3" in log["note"]
+    assert fl.adapters(fl.load(tiny_model(), done[1] / "stopped"))

@@ -1,12 +1,18 @@
 """Run by torchrun in two processes: a step of training on half a batch each. Writes what each engine came to.
 
+With ddp also ``forgetless finetune``, to its end and told to stop in one process.
+
 torchrun --nproc-per-node 2 tests/two_processes.py ddp|fsdp FOLDER
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -46,6 +52,27 @@ def step(model: nn.Module, run: nn.Module, tokens: Tensor) -> Tensor:
     return loss.detach()
 
 
+def finetune(folder: Path, name: str, *more: str) -> int:
+    """``forgetless finetune`` on a tiny model, dropout off: the exit code."""
+    from forgetless.study.cli import main
+
+    sizes = ["--steps", "3", "--batch-size", "4", "--accumulate", "2", "--max-length", "24", "--lr", "1e-2"]
+    given = ["--model", str(folder / "model"), "--data", str(folder / "upper.jsonl"), "--device", "cpu"]
+    method = ["--method", "clora:k=4,rank=4", "--dtype", "float32"]
+    return main(["finetune", *given, *sizes, *method, "--out", str(folder / name), *more])
+
+
+def told_to_stop(rank: int) -> None:
+    """The second process gets a signal after two steps."""
+    from forgetless.study.console import Ui
+
+    @contextmanager
+    def training(self: Ui, title: str, steps: int) -> Iterator[Callable[[Any], None]]:
+        yield lambda step: signal.raise_signal(signal.SIGTERM) if rank == 1 and step.number == 2 else None
+
+    Ui.training = training
+
+
 def main(engine: str, folder: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -66,6 +93,11 @@ def main(engine: str, folder: Path) -> None:
         fl.save(model, folder / name if engine == "fsdp" else folder / f"{name}-{rank}")
         if rank == 0:
             save_file({"loss": loss / 2}, folder / f"{name}.safetensors")
+    if engine == "ddp":
+        assert finetune(folder, "finetuned") == 0
+        assert finetune(folder, "odd", "--batch-size", "5") == 2
+        told_to_stop(rank)
+        assert finetune(folder, "stopped") == 130
     dist.destroy_process_group()
 
 

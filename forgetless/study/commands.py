@@ -18,6 +18,7 @@ import torch
 import transformers
 import typer
 
+from . import processes
 from . import results as book
 from .cli import TOOLS, fail, installed
 from .compare import Stopped
@@ -138,12 +139,12 @@ def quiet_libraries() -> None:
 def resolve_device(name: str) -> str:
     """A device that exists."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return name
+    return processes.own_device(name)
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -219,6 +220,7 @@ def compare(
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes: shows that it runs, measures nothing.")] = False,
 ) -> int:
     """Teach one base model new tasks with each method; show what each learnt and what it made it forget."""
+    processes.one_process("compare")
     sizes = given(
         steps=steps,
         batch_size=batch_size,
@@ -294,7 +296,9 @@ def finetune(
     lr: Annotated[float, typer.Option(help="Learning rate (CURLoRA takes a multiple of it).")] = F["lr"],
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = F["epochs"],
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = F["batch_size"],
+    batch_size: Annotated[
+        int, typer.Option(help="Examples a batch, of all processes together where torchrun starts several.")
+    ] = F["batch_size"],
     accumulate: Accumulate = 1,
     max_length: Annotated[int, typer.Option(help="Tokens of an example; what is longer is cut.")] = F["max_length"],
     calibration: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = F["calibration"],
@@ -304,7 +308,7 @@ def finetune(
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in --out.")] = False,
 ) -> int:
-    """Train one adapter on your examples, save it, and print how to load it."""
+    """Train one adapter on your examples, save it, and print how to load it. With torchrun, in several processes."""
     options = FinetuneOptions(
         out=out,
         model=model,
@@ -327,7 +331,7 @@ def finetune(
         device=resolve_device(device),
         overwrite=overwrite,
     )
-    ui = Ui()
+    ui = Ui(quiet=processes.number() > 0)
     stopped, told = run_finetune(options, ui)
     ui.say(told)
     ui.say("Load it with:\n\n" + how_to_load(options) + "\n")

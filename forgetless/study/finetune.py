@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import forgetless as fl
 
+from . import processes
 from . import results as book
 from .batches import Encoded, encode_for_training
 from .console import Ui
@@ -71,6 +72,8 @@ def prepare(options: FinetuneOptions) -> Work:
     counts = {"steps": options.steps, "batch-size": options.batch_size, "accumulate": options.accumulate}
     at_least(1, {**counts, "rank": options.rank, "calibration": options.calibration})
     at_least(2, {"max-length": options.max_length})
+    if options.batch_size % processes.count():
+        raise BadInput(f"--batch-size {options.batch_size} cannot be divided over {processes.count()} processes")
     at_least(0, {"seed": options.seed, "weight": options.weight})
     positive({"lr": options.lr, "epochs": options.epochs, "alpha": options.alpha})
     if options.dtype not in DTYPES:
@@ -96,7 +99,10 @@ def prepare(options: FinetuneOptions) -> Work:
 
 
 def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
-    """Train and save; returns how it ended and what to tell the user about it."""
+    """Train and save; returns how it ended and what to tell the user about it.
+
+    Several processes (torchrun) divide each batch, so that the run is that of one; the first of them writes.
+    """
     work = prepare(options)
     model, tokenizer, plan = work.model, work.tokenizer, work.plan
     set_seed(options.seed)
@@ -115,27 +121,31 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
         seed=options.seed,
     )
     before = nll(model, work.held_out, collate).loss
-    with ui.training(f"{plan.label}: {work.domain.name}", work.steps) as on_step:
-        result = train(model, tokenizer, work.domain.train, config, on_step)
-    fl.save(model, options.out)
-    log: dict[str, Any] = {
-        "created": book.now(),
-        "versions": book.versions(),
-        "machine": book.machine(next(model.parameters()).device),
-        "settings": plan.settings,
-        "config": dataclasses.asdict(config),
-        "held_out_before": before,
-        **dataclasses.asdict(result),
-    }
-    told = f"adapter saved in {options.out}"
-    if result.stopped == INTERRUPTED:
-        told = f"{result.note}; {told}"
-    else:
-        log["held_out_after"] = after = nll(model, work.held_out, collate).loss
-        learnt = f"held-out loss {before:.3f} -> {after:.3f} nats per token"
-        told = f"{result.note}; {told}" if result.stopped == DIVERGED else f"{learnt}; {told}"
-    book.dump(options.out / LOG, log)
-    return result.stopped, told
+    with processes.stopping_together() as stop:
+        with ui.training(f"{plan.label}: {work.domain.name}", work.steps) as on_step:
+            result = train(model, tokenizer, work.domain.train, config, on_step, stop)
+        if processes.number() == 0:
+            fl.save(model, options.out)
+        log: dict[str, Any] = {
+            "created": book.now(),
+            "versions": book.versions(),
+            "machine": book.machine(next(model.parameters()).device),
+            "processes": processes.count(),
+            "settings": plan.settings,
+            "config": dataclasses.asdict(config),
+            "held_out_before": before,
+            **dataclasses.asdict(result),
+        }
+        told = f"adapter saved in {options.out}"
+        if result.stopped == INTERRUPTED:
+            told = f"{result.note}; {told}"
+        else:
+            log["held_out_after"] = after = nll(model, work.held_out, collate).loss
+            learnt = f"held-out loss {before:.3f} -> {after:.3f} nats per token"
+            told = f"{result.note}; {told}" if result.stopped == DIVERGED else f"{learnt}; {told}"
+        if processes.number() == 0:
+            book.dump(options.out / LOG, log)
+        return result.stopped, told
 
 
 def how_to_load(options: FinetuneOptions) -> str:

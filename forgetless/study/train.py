@@ -29,6 +29,7 @@ from transformers import (
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..training import PenaltyMixin, mean_drift
+from . import processes
 from .batches import encode_for_training, in_batches
 from .data import Collator, Example
 from .memory import Peak
@@ -41,7 +42,7 @@ class TrainConfig:
     """How one task is learnt."""
 
     steps: int = 30
-    batch_size: int = 12
+    batch_size: int = 12  # of all processes together
     accumulate: int = 1  # micro-batches per optimizer step, each of batch_size examples
     lr: float = 2e-3
     warmup: float = 0.1  # share of the steps, linear from zero
@@ -109,6 +110,7 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
     """A Trainer with the penalty that runs the head only where it must, and stops at what is not finite."""
 
     emit: Callable[[float], None] | None = None
+    stop = processes.Stop()
 
     @cached_property
     def trims(self) -> bool:
@@ -119,9 +121,18 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **named: Any) -> Any:
         found = super().compute_loss(model, self._trim(inputs), *others, **named)
-        if self.accelerator.sync_gradients and not math.isfinite(self.task_loss + self.penalty_value):
-            raise NonFinite(f"loss {self.task_loss}, penalty {self.penalty_value}")
+        if model.training and self.accelerator.sync_gradients:
+            self._agree()
         return found
+
+    def _agree(self) -> None:
+        """All processes have the whole batch's numbers, and stop together: one alone would leave others waiting."""
+        values = processes.mean([self.task_loss, self.penalty_value, float(self.stop.asked)])
+        self.task_loss, self.penalty_value, asked = values
+        if not math.isfinite(self.task_loss + self.penalty_value):
+            raise NonFinite(f"loss {self.task_loss}, penalty {self.penalty_value}")
+        if asked:
+            raise KeyboardInterrupt
 
     def _trim(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
         """Have the head run only where some row of the batch has a label: a third of a small model's step."""
@@ -213,6 +224,8 @@ def _arguments(config: TrainConfig, device: torch.device, folder: str) -> Traini
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        accelerator_config={"split_batches": True},  # a batch is that of all processes together
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -222,10 +235,12 @@ def train(
     examples: Sequence[Example],
     config: TrainConfig,
     on_step: Callable[[Step], None] | None = None,
+    stop: processes.Stop | None = None,
 ) -> TrainResult:
     """Train what is trainable in ``model``. A NaN or Ctrl-C ends it early with the last good state in place.
 
-    Parameters in half precision (full fine-tuning) are updated through float32 copies.
+    Parameters in half precision (full fine-tuning) are updated through float32 copies. Several processes (torchrun)
+    divide each batch; they end early together, also when one of them finds that ``stop`` has been asked for.
     """
     encoded = encode_for_training(examples, tokenizer, config.max_length)
     device = next(model.parameters()).device
@@ -247,13 +262,17 @@ def train(
             callbacks=[watch],
             optimizers=(master, None),
         )
+        if stop is not None:
+            trainer.stop = stop
+        if processes.count() > 1:
+            torch.manual_seed(config.seed + processes.number())  # no two processes draw the same dropout masks
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
 
         def emit(grad_norm: float) -> None:
             number = len(result.loss) + 1
             due = number % config.snapshot_every == 0 or number == config.steps
-            drift = mean_drift(model) if due else None
+            drift = processes.mean([mean_drift(model)])[0] if due else None
             result.loss.append(trainer.task_loss)
             result.penalty.append(trainer.penalty_value)
             result.grad_norm.append(grad_norm)
