@@ -48,6 +48,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Every file is written beside its place and then renamed, so a reader never sees half of one. Where parameters are
     sharded over processes (FSDP2), every process must call this; the first one writes, and all return when it has.
+    Parameters keep their dtype; PEFT loads the folders of LoRA, CLoRA and LaLoRA.
+
+    Args:
+        model: an adapted model.
+        folder: is made if it is not there; files of an earlier adapter in it are replaced.
 
     Raises:
         ValueError: the model has no adapters, or they are of several methods.
@@ -95,6 +100,10 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     CURLoRA's C U R is the LoRA with lora_B = C U and lora_A = R, exact but for the rounding of C U to the adapter's
     dtype; it takes r (N + K) numbers a layer instead of r^2, and its rank r is then free to learn. Penalties and what
     they measured are not in it. Under FSDP2 every process must call this, as ``fl.save``.
+
+    Args:
+        model: an adapted model.
+        folder: as of ``fl.save``.
 
     Raises:
         ValueError: the model has no adapters, or they are of several methods; the folder holds a checkpoint of

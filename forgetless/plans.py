@@ -111,6 +111,12 @@ def plan_for(gpu: str, M: int, N: int, K: int, R: int, dtype: torch.dtype | str,
         M, N, K, R: tokens, out_features, in_features, rank.
         dtype: of the activations.
         sweep: "forward", or "backward" (then N and K are still the layer's).
+
+    Returns:
+        The plan with its reason and tile.
+
+    Raises:
+        ValueError: ``FORGETLESS_PLAN`` holds something else than a plan or "strict".
     """
     return choose(Problem(gpu, sweep, bucket(M), N, K, R, str(dtype).removeprefix("torch.")))
 

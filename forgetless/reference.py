@@ -46,7 +46,7 @@ def keep_mask(
     M: int,
     K: int,
 ) -> Tensor:  # (M, K) bool
-    """True where an element of an (M, K) matrix survives dropout with probability ``p``.
+    """True where an element of an (M, K) matrix survives: it is dropped with probability ``p``.
 
     A pure function of (seed, row, column), so that the backward pass and every backend rebuild the same mask from
     eight bytes. One 32-bit hash serves two neighbouring columns: the low half the even one, the high half the odd one.
@@ -90,7 +90,17 @@ def project(
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32, or (S, 2): one per group of R / S ranks
 ) -> Tensor:  # (M, R), dtype of x
-    """h = scale * drop(x) @ down.T"""
+    """h = scale * drop(x) @ down.T
+
+    Args:
+        x: bfloat16, float16, float32 or float64, as in all of these; ``down`` is used in the dtype of ``x``.
+        scale: a factor of the result, which ``drop`` does not rescale.
+        p: probability of dropout, a multiple of 2**-15 below 1; 0 drops nothing.
+        seed: of the mask of x, see ``keep_mask``; None drops nothing.
+
+    Raises:
+        RuntimeError: shapes do not fit. What users pass is checked before, by ``fl.ops.lowrank_linear``.
+    """
     if seed is not None and seed.dim() == 2:
         return torch.cat([project(x, part, scale, p, one) for part, one in siblings(down, seed)], dim=1)
     wide = _wide(x.dtype)
@@ -107,7 +117,11 @@ def matmul_lowrank(
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
 ) -> Tensor:  # (M, N), dtype of x
-    """y = x @ weight.T + bias + drop(h @ up.T), rounded once"""
+    """y = x @ weight.T + bias + drop(h @ up.T), rounded once
+
+    Forward of the layer with ``h`` of ``project``; of dy, weight.T, g and down.T it is its dx. The mask is one of the
+    result. Dtypes and errors as of ``project``.
+    """
     wide = _wide(x.dtype)
     y = x.to(wide) @ weight.to(wide).T
     if bias is not None:
@@ -122,7 +136,10 @@ def outer(
     seed: Tensor | None = None,  # (2,) int32, or (S, 2): one per group of R / S ranks
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # (R, K), dtype given or that of x
-    """g.T @ drop(x), summed over the M rows"""
+    """g.T @ drop(x), summed over the M rows: the gradients of both factors
+
+    Mask, dtypes and errors as of ``project``; ``dtype`` is that of the result, the sum's own is at least float32.
+    """
     if seed is not None and seed.dim() == 2:
         return torch.cat([outer(part.T, x, p, one, dtype) for part, one in siblings(g.T, seed)])
     wide = _wide(x.dtype)
@@ -136,7 +153,10 @@ def project_outer(
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
-    """g = scale * x @ down.T and out = h.T @ x"""
+    """g = scale * x @ down.T and out = h.T @ x
+
+    ``project`` and ``outer`` of one matrix, in the backward pass dy, which a kernel then reads once.
+    """
     return project(x, down, scale), outer(h, x, dtype=dtype)
 
 
@@ -152,6 +172,9 @@ def linear_lowrank(
     drop_output: bool = False,
     plan: str = "split",
 ) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
-    """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x"""
+    """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x
+
+    ``project`` and ``matmul_lowrank``; ``plan`` says which way a kernel goes, see ``forgetless.plans``. Returns (y, h).
+    """
     h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
     return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h

@@ -1,5 +1,9 @@
 """All that the kernels offer, as one module: the names and signatures of ``forgetless.reference``.
 
+Arguments, results and dtypes are its own too, but for float64, which the kernels do not take. A launcher asserts what
+it builds on (shapes, dtypes, one device); what users pass has been checked by ``fl.ops.lowrank_linear``, with errors
+that name the argument.
+
 Safe to capture in a CUDA graph, on any stream: a launcher never waits for the card and reads nothing back from it.
 What it decides (plan, tile, strips) follows from sizes, dtypes and strides alone; the dropout's seed is read by the
 kernel, so a replay after the generator moved on drops anew; memory comes from torch's caching allocator

@@ -127,7 +127,12 @@ _forced: ContextVar[dict[str, dict[str, int]] | None] = ContextVar("forced", def
 
 @contextmanager
 def forced(kernel: str, **fields: int) -> Iterator[None]:
-    """Within the block, ``kernel`` runs with these fields of its tile: for tests and tuning."""
+    """Within the block, ``kernel`` runs with these fields of its tile: for tests and tuning.
+
+    Args:
+        kernel: a name of ``TABLE``, AssertionError if not.
+        fields: any of ``Tile``'s, likewise.
+    """
     assert kernel in TABLE and set(fields) <= {f.name for f in dataclasses.fields(Tile)}
     token = _forced.set({**(_forced.get() or {}), kernel: fields})
     try:
@@ -194,5 +199,5 @@ def _arguments(kernel: str, arch: int, itemsize: int, R: int) -> dict[str, int]:
 
 
 def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, int]:
-    """The launch arguments of ``kernel`` for a card, an element size and a padded rank"""
+    """The launch arguments of ``kernel`` for a card, an element size in bytes and a padded rank"""
     return {**_arguments(kernel, arch_of(device), itemsize, R), **(_forced.get() or {}).get(kernel, {})}

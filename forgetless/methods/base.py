@@ -16,7 +16,7 @@ METHODS: dict[str, type[Method]] = {}
 
 
 def register(cls: type[Method]) -> type[Method]:
-    """Class decorator: make a method known to ``fl.load`` and to the command line."""
+    """Class decorator: make a method known by its ``name`` to ``fl.load`` and to the command line."""
     METHODS[cls.name] = cls
     return cls
 
@@ -38,12 +38,19 @@ class Site:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt a layer: ``build`` makes its adapter. Subclasses are frozen dataclasses with plain fields."""
+    """A way to adapt a layer: ``build`` makes its adapter. Subclasses are frozen dataclasses with plain fields.
+
+    Fields are what JSON can hold (numbers, strings, booleans), but for ``penalties``, a tuple of ``Penalty``.
+    """
 
     name: ClassVar[str]
 
     def build(self, site: Site) -> Adapter:
-        """The adapter for one layer; before training it must leave the layer's function unchanged."""
+        """The adapter for one layer; before training it must leave the layer's function unchanged.
+
+        Raises:
+            ValueError: the method does not fit this layer.
+        """
         raise NotImplementedError
 
     def all_penalties(self) -> tuple[Penalty, ...]:
@@ -61,6 +68,7 @@ class Method:
             )
 
     def to_json(self) -> dict[str, Any]:
+        """Name and fields, as ``fl.save`` writes them."""
         data: dict[str, Any] = {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
         if "penalties" in data:
             data["penalties"] = [penalty.to_json() for penalty in data["penalties"]]
@@ -91,7 +99,8 @@ class Method:
 class Adapter(nn.Module):
     """The low-rank update of one layer: delta = scale * up @ down.
 
-    Subclasses set ``scale`` (and ``dropout`` if they have one), hold their parameters and supply ``factors``.
+    Subclasses set ``scale`` (and ``dropout`` if they have one), hold their parameters and supply ``factors``; the
+    penalties that need gradients of the factors want ``pullback``, ``fl.consolidate`` wants ``restart``.
     """
 
     scale: float = 1.0
@@ -102,7 +111,7 @@ class Adapter(nn.Module):
         self.penalties = nn.ModuleList()
 
     def factors(self) -> tuple[Tensor, Tensor]:  # down (R, K), up (N, R)
-        """The two factors, differentiable in the adapter's parameters."""
+        """The two factors, down (R, K) and up (N, R) of any floating dtype, differentiable in the parameters."""
         raise NotImplementedError
 
     def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
@@ -122,10 +131,16 @@ class Adapter(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say how to start again")
 
     def attach(self, penalties: tuple[Penalty, ...], site: Site) -> None:
+        """Hold a state of each of these, beside those it holds.
+
+        Raises:
+            ValueError: a penalty makes no sense for this adapter.
+        """
         for penalty in penalties:
             self.penalties.append(penalty.attach(self, site))
 
     def penalty_states(self) -> list[PenaltyState]:
+        """The states of the attached penalties, in their order."""
         return list(self.penalties)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

@@ -15,6 +15,8 @@ from .lora import LoRAAdapter
 class CLoRA(Method):
     """LoRA + ``NullSpace``: loss + weight / 2 * sum over layers of ||A P||^2 + ||B^T Q||^2.
 
+    Lu et al., ACL 2025, arXiv 2410.16801, with the conventions of the authors' code.
+
     Args:
         rank, alpha, dropout: as of ``LoRA``.
         k: width of the protected subspace, the paper's main knob (128 to 2048 there).
@@ -22,6 +24,9 @@ class CLoRA(Method):
         basis: "orthogonal" (the paper's), "shared" (one per width) or "hadamard" (no storage); see ``NullSpace``.
         seed: of the bases.
         penalties: more of them.
+
+    Raises:
+        ValueError: a field is of another type or out of range.
     """
 
     rank: int = 16

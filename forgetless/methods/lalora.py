@@ -15,12 +15,17 @@ from .lora import LoRAAdapter
 class LaLoRA(Method):
     """LoRA + ``Laplace``: call ``fl.calibrate(model, batches)`` with source-domain batches before training.
 
+    Sliwa et al., arXiv 2512.17720, the penalty of its Eq. 5.
+
     Args:
         rank, alpha, dropout: as of ``LoRA``.
         weight: factor of the penalty.
         curvature: "diag", "kfac" or "tri_kfac".
         fisher, prior_precision, columns, at_zero: see ``Laplace``, also for what happens to A at the usual start.
         penalties: more of them.
+
+    Raises:
+        ValueError: a field is of another type or out of range.
     """
 
     rank: int = 16

@@ -17,14 +17,19 @@ from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
 @register
 @dataclass(frozen=True)
 class LoRA(Method):
-    """Low-rank adapter, the plain one.
+    """delta = alpha / rank * B A, the plain low-rank adapter (Hu et al., arXiv 2106.09685, Eq. 3).
+
+    A (R, K) starts as PEFT's (uniform), B (N, R) at zero; both in float32, or float64 in a float64 model.
 
     Args:
-        rank: R, columns of the update.
+        rank: R, columns of the update; at most min(N, K).
         alpha: the update is scaled by alpha / rank, or alpha / sqrt(rank) if ``rslora`` (arXiv 2312.03732).
         dropout: of the adapter's input, in [0, 1).
         rslora: rank-stabilised scaling.
         penalties: what to add to the loss so that the model does not forget.
+
+    Raises:
+        ValueError: a field is of another type or out of range.
     """
 
     rank: int = 16
@@ -40,6 +45,7 @@ class LoRA(Method):
 
     @property
     def scale(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank)"""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def build(self, site: Site) -> Adapter:

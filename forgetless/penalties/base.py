@@ -16,7 +16,7 @@ PENALTIES: dict[str, type[Penalty]] = {}
 
 
 def register(cls: type[Penalty]) -> type[Penalty]:
-    """Class decorator: make a penalty known to ``fl.load`` and to the command line."""
+    """Class decorator: make a penalty known by its ``name`` to ``fl.load`` and to the command line."""
     PENALTIES[cls.name] = cls
     return cls
 
@@ -25,7 +25,13 @@ def register(cls: type[Penalty]) -> type[Penalty]:
 class Penalty:
     """A term added to the training loss, one per adapted layer; the terms of all layers are summed.
 
-    ``weight`` multiplies the term. Subclasses are frozen dataclasses; ``attach`` makes the state for one layer.
+    Subclasses are frozen dataclasses of fields that JSON can hold; ``attach`` makes the state for one layer.
+
+    Args:
+        weight: factor of the term, >= 0.
+
+    Raises:
+        ValueError: a field is of another type or out of range.
     """
 
     weight: float = 1.0
@@ -45,6 +51,7 @@ class Penalty:
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
+        """Name and fields, as ``fl.save`` writes them."""
         return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
     @staticmethod
@@ -81,7 +88,13 @@ class PenaltyState(nn.Module):
         self.spec = spec
 
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        """The weighted penalty, a scalar in float32 (float64 for float64 parameters), differentiable."""
+        """The weighted penalty, a scalar in float32 (float64 for float64 parameters), differentiable.
+
+        Args:
+            adapter: the one that it was attached to.
+            hidden: with ``needs_hidden``, h = scale * drop(x) @ down.T (M, R) of the last forward pass with its graph,
+                None before one; else None.
+        """
         raise NotImplementedError
 
     @classmethod

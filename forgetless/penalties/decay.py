@@ -21,6 +21,12 @@ class Decay(Penalty):
     """weight / 2 * sum of squares of the trained adapter parameters, in the loss and so before clipping.
 
     Equals ``NullSpace`` with k >= both dimensions. Unlike AdamW's decoupled decay it passes through Adam's scaling.
+
+    Args:
+        weight: factor of the term, >= 0.
+
+    Raises:
+        ValueError: weight is something else.
     """
 
     weight: float = 0.03

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class WeightDeviation(Penalty):
-    """weight * ||scale * up @ down||_F^2: the squared Frobenius norm of the change of the layer's weight."""
+    """weight * ||scale * up @ down||_F^2: the squared Frobenius norm of the change of the layer's weight.
+
+    Taken as scale^2 <up^T up, down down^T>: no (N, K) matrix is made.
+
+    Args:
+        weight: factor of the term, >= 0.
+
+    Raises:
+        ValueError: weight is something else.
+    """
 
     weight: float = 0.01
 
@@ -52,6 +61,13 @@ class OutputDeviation(Penalty):
     The square of the change of the layer's output, from h = scale * drop(x) @ down.T (M, R) alone:
     weight / M * <h^T h, up^T up>. Under dropout it is the dropped-out x that counts. Its gradient reaches x as well.
     ``fl.penalty(model, token_weights=attention_mask)`` leaves padding out: the mean is then the weighted one.
+    This project's own; the square of CLoRA's drift (its Eq. 3) without the division by ||x||.
+
+    Args:
+        weight: factor of the term, >= 0.
+
+    Raises:
+        ValueError: weight is something else.
     """
 
     weight: float = 0.01
@@ -141,6 +157,9 @@ class SourceDeviation(Penalty):
         weight: factor of the summed term.
         covariance: "diag" keeps E x_j^2 only (K numbers a layer); an integer q keeps the q strongest eigenvectors and
             the diagonal of the rest (K (q + 1) numbers; 0 is "diag"); "full" keeps the (K, K) matrix.
+
+    Raises:
+        ValueError: a field is of another type or out of range.
     """
 
     weight: float = 0.03

@@ -24,8 +24,8 @@ AT_ZERO = ("literal", "balanced")
 class Laplace(Penalty):
     """weight / 2 * (theta - theta_0)^T (F + prior_precision) (theta - theta_0), F the Fisher information.
 
-    "Mitigating Forgetting in Low Rank Adaptation", Sliwa et al., arXiv 2512.17720 (LaLoRA): the Fisher information of
-    the adapter's own parameters on source-domain data, fitted by ``fl.calibrate``, which also sets the centre theta_0.
+    "Mitigating Forgetting in Low Rank Adaptation", Sliwa et al., arXiv 2512.17720 (LaLoRA), Eq. 5: F is that of the
+    adapter's own parameters on source-domain data, fitted by ``fl.calibrate``, which also sets the centre theta_0.
     The paper's weights and sample counts are not public: no parity with its numbers is claimed. With D_A, D_B the
     changes of A = down (R, K) and B = up (N, R), and F a mean over sequences:
 
@@ -53,6 +53,9 @@ class Laplace(Penalty):
         columns: eigenvectors of S_x and G_y that are kept.
         at_zero: a layer calibrated at B = 0: "literal" leaves A free, as published; "balanced" gives A the curvature
             that it has on average over random isotropic B, scaled so that A and B have the same trace.
+
+    Raises:
+        ValueError: a field is of another type or out of range.
     """
 
     weight: float = 1e4

@@ -38,6 +38,9 @@ class NullSpace(Penalty):
             "hadamard" takes k columns of a randomly signed block Hadamard matrix: exactly orthonormal, same mean
             k / dim * I, stored as dim signs and k indices. It is not the paper's distribution.
         seed: bases are a function of (seed, layer name) alone, so ranks and resumed runs agree; never saved.
+
+    Raises:
+        ValueError: a field is of another type or out of range.
     """
 
     weight: float = 1.0
