@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import blas
 from .methods.base import Adapter, Method, Site
-from .ops import draw_mask, gives_way, lowrank_linear, settled_module
+from .ops import autocasts, draw_mask, exact_products, gives_way, lowrank_linear, settled_module
 from .siblings import Group, families, lowrank_linears
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -131,7 +131,7 @@ class AdaptedLinear(nn.Module):
         if self not in members or len(members) < 2 or not all(m._joins(self, dropout) for m in members):
             return None
         device, dtype = x.device, x.dtype
-        autocast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+        autocast = autocasts(device.type) and dtype != torch.float64
         if autocast:
             dtype = torch.get_autocast_dtype(device.type)
         elif dtype != self.weight.dtype:
@@ -190,7 +190,7 @@ class AdaptedLinear(nn.Module):
         if self.trace is None or self.trace.x.shape[0] == 0:
             return None
         x = self.trace.x.float()
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), exact_products(x.device.type):
             down, up = (factor.float() for factor in self.adapter.factors())
             h = self.adapter.scale * (x @ down.T)
             moved = ((h @ (up.T @ up)) * h).sum(1).clamp(min=0).sqrt()
@@ -212,7 +212,7 @@ class AdaptedLinear(nn.Module):
             What rounding lost: ||W_new - (W_old + delta)|| / ||delta||, 0 for no update.
         """
         down, up = (t.detach().clone() for t in factors or self.adapter.factors())
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with exact_products(self.weight.device.type):
             delta = self._delta(down, up)
         weight = self.weight.T if self.transposed else self.weight
         exact = weight.to(delta.dtype) + delta

@@ -128,7 +128,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
             if _calibrated(state):
                 kinds.setdefault((type(state), layer.weight.device), []).append(Item(state, layer.adapter, hidden))
     device = next(iter(found.values())).weight.device
-    with torch.autocast(device.type, enabled=False):  # trainers add it within autocast, which would round it
+    with ops.exact_products(device.type):  # trainers add it within autocast, which would round it
         totals = [
             (kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)).to(device)  # type: ignore[attr-defined]
             for (kind, _), items in kinds.items()

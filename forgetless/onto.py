@@ -54,7 +54,7 @@ def add_terms(base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term]) ->
         ValueError: base returned something that is not (..., N).
     """
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    autocast = ops.autocasts(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     _gradient_references()
     projected = []

@@ -91,9 +91,14 @@ def draw_mask(dropout: float, device: torch.device) -> tuple[float, Tensor | Non
     return p, draw_seed(device) if p else None
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for that type of device; torch raises if asked about meta."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def exact_products(device: str) -> AbstractContextManager[Any]:
     """Products in the dtype they are written in: autocast has done its work at the door."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------- bodies
@@ -466,7 +471,7 @@ def lowrank_linear(
         ValueError: a shape, dtype or device does not fit; names the argument, what it got and what it wants.
     """
     device = "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         if x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)

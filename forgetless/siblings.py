@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import blas
-from .ops import exact_products, gives_way, refuse_second_derivative
+from .ops import autocasts, exact_products, gives_way, refuse_second_derivative
 
 #: y (M, N) and h (M, R) of one sibling
 Result = tuple[Tensor, Tensor]
@@ -115,7 +115,7 @@ class Group:
 def _state(x: Tensor, member: Any, dropout: float) -> Any:
     """What must be the same when a result is picked up as when it was made."""
     device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = torch.get_autocast_dtype(device) if autocasts(device) else None
     tensors = [member.weight, *member.adapter._parameters.values()]
     versions = [(id(t), t._version, t.requires_grad) for t in tensors if t is not None]
     return x._version, versions, id(member.adapter.down), torch.is_grad_enabled(), autocast, dropout

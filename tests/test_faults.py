@@ -17,7 +17,7 @@ from helpers import stir
 from torch import Tensor, nn
 
 import forgetless as fl
-from forgetless import ops, plans
+from forgetless import blas, ops, plans
 
 pytestmark = pytest.mark.usefixtures("no_plans")
 needs_triton = pytest.mark.skipif(ops._kernels is None, reason="Triton is not installed")
@@ -73,20 +73,49 @@ FAULTS = {
 }
 
 
-@needs_triton
-@pytest.mark.parametrize("targets", [["out"], ["q_proj", "k_proj", "v_proj"]], ids=["alone", "siblings"])
-@pytest.mark.parametrize("launcher", ["project", "matmul_lowrank", "linear_lowrank", "outer", "project_outer"])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_blas_takes_over_with_one_warning_and_its_numbers(fault, launcher, targets, monkeypatch):
-    net = model(targets)
-    want = results(net, X)
-    calls = []
+TARGETS = {"alone": ["out"], "siblings": ["q_proj", "k_proj", "v_proj"]}
+#: What a step of each launches; ``test_these_are_the_launchers`` keeps the list true.
+LAUNCHED = {
+    "alone": ("linear_lowrank", "matmul_lowrank", "outer", "project_outer"),
+    "siblings": ("matmul_lowrank", "outer", "project", "project_outer"),
+}
+PLACES = [(who, launcher) for who, launchers in LAUNCHED.items() for launcher in launchers]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, launcher: str, error: Exception) -> list[str]:
+    """From now on the launcher raises; the list grows by each call of it."""
+    calls: list[str] = []
 
     def broken(*_: Any, **__: Any) -> Any:
         calls.append(launcher)
-        raise FAULTS[fault]()
+        raise error
 
     monkeypatch.setattr(ops._kernels, launcher, broken)
+    return calls
+
+
+@needs_triton
+@pytest.mark.parametrize("who", TARGETS)
+def test_these_are_the_launchers(who, monkeypatch):
+    called = set()
+
+    def noted(name: str, plain: Any) -> Any:
+        return lambda *arguments, **options: called.add(name) or plain(*arguments, **options)
+
+    for name in ("project", "matmul_lowrank", "linear_lowrank", "outer", "project_outer"):
+        monkeypatch.setattr(ops._kernels, name, noted(name, getattr(ops._kernels, name)))
+    with ops.backend("triton"):
+        results(model(TARGETS[who]), X)
+    assert sorted(called) == sorted(LAUNCHED[who])
+
+
+@needs_triton
+@pytest.mark.parametrize(("who", "launcher"), PLACES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_blas_takes_over_with_one_warning_and_its_numbers(fault, who, launcher, monkeypatch):
+    net = model(TARGETS[who])
+    want = results(net, X)
+    calls = failing(monkeypatch, launcher, FAULTS[fault]())
     with ops.backend("triton"), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = results(net, X)
@@ -95,31 +124,26 @@ def test_blas_takes_over_with_one_warning_and_its_numbers(fault, launcher, targe
     for ours in (found, again):
         for a, b in zip(ours, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert len(calls) == first  # what failed is not tried again
+    assert 0 < first == len(calls)  # what failed is not tried again
     assert len([w for w in said if "forgetless" in str(w.message)]) == len(told) == len(set(told))
-    assert len(told) <= 2 and all("plan 'split' dropped" in text for text in told)
-    assert bool(told) == bool(calls)
+    assert 1 <= len(told) <= 2 and all("plan 'split' dropped" in text for text in told)
 
 
 @needs_triton
-@pytest.mark.parametrize("targets", [["out"], ["q_proj", "k_proj", "v_proj"]], ids=["alone", "siblings"])
-@pytest.mark.parametrize("launcher", ["matmul_lowrank", "project", "outer", "project_outer", "linear_lowrank"])
-def test_strict_raises_whatever_failed(launcher, targets, monkeypatch):
+@pytest.mark.parametrize(("who", "launcher"), PLACES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_strict_raises_whatever_failed(fault, who, launcher, monkeypatch):
+    """That very error, at the first call, in whichever pass: nothing is tried again, on BLAS or otherwise."""
     monkeypatch.setenv("FORGETLESS_PLAN", "split,strict")
-    net, calls = model(targets), []
-
-    def broken(*_: Any, **__: Any) -> Any:
-        calls.append(launcher)
-        raise FAULTS["fails to launch"]()
-
-    monkeypatch.setattr(ops._kernels, launcher, broken)
-    with ops.backend("triton"):
-        try:
-            results(net, X)
-        except RuntimeError as error:
-            assert "invalid configuration" in str(error)
-        else:
-            assert not calls
+    error = FAULTS[fault]()
+    net, calls = model(TARGETS[who]), failing(monkeypatch, launcher, error)
+    for name in ("linear_lowrank", "gradients", "project", "matmul_lowrank"):
+        monkeypatch.setattr(blas, name, lambda *_, **__: pytest.fail("BLAS took over"))
+    with ops.backend("triton"), warnings.catch_warnings(record=True) as said, pytest.raises(type(error)) as raised:
+        warnings.simplefilter("always")
+        results(net, X)
+    assert raised.value is error and len(calls) == 1
+    assert not [w for w in said if "dropped" in str(w.message)]
 
 
 @needs_triton
@@ -274,14 +298,27 @@ def test_threads_give_what_one_gives():
             torch.testing.assert_close(a, b)
 
 
-def test_a_model_on_the_meta_device():
-    """Adapted it still has no storage; given storage, it runs."""
+@pytest.mark.parametrize("method", [fl.LoRA(rank=3, dropout=0.1), fl.CLoRA(rank=3, k=4), fl.LaLoRA(rank=3)], ids=str)
+def test_a_model_on_the_meta_device(method):
+    """Adapted it has no storage and runs, forward and backward, to the right shapes; given storage, it runs as ever."""
     with torch.device("meta"):
-        net = Attention()
-    fl.adapt(net, fl.LoRA(rank=3))
+        net, x = Attention(), torch.empty(2, 5, 12, requires_grad=True)
+    fl.adapt(net, method)
     assert all(p.is_meta for p in net.parameters())
+    for y in (net(x), net(x[0, :0])):
+        learnt = [p for p in net.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(y.sum(), [x, *learnt])
+        assert y.is_meta and y.shape[-1] == 12 and [g.shape for g in grads] == [t.shape for t in (x, *learnt)]
     net.to_empty(device="cpu")
     assert net(X).shape == (5, 12)
+
+
+def test_curlora_wants_the_values_that_meta_has_not():
+    with torch.device("meta"):
+        net = Attention()
+    with pytest.raises(ValueError, match="weight of q_proj is on the meta device; CURLoRA is drawn from its values"):
+        fl.adapt(net, fl.CURLoRA(rank=3))
+    assert not fl.adapters(net) and all(p.requires_grad for p in net.parameters())
 
 
 def test_a_tied_weight_stays_tied():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import blas
 from ..gathered import gathered_linear
-from ..ops import module_for
+from ..ops import autocasts, module_for
 from ..penalties import Penalty
 from ..penalties.base import whole
 from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
@@ -48,6 +48,10 @@ class CURLoRA(Method):
             raise ValueError(f"CURLoRA.smoothing is {self.smoothing!r}, wants a number >= 0")
 
     def build(self, site: Site) -> Adapter:
+        if site.weight.is_meta:
+            raise ValueError(
+                f"weight of {site.name} is on the meta device; CURLoRA is drawn from its values: load them first"
+            )
         stored = site.weight.T if site.transposed else site.weight
         digest = hashlib.sha256(f"{self.seed}/{site.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -127,7 +131,7 @@ class CURLoRAAdapter(Adapter):
 
     def shortcut(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
         plain = x.dim() > 0 and x.dtype == weight.dtype and x.shape[-1] == weight.shape[1] and not weight.requires_grad
-        if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        if not plain or torch.compiler.is_compiling() or autocasts(x.device.type):
             return None
         if self.shortcut_reason(weight) is None:
             return None
