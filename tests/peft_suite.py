@@ -29,6 +29,7 @@ import forgetless as fl
 from forgetless import swap
 
 ROUTES: Counter[str] = Counter()
+REASONS: Counter[str] = Counter()  # of forward passes that were PEFT's own
 OUTCOMES: dict[str, tuple[str, str]] = {}  # test -> outcome, reason
 SWAP = os.environ.get("FORGETLESS_SWAP", "1") != "0"
 
@@ -42,9 +43,12 @@ def swapped(model):
 def counted(route):
     def wrapper(self, x):
         found = route(self, x)
-        layer = self.layer
-        alone = layer.disable_adapters or layer.merged_adapters or not self.keys()
-        ROUTES["onto" if found and found[1] else "op" if found else "base" if alone else "peft"] += 1
+        layer, keys = self.layer, self.keys()
+        alone = layer.disable_adapters or layer.merged_adapters or not keys
+        route = "onto" if found and found[1] else "op" if found else "base" if alone else "peft"
+        ROUTES[route] += 1
+        if route == "peft":
+            REASONS[next(filter(None, (swap._adapter_reason(layer, key) for key in keys)), "this call or dtype")] += 1
         return found
 
     return wrapper
@@ -87,7 +91,8 @@ def pytest_terminal_summary(terminalreporter):
     if out := os.environ.get("FORGETLESS_SWAP_OUT"):
         from bench.harness import machine
 
-        data = {"swap": SWAP, "machine": machine(), "routes": dict(ROUTES), "outcomes": OUTCOMES}
+        data = {"swap": SWAP, "machine": machine(), "outcomes": OUTCOMES}
+        data |= {"routes": dict(ROUTES), "reasons": dict(REASONS.most_common())}
         Path(out).write_text(json.dumps(data), encoding="utf-8")
 
 
@@ -118,6 +123,7 @@ def result(ours, theirs):
         "failed": reasons(ours["outcomes"], "failed"),
         "failed_tests": sorted(name for name, (outcome, _) in ours["outcomes"].items() if outcome == "failed"),
         "forward_passes": ours["routes"],
+        "own_forward": ours["reasons"],
     }
 
 
