@@ -45,10 +45,11 @@ def counted(route):
         found = route(self, x)
         layer, keys = self.layer, self.keys()
         alone = layer.disable_adapters or layer.merged_adapters or not keys
-        route = "onto" if found and found[1] else "op" if found else "base" if alone else "peft"
-        ROUTES[route] += 1
-        if route == "peft":
-            REASONS[next(filter(None, (swap._adapter_reason(layer, key) for key in keys)), "this call or dtype")] += 1
+        way = "onto" if found and found[1] else "op" if found else "base" if alone else "peft"
+        ROUTES[way] += 1
+        if way == "peft":
+            reason = next(filter(None, (swap._adapter_reason(layer, key) for key in keys)), "this call, or its dtype")
+            REASONS[re.sub(r"'.*?'", "..", reason)] += 1
         return found
 
     return wrapper
