@@ -19,7 +19,8 @@ OTHERS = {
     "qlora": "training on a base in NF4, with PEFT and swapped in; needs bitsandbytes",
     "all": "every benchmark above, one after the other",
     "gpu": "on a CUDA machine: the correctness checks, then every benchmark, in at most ten minutes",
-    "tables": "write README's measured section and docs/benchmarks.md from the results",
+    "tables": "write README's measured section, docs/benchmarks.md and docs/api.md from results and docstrings",
+    "api": "write docs/api.md from the docstrings",
     "plots": "draw the results into docs/images",
 }
 
