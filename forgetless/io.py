@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .methods import LoRA, Method
 from .methods.curlora import CURLoRAAdapter, weight_hash
 from .methods.lora import LoRAAdapter
 from .model import adapt, adapters
+from .packed import stored_weight
 from .penalties.base import whole
 from .targets import find_layers
 
@@ -40,14 +42,17 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 OURS = "forgetless.json"
 STATE = "forgetless_state.safetensors"
+#: A folder of this name in an adapter's folder holds files that are whole and have yet to be put in place.
+_WHOLE = ".saved-"
 _PEFT_PREFIX = "base_model.model."
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters of ``model`` into ``folder``, which may exist; the base model is not written.
 
-    Every file is written beside its place and then renamed, so a reader never sees half of one. Where parameters are
-    sharded over processes (FSDP2), every process must call this; the first one writes, and all return when it has.
+    Every file is written beside its place and then renamed, so a reader never sees half of one; killed at any moment,
+    it leaves the old adapter or the new one for ``fl.load``. Where parameters are sharded over processes (FSDP2), every
+    process must call this; the first one writes, and all return when it has.
     Parameters keep their dtype; PEFT loads the folders of LoRA, CLoRA and LaLoRA.
 
     Args:
@@ -72,7 +77,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             for index, factors in enumerate(layer.folded):
                 tensors.update(zip(_folded_keys(name, index), factors, strict=True))
         if isinstance(layer.adapter, CURLoRAAdapter):
-            layers[name]["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(whole(layer.weight))
+            layers[name]["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(whole(stored_weight(layer.base)))
         for index, penalty in enumerate(layer.adapter.penalty_states()):
             for key, tensor in penalty.state_dict().items():
                 state[f"{name}.{index}.{key}"] = tensor
@@ -111,7 +116,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         OSError: the folder cannot be written.
     """
     found, method = _of_one_method(model)
-    if (Path(folder) / OURS).exists():
+    if _newest(Path(folder), OURS).exists():
         raise ValueError(f"folder {folder} holds a checkpoint of fl.save ({OURS}); export into another one")
     tensors = {key: tensor for name, layer in found.items() for key, tensor in _lora_tensors(name, layer).items()}
     files = {WEIGHTS: _bytes(tensors), CONFIG: _json(_peft_config(model, found, method))}
@@ -133,7 +138,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder with a saved adapter")
-    ours = _read_json(folder / OURS) if (folder / OURS).exists() else None
+    about = _newest(folder, OURS)
+    ours = _read_json(about) if about.exists() else None
     if ours is None:
         return _load_peft(model, folder)
     if ours.get("format") != FORMAT:
@@ -152,8 +158,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if type(count) is not int or count < 0:
         raise ValueError(f"{folder / OURS}: consolidated is {count!r}, wants a count")
     method = Method.from_json(ours["method"])
-    tensors = _read_tensors(folder / WEIGHTS, digests.get(WEIGHTS))
-    state = _read_tensors(folder / STATE, digests[STATE]) if STATE in digests else {}
+    tensors = _read_tensors(_newest(folder, WEIGHTS), digests.get(WEIGHTS))
+    state = _read_tensors(_newest(folder, STATE), digests[STATE]) if STATE in digests else {}
     if count > max([len(tensors), *(size for t in tensors.values() for size in t.shape)]):
         raise ValueError(f"{folder / OURS}: consolidated is {count}, more than {WEIGHTS} holds")
     linear = _find(model, layers, folder)
@@ -164,7 +170,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
                 f"{folder}: {name} was (out {facts.get('out_features')}, in {facts.get('in_features')}), "
                 f"this model's is {tuple(site.weight.shape)}"
             )
-        if "weight_sha256" in facts and weight_hash(linear[name].weight) != facts["weight_sha256"]:  # type: ignore[arg-type]
+        if "weight_sha256" in facts and weight_hash(stored_weight(linear[name])) != facts["weight_sha256"]:
             raise ValueError(
                 f"{folder}: the weight of {name} is not the one this {method.name} adapter was made on; "
                 "load it onto the same base model, in the same dtype"
@@ -182,7 +188,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             target.copy_(tensor)
         for name, layer in adapters(model).items():
             if isinstance(layer.adapter, CURLoRAAdapter):
-                layer.adapter.gather(site_of(layer.name, layer.base).weight)
+                layer.adapter.gather(site_of(layer.name, layer.base, values=True).weight)
                 layer.adapter.weight_sha256 = layers[name].get("weight_sha256")
             for factors in folded[name]:
                 layer.fold(factors)
@@ -340,7 +346,7 @@ def _short_targets(model: nn.Module, found: dict[str, AdaptedLinear]) -> list[st
 
 def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
     """A LoRA checkpoint that PEFT wrote."""
-    config = _read_json(folder / CONFIG)
+    config = _read_json(_newest(folder, CONFIG))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, wants 'LORA'")
     refused = {
@@ -361,7 +367,7 @@ def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
             f"{folder / CONFIG}: init_lora_weights is {start!r}, which changes the base weights as well; "
             "convert the checkpoint to plain LoRA with PEFT first"
         )
-    tensors = _read_tensors(folder / WEIGHTS, None)
+    tensors = _read_tensors(_newest(folder, WEIGHTS), None)
     names = []
     for key in tensors:
         name = key.removeprefix(_PEFT_PREFIX)
@@ -406,9 +412,11 @@ def _json(data: Any) -> bytes:
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """All files appear under their names only when all have been written in full."""
+    """All of them count from the moment when the folder that holds them is renamed: ``_newest`` finds them there."""
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    _settle(folder)
+    scratch = Path(tempfile.mkdtemp(prefix=f".saving-{os.getpid()}-", dir=folder))
+    there = folder / scratch.name.replace(".saving-", _WHOLE)
     try:
         for name, data in files.items():
             with open(scratch / name, "wb") as file:
@@ -417,10 +425,13 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
                 os.fsync(file.fileno())
             if (folder / name).exists():
                 shutil.copyfile(folder / name, scratch / f"{name}.old")
+        os.rename(scratch, there)
         try:
             for name in files:
-                os.replace(scratch / name, folder / name)
+                with suppress(FileNotFoundError):  # another process that saves here has put it in place
+                    os.replace(there / name, folder / name)
         except BaseException:  # files of two saves do not fit together: put the old ones back
+            os.rename(there, scratch)
             for name in files:
                 if (scratch / name).exists():
                     continue
@@ -433,6 +444,28 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
             (folder / STATE).unlink(missing_ok=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(there, ignore_errors=True)
+
+
+def _newest(folder: Path, name: str) -> Path:
+    """Where the file is: a save that was killed has not put all of its files in place."""
+    found: dict[Path, int] = {}
+    for path in (*folder.glob(f"{_WHOLE}*/{name}"), folder / name):
+        with suppress(OSError):  # moved meanwhile, or a link to nowhere
+            found[path] = path.stat().st_mtime_ns
+    return max(found, key=lambda path: found[path], default=folder / name)
+
+
+def _settle(folder: Path) -> None:
+    """Put in place what a killed save could not."""
+    for left in folder.glob(f"{_WHOLE}*"):
+        if left.is_symlink() or not left.is_dir():
+            continue
+        for name in (WEIGHTS, CONFIG, STATE, OURS):
+            if _newest(folder, name) == left / name:
+                with suppress(FileNotFoundError):
+                    os.replace(left / name, folder / name)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

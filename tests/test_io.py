@@ -6,6 +6,8 @@ import builtins
 import copy
 import json
 import os
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -504,3 +506,61 @@ def test_a_failing_first_save_leaves_no_half_adapter(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="full"):
             fl.save(adapted(), tmp_path)
     assert not os.listdir(tmp_path)
+
+
+def killed_while_saving(folder: Path, nth: int) -> None:
+    """A fork of this process saves another adapter and is killed before its ``nth`` file is put in place."""
+    model = stir(fl.load(tiny_llama(), folder), seed=9)
+    child = os.fork()
+    if not child:
+        real, left = os.replace, [nth]
+
+        def deadly(*arguments: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*arguments)
+
+        os.replace = deadly
+        try:
+            fl.save(model, folder)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("nth", [0, 1, 2])
+def test_a_killed_save_is_finished_by_whoever_comes_next(nth, folder):
+    """Its files were whole: they are read where they lie, and the next save puts them in place."""
+    want = logits(stir(fl.load(tiny_llama(), folder), seed=9))
+    old = logits(fl.load(tiny_llama(), folder))
+    killed_while_saving(folder, nth)
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".saved-")]
+    model = fl.load(tiny_llama(), folder)
+    assert torch.equal(logits(model), want) and not torch.equal(want, old)
+    killed_while_saving(folder, 0)  # its first move is one of the earlier save's
+    assert torch.equal(logits(fl.load(tiny_llama(), folder)), want)
+    fl.save(model, folder)
+    assert sorted(os.listdir(folder)) == sorted([CONFIG, OURS, STATE, WEIGHTS])
+    assert torch.equal(logits(fl.load(tiny_llama(), folder)), want)
+
+
+def test_what_was_put_there_after_a_killed_save_counts(folder, tmp_path):
+    """A checkpoint copied over it is newer than what the save had left."""
+    want = logits(fl.load(tiny_llama(), folder))
+    killed_while_saving(folder, 0)
+    fl.save(stir(fl.load(tiny_llama(), folder), seed=5), tmp_path / "other")
+    for file in os.listdir(tmp_path / "other"):
+        shutil.copyfile(tmp_path / "other" / file, folder / file)
+    other = logits(fl.load(tiny_llama(), tmp_path / "other"))
+    assert torch.equal(logits(fl.load(tiny_llama(), folder)), other) and not torch.equal(other, want)
+
+
+def test_a_link_in_the_place_of_a_killed_save_s_folder_is_not_followed_for_moving(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    fl.save(stir(fl.load(tiny_llama(), folder), seed=5), elsewhere)
+    before = sorted(os.listdir(elsewhere))
+    (folder / ".saved-1-x").symlink_to(elsewhere)
+    fl.save(fl.load(tiny_llama(), folder), folder)
+    assert sorted(os.listdir(elsewhere)) == before
