@@ -24,6 +24,8 @@ from .session import calibrates, check_fit, source_rows, take_tokens
 from .train import DIVERGED, INTERRUPTED, TrainConfig, train
 
 LOG = "training.json"
+#: Lies in the output folder from the first step until the log is written: what a killed run left may be replaced.
+UNFINISHED = ".unfinished"
 #: Enough held-out text to see the loss fall; it is not a benchmark.
 EVAL_TOKENS = 4096
 
@@ -81,7 +83,8 @@ def prepare(options: FinetuneOptions) -> Work:
     plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
     if plan.alters:
         raise BadInput(f"{plan.label}: finetune trains one adapter; full and consolidate are rows of compare")
-    if (options.out / "adapter_config.json").exists() and not options.overwrite:
+    unfinished = (options.out / UNFINISHED).exists()
+    if (options.out / "adapter_config.json").exists() and not (options.overwrite or unfinished):
         raise BadInput(f"{options.out} holds an adapter already; give --overwrite or another --out")
     writable(options.out)
     domain = load_domain(options.data)
@@ -121,6 +124,8 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
         seed=options.seed,
     )
     before = nll(model, work.held_out, collate).loss
+    if processes.number() == 0:
+        (options.out / UNFINISHED).touch()
     with processes.stopping_together() as stop:
         with ui.training(f"{plan.label}: {work.domain.name}", work.steps) as on_step:
             result = train(model, tokenizer, work.domain.train, config, on_step, stop)
@@ -145,6 +150,7 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
             told = f"{result.note}; {told}" if result.stopped == DIVERGED else f"{learnt}; {told}"
         if processes.number() == 0:
             book.dump(options.out / LOG, log)
+            (options.out / UNFINISHED).unlink()
         return result.stopped, told
 
 

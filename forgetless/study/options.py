@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -252,22 +254,48 @@ def positive(values: Mapping[str, float | None]) -> None:
 
 
 def writable(folder: Path) -> Path:
-    """The folder, made and proved writable, or ``BadInput``."""
+    """The folder, made, rid of what killed runs had half written, and proved writable, or ``BadInput``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
+        for path in half_written(folder):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".probe-{os.getpid()}-"):
             pass
     except OSError as error:
         raise BadInput(f"cannot write into {folder}: {error.strerror or error}") from None
     return folder
 
 
+def half_written(folder: Path) -> list[Path]:
+    """What ``write_atomically``, ``writable`` and ``fl.save`` of processes that are no more have left in the folder."""
+    found = []
+    for path in (p for pattern in (".*", "runs/.*", "stopped/*/.*") for p in folder.glob(pattern)):
+        mark = re.fullmatch(r"\.(?:writing|saving|probe)-(\d+)-.+", path.name)
+        if mark is not None and not alive(int(mark[1])):
+            found.append(path)
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of that number runs here."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's; or a number no process has
+        return True
+    return True
+
+
 def write_atomically(path: Path, data: str | bytes) -> None:
     """All of it or nothing: written beside, then renamed."""
     raw = data.encode() if isinstance(data, str) else data
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(raw)
-    os.replace(beside, path)
+    beside = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    try:
+        beside.write_bytes(raw)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def parse_targets(targets: list[str] | None) -> str | list[str]:
