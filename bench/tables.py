@@ -1,4 +1,7 @@
-"""README's measured section and docs/benchmarks.md, from the committed JSON: ``python -m bench.tables [--check]``."""
+"""README's measured section and the tables of docs from the committed JSON: ``python -m bench tables [--check]``.
+
+docs/api.md, from the docstrings, is written with them.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import api
 from .harness import RESULTS, SCHEMA, number
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+PEFT = ROOT / "docs" / "peft.md"
+SUITE = RESULTS / "peft-suite.json"
 MIB = 2**20
 KINDS = ("step", "lowrank", "penalty", "memory", "dispatch")
 
@@ -155,10 +161,54 @@ def measured() -> str:
 
 
 def updated(readme: str) -> str:
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + measured() + END + after
+    return between(readme, measured())
 
+
+def between(page: str, text: str) -> str:
+    """The page with this text between its marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + text + END + after
+
+
+# ------------------------------------------------------------------------------------ docs/peft.md
+
+
+def suite_section(results: dict[str, Any]) -> str:
+    """What PEFT's own tests gave with every LoRA layer swapped in."""
+
+    def counts(found: dict[str, int]) -> list[str]:
+        return [f"{found.get(outcome, 0):,}" for outcome in ("passed", "skipped", "failed")]
+
+    columns = ["PEFT's tests", "passed", "skipped", "failed", "PEFT alone: passed", "skipped", "failed"]
+    rows = [[f"`{name}`", *counts(o["swapped in"]), *counts(o["PEFT"])] for name, o in results["files"].items()]
+    text = f"\nPEFT {results['machine']['packages']['peft']}, LoRA configurations, without network. {same(results)}\n\n"
+    text += markdown(columns, rows)
+    for outcome in ("failed", "skipped"):
+        reasons = [[str(n), reason.replace("|", "\\|")] for reason, n in results[outcome].items()]
+        if reasons:
+            text += "\n" + markdown([outcome, "reason that PEFT's tests give"], reasons)
+    ways = {"op": "our op", "onto": "in place onto the frozen layer's result", "base": "the frozen layer alone"}
+    passes = results["forward_passes"]
+    rows = [[f"{passes[way]:,}", means] for way, means in ways.items() if way in passes]
+    rows += [[f"{n:,}", f"PEFT's own: {reason}"] for reason, n in results["own_forward"].items()]
+    text += "\n" + markdown(["forward passes of swapped-in layers", "ran on"], rows)
+    return f"{text}\n{where(results)}; `bench/results/{SUITE.name}`.\n\n"
+
+
+def same(results: dict[str, Any]) -> str:
+    if not results["differ"]:
+        return "Every test has the same outcome with and without swap-in."
+    listed = "; ".join(f"`{name}`: {ours}, PEFT alone {theirs}" for name, (ours, theirs) in results["differ"].items())
+    return f"Outcomes that differ: {listed}."
+
+
+def peft_page(page: str) -> str:
+    return between(page, suite_section(read(SUITE))) if SUITE.exists() else page
+
+
+#: Further pages: file -> its new text from the old.
+PAGES_TOO: dict[Path, Callable[[str], str]] = {PEFT: peft_page, api.PAGE: lambda _: api.page()}
 
 # ------------------------------------------------------------------------------ docs/benchmarks.md
 
@@ -329,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether the files are up to date")
     options = parser.parse_args(arguments)
     stale = []
-    for path, write in ((README, updated), (PAGE, lambda _: page())):
+    for path, write in {README: updated, PAGE: lambda _: page(), **PAGES_TOO}.items():
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         fresh = write(text)
         if fresh == text:

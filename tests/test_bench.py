@@ -400,6 +400,7 @@ def test_tables_and_plots_from_results(smoke, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "RESULTS", results)
     monkeypatch.setattr(tables, "PAGE", docs / "benchmarks.md")
     monkeypatch.setattr(tables, "README", tmp_path / "README.md")
+    monkeypatch.setattr(tables, "PAGES_TOO", {})
     tables.README.write_text(f"before\n{tables.BEGIN}old{tables.END}after\n")
     assert "Not measured yet" in tables.page() and "Nothing has been measured on a GPU" in tables.page()
     for name, data in smoke.items():
@@ -434,6 +435,8 @@ def test_the_page_is_that_of_the_committed_results():
     if not (Path(tables.ROOT) / "pyproject.toml").exists():
         pytest.skip("not a source checkout")
     assert tables.PAGE.read_text(encoding="utf-8") == tables.page()
+    page = tables.PEFT.read_text(encoding="utf-8")
+    assert page == tables.peft_page(page) and "Every test has the same outcome" in page
 
 
 @pytest.mark.parametrize("arguments, code", [([], 0), (["--help"], 0), (["fast"], 2), (["lowrank", "--ranks", "x"], 2)])
