@@ -5,7 +5,7 @@ fl.adapt(model, fl.CLoRA(rank=16, alpha=32, k=256), targets=["q_proj", "v_proj"]
 loss = model(**batch).loss + fl.penalty(model)
 """
 
-from . import methods, ops, penalties, training
+from . import methods, ops, packed, penalties, training
 from .calibrate import calibrate
 from .consolidate import consolidate
 from .io import export_lora, load, save
@@ -45,6 +45,7 @@ __all__ = [
     "merge",
     "methods",
     "ops",
+    "packed",
     "penalties",
     "penalty",
     "remove",

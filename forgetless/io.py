@@ -33,7 +33,7 @@ from .methods import LoRA, Method
 from .methods.curlora import CURLoRAAdapter, weight_hash
 from .methods.lora import LoRAAdapter
 from .model import adapt, adapters
-from .packed import stored_weight
+from .packed import weight_mark
 from .penalties.base import whole
 from .targets import find_layers
 
@@ -77,7 +77,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             for index, factors in enumerate(layer.folded):
                 tensors.update(zip(_folded_keys(name, index), factors, strict=True))
         if isinstance(layer.adapter, CURLoRAAdapter):
-            layers[name]["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(whole(stored_weight(layer.base)))
+            layers[name]["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(whole(weight_mark(layer.base)))
         for index, penalty in enumerate(layer.adapter.penalty_states()):
             for key, tensor in penalty.state_dict().items():
                 state[f"{name}.{index}.{key}"] = tensor
@@ -170,7 +170,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
                 f"{folder}: {name} was (out {facts.get('out_features')}, in {facts.get('in_features')}), "
                 f"this model's is {tuple(site.weight.shape)}"
             )
-        if "weight_sha256" in facts and weight_hash(stored_weight(linear[name])) != facts["weight_sha256"]:
+        if "weight_sha256" in facts and weight_hash(weight_mark(linear[name])) != facts["weight_sha256"]:
             raise ValueError(
                 f"{folder}: the weight of {name} is not the one this {method.name} adapter was made on; "
                 "load it onto the same base model, in the same dtype"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .layers import AdaptedLinear, form_groups, site_of
+from .layers import AdaptedLinear, AdaptedPacked, form_groups, put_on, site_of
 from .methods.base import Adapter, Method, Site
 from .penalties.base import Item
 from .targets import ALL_LINEAR, find_layers
@@ -24,7 +24,8 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
     model computes what it did before.
 
     Args:
-        model: any module with nn.Linear or transformers' Conv1D layers.
+        model: any module with nn.Linear or transformers' Conv1D layers, or with layers that pack their weight:
+            bitsandbytes' 4-bit and int8, torchao's, GGUF's, or a class given to ``fl.packed.register``.
         method: ``fl.LoRA(...)``, ``fl.CLoRA(...)``, ``fl.CURLoRA(...)``, ``fl.LaLoRA(...)`` or your own.
         targets: list of name suffixes, a regular expression, or "all-linear": every linear layer but the head.
 
@@ -45,9 +46,9 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
         if not site.weight.is_floating_point():
             raise ValueError(f"{site.name} has a weight of dtype {site.weight.dtype}, wants a floating-point dtype")
         method.check(site)
-    built = {site.name: build(method, site) for site in sites}
+    built = {site.name: build(method, site, layers[site.name]) for site in sites}
     model.requires_grad_(False)
-    adapted = {name: AdaptedLinear(layers[name], adapter, method, name) for name, adapter in built.items()}
+    adapted = {name: put_on(layers[name], adapter, method, name) for name, adapter in built.items()}
     for name, layer in adapted.items():
         layer.train(layers[name].training)
         _replace(model, layers[name], layer)
@@ -55,9 +56,9 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
     return model
 
 
-def build(method: Method, site: Site) -> Adapter:
-    """The adapter of one layer with its penalties attached."""
-    adapter = method.build(site)
+def build(method: Method, site: Site, base: nn.Module) -> Adapter:
+    """The adapter of one layer with its penalties attached; a packed weight is unpacked only for who reads it."""
+    adapter = method.build(site_of(site.name, base, method.reads_weight))
     adapter.attach(method.all_penalties(), site)
     return adapter
 
@@ -208,8 +209,12 @@ def explain(model: nn.Module) -> Report:
         with torch.no_grad():
             rank = layer.adapter.factors()[0].shape[0]
         N, K = layer.out_features, layer.in_features
-        path, reason = ops.explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
-        shortcut = layer.adapter.shortcut_reason(layer.weight.T if layer.transposed else layer.weight)
+        shortcut = None
+        if layer.kind is not None:
+            path, reason = "onto", f"{layer.kind.title} makes x W^T itself, the low-rank product is added in place"
+        else:
+            path, reason = ops.explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
+            shortcut = layer.adapter.shortcut_reason(layer.weight.T if layer.transposed else layer.weight)
         partners = [m.name.rpartition(".")[2] for m in layer.group.members if m is not layer] if layer.group else []
         if shortcut is not None:
             reason += f"; {shortcut}"
@@ -222,22 +227,36 @@ def explain(model: nn.Module) -> Report:
     return report
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, dequantise: bool = False) -> nn.Module:
     """Fold every adapter into its frozen weight, in place; the layers are plain nn.Linear (or Conv1D) again.
 
     The sum is taken in float32 and rounded once to the weight's dtype, so an update much smaller than the weight's
     last bit is lost: merge into float32 weights where that matters.
 
+    Args:
+        model: an adapted model.
+        dequantise: make a layer that packs its weight an nn.Linear in the dtype it was packed from, where that is
+            known, else in the model's; that takes so much more memory. The model's own quantisation config still
+            says that it is quantised.
+
     Raises:
         ValueError: no adapters; an adapter holds NaN or Inf; a weight is shared with another module (a tied
-            embedding), which merging would change too. Nothing is changed then.
+            embedding), which merging would change too; a weight is packed and ``dequantise`` is False. Nothing is
+            changed then.
     """
-    for layer in check_foldable(model, "merged").values():
-        layer.fold()
-    return remove(model)
+    found = check_foldable(model, "merged", dequantise)
+    inside = {id(p) for layer in found.values() for p in layer.parameters()}
+    others = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in inside)
+    dtype = next(others, torch.float32)
+    for layer in found.values():
+        if isinstance(layer, AdaptedPacked):
+            _replace(model, layer, layer.dense(dtype))
+        else:
+            layer.fold()
+    return remove(model) if adapters(model) else model
 
 
-def check_foldable(model: nn.Module, done: str) -> dict[str, AdaptedLinear]:
+def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dict[str, AdaptedLinear]:
     """The adapted layers, if all updates can go into their weights; ValueError otherwise (``done``: for its text)."""
     found = _adapters(model)
     owners: dict[int, list[str]] = {}
@@ -247,6 +266,13 @@ def check_foldable(model: nn.Module, done: str) -> dict[str, AdaptedLinear]:
     for name, layer in found.items():
         if not all(torch.isfinite(p).all() for p in layer.adapter.parameters()):
             raise ValueError(f"the adapter of {name} holds NaN or Inf; nothing was {done}")
+        if layer.kind is not None:
+            if not dequantise:
+                raise ValueError(
+                    f"the weight of {name} is packed ({layer.kind.title}): nothing was {done}; fl.save the adapter and "
+                    "fl.load it onto the base model in full precision, or fl.merge(model, dequantise=True)"
+                )
+            continue
         others = [other for other in owners[id(layer.weight)] if other != f"{name}.base"]
         if others:
             raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them first; nothing was {done}")

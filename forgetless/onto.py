@@ -50,15 +50,24 @@ def add_terms(base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term]) ->
     Returns:
         y (..., N) and for each term h = scale * drop(x) @ down.T as (M, R), differentiable in x and down.
 
+    Under torch.compile and torch.func transforms the formula itself is taken: they fuse and differentiate it.
+
     Raises:
         ValueError: base returned something that is not (..., N).
+        RuntimeError: base returned something without a gradient for an x that wants one.
     """
+    plainly = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     device = x.device.type
     autocast = ops.autocasts(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    _gradient_references()
+    if not plainly:
+        _gradient_references()
     projected = []
     for term in terms:
+        if plainly:
+            dropped = x.to(dtype) if not term.dropout else torch.dropout(x.to(dtype), term.dropout, True)
+            projected.append(_flat(dropped) @ term.down.to(dtype).T * term.scale)
+            continue
         p, seed = ops.draw_mask(term.dropout, x.device)
         alias, h = _Project.apply(x, term.down, seed, term.scale / (1.0 - p), p, dtype)
         projected.append(h)
@@ -68,7 +77,16 @@ def add_terms(base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term]) ->
     if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], N):
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"the frozen layer returned {got}, its adapter wants {(*x.shape[:-1], N)}")
+    if x.requires_grad and not y.requires_grad and torch.is_grad_enabled() and not plainly:
+        raise RuntimeError(
+            f"the frozen layer, a {type(base).__name__}, returned a result without a gradient for its input: what lies "
+            "before it could not learn; train with more tokens in a call, or with another kind of quantisation"
+        )
     for term, h in zip(terms, projected, strict=True):
+        if plainly:
+            more = (h.to(y.dtype) @ term.up.to(y.dtype).T).view(y.shape)
+            y = y + (more if term.bias is None else more + term.bias.to(y.dtype))
+            continue
         alone = sys.getrefcount(y) <= 2 and sole(y)
         y = _Add.apply(y, h, term.up, term.bias, alone)
     return y, projected

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
 
 from .layers import AdaptedLinear, is_conv1d
+from .packed import KINDS, kind_of
 
 ALL_LINEAR = "all-linear"
 
@@ -17,8 +19,23 @@ _HEADS = {"lm_head", "embed_out", "score", "classifier", "head"}
 
 
 def supported(module: nn.Module) -> bool:
-    """nn.Linear and transformers' Conv1D. By exact type: a subclass may compute something else."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    """nn.Linear, transformers' Conv1D, known packed layers. By exact type: a subclass may compute something else."""
+    return type(module) is nn.Linear or is_conv1d(module) or kind_of(module) is not None
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a layer that looks linear cannot be adapted, and what to do; None for any other layer."""
+    cls = type(module)
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if supported(module) or isinstance(module, AdaptedLinear) or not all(isinstance(n, int) for n in sizes):
+        return None
+    if cls.__name__ == "NonDynamicallyQuantizableLinear":
+        return "MultiheadAttention reads its weight without calling it"
+    if any(True for _ in module.children()):
+        return None  # a wrapper, such as PEFT's: what it wraps is looked at by itself
+    if isinstance(module, nn.Linear) and module.weight.is_floating_point():
+        return "a subclass of nn.Linear may compute something else; fl.packed.register(cls, ...) if it is linear in x"
+    return "how it packs its weight is not known; fl.packed.register(cls, unpack, dtype) says so"
 
 
 def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
@@ -43,10 +60,16 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
             and id(module) not in heads
             and (heads or name.rpartition(".")[2] not in _HEADS)
         }
+        left = {
+            n: m for n, m in modules.items() if id(m) not in heads and (heads or n.rpartition(".")[2] not in _HEADS)
+        }
         if not found:
-            raise ValueError(f"targets is 'all-linear', but {type(model).__name__} has no nn.Linear or Conv1D layer")
-        return found
-    found_names: set[str] = set()
+            raise ValueError(
+                f"targets is 'all-linear', but {type(model).__name__} has no nn.Linear or Conv1D layer{_listed(left)}"
+            )
+        _warn(left)
+        return ready(found)
+    matched: set[str] = set()
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
         raise ValueError("targets is empty, wants layer names, a regular expression or 'all-linear'")
@@ -61,8 +84,42 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
         hits = {name for name in modules if matcher.fullmatch(name)}
         if not hits & linear.keys():
             raise ValueError(_nothing(pattern, hits, modules, linear))
-        found_names |= {first[id(linear[name])] for name in hits & linear.keys()}
-    return {name: module for name, module in linear.items() if name in found_names}
+        matched |= hits
+    found_names = {first[id(linear[name])] for name in matched & linear.keys()}
+    _warn({name: modules[name] for name in matched})
+    return ready({name: module for name, module in linear.items() if name in found_names})
+
+
+def ready(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers, if each can be adapted as it is now.
+
+    Raises:
+        ValueError: one cannot: says what must be done first.
+    """
+    for name, module in found.items():
+        kind = kind_of(module)
+        wanted = None if kind is None else kind.wants(module)
+        if kind is not None and wanted is not None:
+            raise ValueError(f"targets: {name} cannot be adapted ({kind.title}): {wanted}")
+    return found
+
+
+def _listed(modules: dict[str, nn.Module]) -> str:
+    """ "; left out: 3 of my.QuantLinear (why), .." of the layers that look linear and cannot be adapted."""
+    kinds: dict[tuple[str, str], int] = {}
+    for module in {id(module): module for module in modules.values()}.values():
+        why = refusal(module)
+        if why is not None:
+            key = (f"{type(module).__module__}.{type(module).__qualname__}", why)
+            kinds[key] = kinds.get(key, 0) + 1
+    told = ", ".join(f"{count} of {title} ({why})" for (title, why), count in kinds.items())
+    return f"; left out: {told}" if told else ""
+
+
+def _warn(modules: dict[str, nn.Module]) -> None:
+    told = _listed(modules)
+    if told:
+        warnings.warn(f"targets{told}", stacklevel=4)
 
 
 def _heads(model: nn.Module) -> set[int]:
@@ -78,12 +135,14 @@ def _nothing(pattern: str, hits: set[str], modules: dict[str, nn.Module], linear
     if hits:
         name = min(hits)
         kind = type(modules[name])
-        if kind is AdaptedLinear:
+        if issubclass(kind, AdaptedLinear):
             return f"targets: {name} is adapted already; fl.merge or fl.remove the adapters first"
+        packed = ", ".join(dict.fromkeys(known.title for known in KINDS.values()))
+        why = refusal(modules[name])
         return (
-            f"targets: {pattern!r} matches {name}, a {kind.__module__}.{kind.__qualname__}; "
-            "only nn.Linear and transformers' Conv1D can be adapted"
-        )
+            f"targets: {pattern!r} matches {name}, a {kind.__module__}.{kind.__qualname__}; only nn.Linear, Conv1D of "
+            f"transformers and packed layers that are known ({packed}, torchao) can be adapted"
+        ) + (f": {why}" if why else "")
     last = sorted({name.rpartition(".")[2] for name in linear})
     near = difflib.get_close_matches(pattern.rpartition(".")[2], last, n=5, cutoff=0.4) or last[:10]
     return f"targets: nothing is named {pattern!r}; near names: {', '.join(near) or 'none, no linear layer at all'}"

@@ -39,6 +39,7 @@ class CLoRA(Method):
     penalties: tuple[Penalty, ...] = ()
 
     name: ClassVar[str] = "clora"
+    reads_weight: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)

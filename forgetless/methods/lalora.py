@@ -40,6 +40,7 @@ class LaLoRA(Method):
     penalties: tuple[Penalty, ...] = ()
 
     name: ClassVar[str] = "lalora"
+    reads_weight: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)

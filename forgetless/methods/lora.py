@@ -39,6 +39,7 @@ class LoRA(Method):
     penalties: tuple[Penalty, ...] = ()
 
     name: ClassVar[str] = "lora"
+    reads_weight: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
