@@ -47,7 +47,15 @@ def module_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 
 def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: int) -> tuple[str, str]:
-    """The plan's name for a layer, and the reason in words; for 4096 tokens where it depends on them."""
+    """The plan's name for a layer, and the reason in words; for 4096 tokens where it depends on them.
+
+    Args:
+        device, dtype: of the activations.
+        N, K, R: out_features, in_features, rank.
+
+    Raises:
+        ValueError: ``FORGETLESS_PLAN`` holds something else than a plan or "strict".
+    """
     module = module_for(device, dtype)
     if module is not _kernels or _kernels is None:
         if BACKENDS.get(device.type) is _kernels and _kernels is not None:
@@ -61,7 +69,13 @@ def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: in
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the op on one backend within the block: "reference", "blas" or "triton"."""
+    """Run the op on one backend within the block: "reference", "blas" or "triton".
+
+    For the whole process, whatever the device; to measure or to check, not to train with.
+
+    Raises:
+        ValueError: another name, or Triton is not installed.
+    """
     known = {"reference": reference, "blas": blas, "triton": _kernels}
     if known.get(name) is None:
         have = [key for key, module in known.items() if module is not None]

@@ -140,7 +140,14 @@ def lowrank_linears(
 ) -> list[Result]:
     """y_i = x @ weight_i.T + bias_i + h_i @ up_i.T and h_i = scale / (1 - p) * drop(x) @ down_i.T, for all i at once.
 
-    Differentiable in x, downs and ups. ``run`` is the backend; ``p`` as quantised by ``lowrank_linear``.
+    Differentiable in x, downs and ups. ``run`` is the backend; ``p`` as quantised by ``lowrank_linear``. One pass
+    over x forward and one backward; what ``AdaptedLinear`` calls for q/k/v and gate/up, with arguments that it has checked.
+
+    Returns:
+        (y_i, h_i) for each i: (M, N_i) and (M, R_i), dtype of x.
+
+    Raises:
+        RuntimeError: a second derivative is asked for.
     """
     *ys, h = _Siblings.apply(x, scale / (1.0 - p), p, seed, run, len(weights), *weights, *downs, *ups, *biases)
     return list(zip(ys, h.split([down.shape[0] for down in downs], dim=1), strict=True))

@@ -22,6 +22,9 @@ from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
 class CURLoRA(Method):
     """Only U (rank, rank), zero at the start, is trained; the update stays in the span of weak columns and rows.
 
+    Fawi, arXiv 2408.14572: delta = alpha * C U R with C (N, rank) columns and R (rank, K) rows of the frozen weight.
+    The norm of U in its Eq. 11 is not a term of the loss, here as in the author's code: ``Decay`` is one.
+
     Conventions of the author's code: columns, then rows, are drawn with replacement, with probability proportional
     to 1 / (p + smoothing), p their share of the squared Frobenius norm; duplicates stay as they are; ``alpha`` is the
     factor itself, not divided by the rank. The paper's text has smoothing 0.
@@ -32,6 +35,9 @@ class CURLoRA(Method):
         smoothing: 1e-3 in the author's code; 0 is the paper's formula.
         seed: draws are a function of (seed, layer name) and the weight.
         penalties: what else to add to the loss.
+
+    Raises:
+        ValueError: a field is of another type or out of range.
     """
 
     rank: int = 16
