@@ -141,7 +141,7 @@ def lowrank_linears(
     """y_i = x @ weight_i.T + bias_i + h_i @ up_i.T and h_i = scale / (1 - p) * drop(x) @ down_i.T, for all i at once.
 
     Differentiable in x, downs and ups. ``run`` is the backend; ``p`` as quantised by ``lowrank_linear``. One pass
-    over x forward and one backward; what ``AdaptedLinear`` calls for q/k/v and gate/up, with arguments that it has checked.
+    over x forward and one backward: what ``AdaptedLinear`` calls for q/k/v and gate/up. It checks nothing.
 
     Returns:
         (y_i, h_i) for each i: (M, N_i) and (M, R_i), dtype of x.
