@@ -42,6 +42,7 @@ SECTIONS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "An adapted layer": ("forgetless.layers", "", ("AdaptedLinear",)),
     "Your own method": ("forgetless.methods", "fl.methods.", ("Method", "Adapter", "Site", "register")),
     "Your own penalty": ("forgetless.penalties", "fl.penalties.", ("Penalty", "PenaltyState", "register")),
+    "Packed weights": ("forgetless.packed", "fl.packed.", ("register", "Kind")),
     "The op": ("forgetless.ops", "fl.ops.", ("lowrank_linear", "backend", "explain_path")),
     "The op for siblings": ("forgetless.siblings", "forgetless.siblings.", ("lowrank_linears",)),
     "Plans": ("forgetless.plans", "forgetless.plans.", ("plan_for", "Choice", "forget")),
@@ -56,6 +57,7 @@ SECTIONS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
 #: Modules whose own docstring opens their section.
 INTRODUCED = (
     "forgetless.training",
+    "forgetless.packed",
     "forgetless.ops",
     "forgetless.plans",
     "forgetless.reference",

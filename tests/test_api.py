@@ -32,7 +32,10 @@ def test_everything_public_is_on_the_page():
     for module in (fl, fl.methods, fl.penalties):
         for name in module.__all__:
             thing = getattr(module, name)
-            assert id(thing) in shown or inspect.ismodule(thing) or isinstance(thing, dict), name
+            if inspect.ismodule(thing):
+                assert any(section[0] == thing.__name__ for section in api.SECTIONS.values()), name
+            else:
+                assert id(thing) in shown or isinstance(thing, dict), name
 
 
 def test_every_switch_that_is_read_is_on_the_page():
