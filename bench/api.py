@@ -129,6 +129,7 @@ def constructor(cls: type) -> str:
     except ValueError:  # a builtin's
         return f"class {cls.__name__}({', '.join(base.__name__ for base in cls.__bases__)})"
     fields = [str(p).replace("'", "", 2) if isinstance(p.annotation, str) else str(p) for p in parameters]
+    fields = [re.sub(r"<function .*>", "...", field) for field in fields]  # an address is another in each process
     line = f"class {cls.__name__}({', '.join(fields)})"
     return line if len(line) <= 100 else f"class {cls.__name__}(\n    " + ",\n    ".join(fields) + ",\n)"
 
