@@ -68,6 +68,13 @@ class AdaptedLinear(nn.Module):
     """y = base(x) + scale * (drop(x) @ down.T) @ up.T, as one op.
 
     ``weight`` and ``bias`` are the base layer's, for code that looks at them; the base is not changed until merged.
+    x (..., K) has the dtype of the weight, or autocast sees to it; y (..., N) has it too. Made by ``fl.adapt``.
+
+    Args:
+        base: nn.Linear or transformers' Conv1D, frozen.
+        adapter: of that layer's shape.
+        method: that made the adapter.
+        name: the layer's path in the model.
     """
 
     #: How the base packs its weight; None: it does not.

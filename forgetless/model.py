@@ -167,7 +167,15 @@ def drift(model: nn.Module) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one adapted layer runs."""
+    """How one adapted layer runs.
+
+    Attributes:
+        method: its name, "lora".
+        in_features, out_features, rank: K, N and R.
+        trainable: numbers that are trained.
+        path: "blas", "split", "full", "once", "reference", or as ``explain`` says "onto", "base", "peft".
+        reason: why, in words.
+    """
 
     method: str
     in_features: int

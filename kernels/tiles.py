@@ -17,7 +17,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How a kernel cuts its matrices: rows, columns, reduction; warps; loads in flight."""
+    """How a kernel cuts its matrices: rows, columns, reduction; warps of a program; loads in flight."""
 
     BLOCK_M: int
     BLOCK_N: int
