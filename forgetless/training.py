@@ -43,7 +43,14 @@ class PenaltyMixin:
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> Any:
-        """The trainer's own loss, with the penalty on the last micro-batch of a step; as transformers.Trainer's."""
+        """The trainer's own loss, with the penalty on the last micro-batch of a step; as transformers.Trainer's.
+
+        Returns:
+            A scalar in the loss's dtype, or (it, the model's outputs) with ``return_outputs``.
+
+        Raises:
+            ValueError: as of ``fl.penalty``.
+        """
         found = super().compute_loss(model, inputs, True, num_items_in_batch, **others)  # type: ignore[misc]
         loss, outputs = found
         if model.training:
