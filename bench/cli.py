@@ -17,6 +17,7 @@ BENCHES = {
 }
 OTHERS = {
     "qlora": "training on a base in NF4, with PEFT and swapped in; needs bitsandbytes",
+    "reliability": "how much was tried to break it, and what held: counts for docs/reliability.md",
     "all": "every benchmark above, one after the other",
     "gpu": "on a CUDA machine: the correctness checks, then every benchmark, in at most ten minutes",
     "tables": "write README's measured section, docs/benchmarks.md and docs/api.md from results and docstrings",
@@ -26,7 +27,7 @@ OTHERS = {
 
 
 def usage() -> str:
-    rows = [f"  {name:<10}{text}" for name, text in {**BENCHES, **OTHERS}.items()]
+    rows = [f"  {name:<13}{text}" for name, text in {**BENCHES, **OTHERS}.items()]
     return "\n".join(
         [
             "usage: forgetless bench COMMAND [--smoke] [--out FOLDER] [options of the command]",

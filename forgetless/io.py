@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ OURS = "forgetless.json"
 STATE = "forgetless_state.safetensors"
 #: A folder of this name in an adapter's folder holds files that are whole and have yet to be put in place.
 _WHOLE = ".saved-"
+#: Seconds after which no process can still be at work on a folder of half-written files.
+_STALE = 3600
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -457,7 +460,11 @@ def _newest(folder: Path, name: str) -> Path:
 
 
 def _settle(folder: Path) -> None:
-    """Put in place what a killed save could not."""
+    """Put in place what a killed save could not, and throw away what it had not written to its end."""
+    for left in folder.glob(".saving-*"):
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > _STALE:
+                shutil.rmtree(left)
     for left in folder.glob(f"{_WHOLE}*"):
         if left.is_symlink() or not left.is_dir():
             continue

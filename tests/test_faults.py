@@ -206,7 +206,7 @@ def handles() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
-def test_nothing_grows_over_many_steps(tmp_path):
+def test_nothing_grows_over_many_steps(tmp_path, record_property):
     """Penalty, drift, gradients, optimiser; now and then a save, a load and an evaluation."""
     method = fl.LoRA(rank=3, dropout=0.1, penalties=(fl.Decay(0.01), fl.OutputDeviation(0.01)))
     net = model(method=method)
@@ -231,10 +231,12 @@ def test_nothing_grows_over_many_steps(tmp_path):
     gc.collect()
     after = resident(), handles(), len(gc.get_objects())
     assert before is not None
+    record_property("steps", STEPS)
+    for name, early, late in zip(("bytes", "handles", "objects"), before, after, strict=True):
+        record_property(f"{name} more", late - early)
     assert after[1] == before[1]
     assert after[2] <= before[2] + 200, "objects are kept"
     assert after[0] <= before[0] + (4 << 20), f"{(after[0] - before[0]) >> 10} KiB more"
-    print(f"{STEPS} steps: {(after[0] - before[0]) >> 10} KiB, {after[2] - before[2]} objects, handles {after[1]}")
 
 
 @needs_triton

@@ -74,7 +74,7 @@ class Untouched:
         return said
 
 
-def test_flipped_bits_anywhere(folder):
+def test_flipped_bits_anywhere(folder, record_property):
     """In the tensors they are always found; in the JSON beside them they may be harmless."""
     base, draw = Untouched(), random.Random(0)
     for _ in range(ROUNDS):
@@ -86,10 +86,12 @@ def test_flipped_bits_anywhere(folder):
         said = base.load(folder)
         assert said is not None or file.suffix == ".json", file
         file.write_bytes(whole)
+    record_property("bits flipped", base.tried)
+    record_property("bits flipped, refused", base.refused)
     assert base.refused > ROUNDS // 4 and base.load(folder) is None
 
 
-def test_files_cut_short_or_with_more_behind(folder):
+def test_files_cut_short_or_with_more_behind(folder, record_property):
     base, draw = Untouched(), random.Random(1)
     for _ in range(ROUNDS // 2):
         file = folder / draw.choice(sorted(set(os.listdir(folder)) - {CONFIG}))
@@ -98,6 +100,8 @@ def test_files_cut_short_or_with_more_behind(folder):
         file.write_bytes(cut if draw.random() < 0.5 else whole + b"x" * draw.randrange(1, 4000))
         assert base.load(folder) is not None, file
         file.write_bytes(whole)
+    record_property("files cut short or lengthened", base.tried)
+    record_property("files cut short or lengthened, refused", base.refused)
     assert base.load(folder) is None
 
 
@@ -188,7 +192,7 @@ HUGE = [10**9, 10**12, 10**30, 1e300, -1, -(10**30), 0, 0.5, float("nan"), float
 
 
 @pytest.mark.parametrize("file", [OURS, CONFIG])
-def test_huge_and_odd_numbers(file, folder):
+def test_huge_and_odd_numbers(file, folder, record_property):
     """None of them makes us allocate what it says."""
     if file == CONFIG:
         (folder / OURS).unlink()
@@ -199,6 +203,8 @@ def test_huge_and_odd_numbers(file, folder):
         for value in HUGE:
             (folder / file).write_text(json.dumps(replaced(data, path, value)))
             base.load(folder)
+    record_property("numbers replaced", base.tried)
+    record_property("numbers replaced, refused", base.refused)
     assert base.refused
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -564,3 +565,12 @@ def test_a_link_in_the_place_of_a_killed_save_s_folder_is_not_followed_for_movin
     (folder / ".saved-1-x").symlink_to(elsewhere)
     fl.save(fl.load(tiny_llama(), folder), folder)
     assert sorted(os.listdir(elsewhere)) == before
+
+
+def test_half_written_files_are_thrown_away_after_an_hour(folder):
+    for name, hours in ((".saving-1-old", 1.1), (".saving-1-new", 0.5)):
+        (folder / name).mkdir()
+        (folder / name / WEIGHTS).write_text("half")
+        os.utime(folder / name, times=2 * (time.time() - 3600 * hours,))
+    fl.save(fl.load(tiny_llama(), folder), folder)
+    assert [path.name for path in folder.glob(".saving-*")] == [".saving-1-new"]
