@@ -45,12 +45,18 @@ def calibrate(
 
     Raises:
         ValueError: no adapters, nothing asks for statistics, no batch, no loss, no logits where Laplace's
-            fisher="true" draws labels from them, or two Laplace penalties of which one does. Statistics are then reset.
+            fisher="true" draws labels from them, or two Laplace penalties of which one does (statistics are then
+            reset); or weights are cut over processes by tensor parallelism.
     """
     found = _running(model)
     wanting = {name: layer for name, layer in found.items() if _states(layer)}
     if not wanting:
         raise ValueError("no attached penalty asks for statistics; only Laplace (LaLoRA) and SourceDeviation do")
+    cut = next((name for name, layer in wanting.items() if getattr(layer, "cut", None) is not None), None)
+    if cut is not None:
+        raise ValueError(
+            f"the weight of {cut} is cut over processes: calibrate the model whole and fl.save; fl.load after cutting"
+        )
     states = [state for layer in wanting.values() for state in _states(layer)]
     learning = [state for state in states if state.statistics != "inputs"]
     draws = {getattr(state.spec, "fisher", None) == "true" for state in learning}

@@ -265,7 +265,7 @@ def _lora_tensors(name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
 
 def _write_once(folder: Path, files: dict[str, bytes], found: dict[str, AdaptedLinear]) -> None:
     """Write them; where parameters are sharded, in the first process alone, and all return when that is done."""
-    sharded = any(hasattr(p, "full_tensor") for layer in found.values() for p in layer.adapter.parameters())
+    sharded = any(hasattr(p, "full_tensor") for layer in found.values() for p in layer.parameters())
     try:
         if not sharded or torch.distributed.get_rank() == 0:
             _write(folder, files)

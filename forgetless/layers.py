@@ -1,4 +1,4 @@
-"""AdaptedLinear: a frozen layer and its adapter, run as one op; AdaptedPacked: on a layer that packs its weight."""
+"""AdaptedLinear: a frozen layer and its adapter, run as one op."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from . import blas
 from .methods.base import Adapter, Method, Site
-from .onto import Term, add_terms
 from .ops import autocasts, draw_mask, exact_products, gives_way, lowrank_linear, settled_module
-from .packed import Kind, kind_of, stand_in
+from .packed import kind_of, stand_in
+from .penalties.base import whole
+from .shards import cut_of
 from .siblings import Group, families, lowrank_linears
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -31,7 +32,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def form_groups(layers: dict[str, AdaptedLinear]) -> None:
     """Let siblings run together, where one scale and stored ``down`` factors allow it."""
     for names in families(list(layers)):
-        members = [layers[name] for name in names if layers[name].kind is None and _holds_down(layers[name].adapter)]
+        members = [layers[name] for name in names if not layers[name].around and _holds_down(layers[name].adapter)]
         alike = {(m.weight.device, m.weight.dtype, m.adapter.scale, m.in_features) for m in members}
         if len(members) > 1 and len(alike) == 1:
             group = Group(members)
@@ -46,10 +47,12 @@ def _holds_down(adapter: Adapter) -> bool:
 
 
 def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
-    """The layer as a method sees it; a packed weight is a stand-in unless its ``values`` are asked for."""
+    """The layer as a method sees it; a weight that is packed or cut is a stand-in unless its ``values`` are wanted."""
     kind = kind_of(base)
     if kind is not None:
-        return Site(name, kind.unpack(base) if values else stand_in(base, kind))
+        return Site(name, kind.unpack(base) if values else stand_in(base, kind.dtype(base)))
+    if cut_of(base) is not None:
+        return Site(name, whole(base.weight).detach() if values else stand_in(base, base.weight.dtype))  # type: ignore[arg-type]
     transposed = is_conv1d(base)
     weight: Tensor = base.weight  # type: ignore[assignment]
     return Site(name, weight.detach().T if transposed else weight.detach(), transposed)
@@ -77,8 +80,8 @@ class AdaptedLinear(nn.Module):
         name: the layer's path in the model.
     """
 
-    #: How the base packs its weight; None: it does not.
-    kind: Kind | None = None
+    #: The base runs itself, and the update is added onto what it returns: see ``forgetless.around``.
+    around: bool = False
 
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
         super().__init__()
@@ -112,6 +115,8 @@ class AdaptedLinear(nn.Module):
         base, adapter = self.base, self.adapter  # every lookup in a module costs: take each thing once
         weight: Tensor = base.weight.T if self.transposed else base.weight  # type: ignore[assignment]
         bias: Tensor | None = base.bias  # type: ignore[assignment]
+        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+            self._check_whole(weight)
         found: Any = adapter.shortcut(x, weight, bias)
         if found is None:
             dropout = adapter.dropout if self.training else 0.0
@@ -125,6 +130,13 @@ class AdaptedLinear(nn.Module):
         y, h = found
         self.__dict__["trace"] = self._trace(x, h)  # not a module's attribute: setting one takes microseconds
         return y
+
+    def _check_whole(self, weight: Any) -> None:
+        if hasattr(weight, "placements"):
+            raise ValueError(
+                f"the weight of {self.name} is distributed, {tuple(weight.placements)}: with tensor parallelism call "
+                "parallelize_module first, then fl.adapt; with FSDP2 call the model that fully_shard was given"
+            )
 
     def _with_siblings(self, x: Tensor, weight: Tensor, dropout: float) -> tuple[Tensor, Tensor] | None:
         """y and h, computed together with the siblings', or None where that is not to be had."""
@@ -241,47 +253,3 @@ class AdaptedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"method={self.method}"
-
-
-class AdaptedPacked(AdaptedLinear):
-    """An adapted layer that packs its weight: it runs itself, and the low-rank product is added onto what it returns.
-
-    ``weight`` is a stand-in: the shape, dtype and device are true, the numbers are NaN.
-    """
-
-    def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
-        super().__init__(base, adapter, method, name)
-        self.kind = kind_of(base)
-
-    @property
-    def weight(self) -> Tensor:
-        return stand_in(self.base, self.kind)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        adapter = self.adapter
-        down, up = adapter.factors()
-        term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0)
-        y, (h,) = add_terms(self.base, x, [term])
-        self.__dict__["trace"] = self._trace(x, h)
-        return y
-
-    def fold(self, factors: tuple[Tensor, Tensor] | None = None) -> float:
-        raise ValueError(f"the weight of {self.name} is packed ({self.kind.title}): nothing can be added to it")  # type: ignore[union-attr]
-
-    @torch.no_grad()
-    def dense(self, dtype: torch.dtype) -> nn.Linear:
-        """The layer unpacked, in its own dtype or in this, with the update added in float32 and rounded once."""
-        weight = self.kind.unpack(self.base)  # type: ignore[union-attr]
-        dtype = self.kind.dtype(self.base) or dtype  # type: ignore[union-attr]
-        bias = self.bias
-        made = nn.Linear(self.in_features, self.out_features, bias is not None, weight.device, dtype)
-        delta = self.delta()
-        made.weight.copy_(weight.to(delta.dtype) + delta)
-        if bias is not None:
-            made.bias.copy_(bias)
-        return made.requires_grad_(False).train(self.training)
-
-
-def put_on(base: nn.Module, adapter: Adapter, method: Method, name: str) -> AdaptedLinear:
-    """The adapted layer that fits the base."""
-    return (AdaptedLinear if kind_of(base) is None else AdaptedPacked)(base, adapter, method, name)

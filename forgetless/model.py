@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .layers import AdaptedLinear, AdaptedPacked, form_groups, put_on, site_of
+from .around import AdaptedAround, AdaptedPacked, AdaptedSharded, put_on
+from .layers import AdaptedLinear, form_groups, site_of
 from .methods.base import Adapter, Method, Site
 from .penalties.base import Item
 from .targets import ALL_LINEAR, find_layers
@@ -25,7 +26,8 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
 
     Args:
         model: any module with nn.Linear or transformers' Conv1D layers, or with layers that pack their weight:
-            bitsandbytes' 4-bit and int8, torchao's, GGUF's, or a class given to ``fl.packed.register``.
+            bitsandbytes' 4-bit and int8, torchao's, GGUF's, or a class given to ``fl.packed.register``. Layers whose
+            weight is cut over processes (tensor parallelism) are adapted after cutting, in every process.
         method: ``fl.LoRA(...)``, ``fl.CLoRA(...)``, ``fl.CURLoRA(...)``, ``fl.LaLoRA(...)`` or your own.
         targets: list of name suffixes, a regular expression, or "all-linear": every linear layer but the head.
 
@@ -218,8 +220,8 @@ def explain(model: nn.Module) -> Report:
             rank = layer.adapter.factors()[0].shape[0]
         N, K = layer.out_features, layer.in_features
         shortcut = None
-        if layer.kind is not None:
-            path, reason = "onto", f"{layer.kind.title} makes x W^T itself, the low-rank product is added in place"
+        if isinstance(layer, AdaptedAround):
+            path, reason = "onto", f"{layer.reason}, the low-rank product is added in place"
         else:
             path, reason = ops.explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
             shortcut = layer.adapter.shortcut_reason(layer.weight.T if layer.transposed else layer.weight)
@@ -274,7 +276,11 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
     for name, layer in found.items():
         if not all(torch.isfinite(p).all() for p in layer.adapter.parameters()):
             raise ValueError(f"the adapter of {name} holds NaN or Inf; nothing was {done}")
-        if layer.kind is not None:
+        if isinstance(layer, AdaptedSharded) and done == "consolidated":
+            raise ValueError(
+                f"the weight of {name} is cut over processes: consolidate the model whole, before cutting it"
+            )
+        if isinstance(layer, AdaptedPacked):
             if not dequantise:
                 raise ValueError(
                     f"the weight of {name} is packed ({layer.kind.title}): nothing was {done}; fl.save the adapter and "

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import blas, ops
+from .shards import Cut
 
 # Both are private to torch: without them every sum is written out.
 _storage_count = getattr(torch._C, "_storage_Use_Count", None)
@@ -38,7 +39,9 @@ class Term(NamedTuple):
     bias: Tensor | None = None  # (N,)
 
 
-def add_terms(base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term]) -> tuple[Tensor, list[Tensor]]:
+def add_terms(
+    base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term], cut: Cut | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """base(x) + sum over terms of scale * (drop(x) @ down.T) @ up.T + bias, differentiable in everything.
 
     Args:
@@ -46,6 +49,7 @@ def add_terms(base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term]) ->
         x: (..., K), floating point. Under autocast the low-rank products are taken in autocast's dtype, otherwise in
             that of ``x``; the result has the dtype of ``base(x)``.
         terms: each with a dropout mask of its own, as in ``ops.lowrank_linear``.
+        cut: tensor parallelism: x or base(x) are this rank's columns, and so are the factors.
 
     Returns:
         y (..., N) and for each term h = scale * drop(x) @ down.T as (M, R), differentiable in x and down.
@@ -69,6 +73,7 @@ def add_terms(base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term]) ->
             projected.append(_flat(dropped) @ term.down.to(dtype).T * term.scale)
             continue
         p, seed = ops.draw_mask(term.dropout, x.device)
+        seed = seed if cut is None else cut.seed(seed)
         alias, h = _Project.apply(x, term.down, seed, term.scale / (1.0 - p), p, dtype)
         projected.append(h)
         x = alias if x.requires_grad else x
@@ -82,14 +87,17 @@ def add_terms(base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term]) ->
             f"the frozen layer, a {type(base).__name__}, returned a result without a gradient for its input: what lies "
             "before it could not learn; train with more tokens in a call, or with another kind of quantisation"
         )
+    hidden = []
     for term, h in zip(terms, projected, strict=True):
+        h, seen = (h, h) if cut is None else cut.join(h)
+        hidden.append(seen)
         if plainly:
             more = (h.to(y.dtype) @ term.up.to(y.dtype).T).view(y.shape)
             y = y + (more if term.bias is None else more + term.bias.to(y.dtype))
             continue
         alone = sys.getrefcount(y) <= 2 and sole(y)
         y = _Add.apply(y, h, term.up, term.bias, alone)
-    return y, projected
+    return y, hidden
 
 
 def sole(t: Tensor) -> bool:

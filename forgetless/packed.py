@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .penalties.base import whole
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -78,16 +80,16 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def weight_mark(base: nn.Module) -> Tensor:
-    """What is hashed to know a weight again: the weight itself, or unpacked."""
+    """What is hashed to know a weight again: the weight itself, all of it, or unpacked. Collective where it is cut."""
     kind = kind_of(base)
-    return base.weight if kind is None else (kind.mark or kind.unpack)(base)  # type: ignore[return-value]
+    return whole(base.weight) if kind is None else (kind.mark or kind.unpack)(base)  # type: ignore[arg-type]
 
 
-def stand_in(base: nn.Module, kind: Kind) -> Tensor:
-    """NaN in shape, dtype and device of the weight, in no memory: who reads it learns that it must not."""
+def stand_in(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
+    """NaN in the shape and on the device of the weight, in no memory: who reads it learns that it must not."""
     N, K = int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
     device = next(t.device for t in (*base.parameters(), *base.buffers()))
-    return torch.full((1, 1), torch.nan, dtype=kind.dtype(base) or torch.float32, device=device).expand(N, K)
+    return torch.full((1, 1), torch.nan, dtype=dtype or torch.float32, device=device).expand(N, K)
 
 
 def _full_name(cls: type) -> str:

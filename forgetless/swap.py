@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .around import hooked
 from .door import FLOATS
 from .layers import AdaptedLinear, form_groups, is_conv1d
 from .methods import LoRA
@@ -171,17 +172,6 @@ def _kind_reason(layer: Any) -> str:
     return f"{type(layer).__name__} is none of {', '.join(name.rpartition('.')[2] for name in LAYERS)}"
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _adapter_reason(layer: Any, key: str) -> str | None:
     """Why PEFT's own forward must run this adapter; None if our op gives the same."""
     variant = getattr(layer, "lora_variant", {}).get(key)
@@ -192,7 +182,7 @@ def _adapter_reason(layer: Any, key: str) -> str | None:
     A, B, drop = layer.lora_A._modules[key], layer.lora_B._modules[key], layer.lora_dropout._modules[key]
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
         return f"lora_A and lora_B of {key!r} are {type(A).__name__} and {type(B).__name__}, not nn.Linear"
-    if _hooked(A) or _hooked(B) or _hooked(drop):
+    if hooked(A) or hooked(B) or hooked(drop):
         return f"lora_A, lora_B or lora_dropout of {key!r} have hooks"
     if type(drop) is nn.Dropout:
         if drop.inplace or drop.p >= 1.0:
@@ -222,7 +212,7 @@ def _base_reason(base: Any) -> str | None:
         return f"{type(base).__name__} makes x W^T itself"
     if not _plain(base.weight):
         return f"the weight is a {type(base.weight).__name__} and its layer makes x W^T itself"
-    if _hooked(base):
+    if hooked(base):
         return "the frozen layer has hooks and runs itself"
     return None
 

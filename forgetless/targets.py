@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from . import shards
 from .layers import AdaptedLinear, is_conv1d
 from .packed import KINDS, kind_of
 
@@ -48,6 +49,8 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
     Raises:
         ValueError: nothing matches (near names are listed), or a match cannot be adapted.
     """
+    if any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__):
+        raise ValueError("model is sharded by FSDP2 already: adapt it first, then fully_shard")
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     linear = {name: module for name, module in modules.items() if supported(module)}
     first = {id(module): name for name, module in reversed(linear.items())}  # a shared layer goes by its first name
@@ -98,9 +101,10 @@ def ready(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """
     for name, module in found.items():
         kind = kind_of(module)
-        wanted = None if kind is None else kind.wants(module)
-        if kind is not None and wanted is not None:
-            raise ValueError(f"targets: {name} cannot be adapted ({kind.title}): {wanted}")
+        wanted = shards.refusal(module) if kind is None else kind.wants(module)
+        if wanted is not None:
+            title = "" if kind is None else f" ({kind.title})"
+            raise ValueError(f"targets: {name} cannot be adapted{title}: {wanted}")
     return found
 
 

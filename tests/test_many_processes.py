@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import token_batch
 from safetensors.torch import load_file
 from tiny_study import tiny_model, write_model, write_texts
-from two_processes import METHODS, TOKENS, finetune, prepared, step
+from two_processes import CUT, METHODS, TOKENS, adapted, finetune, prepared, step, whole_model
 
 import forgetless as fl
 
@@ -75,3 +76,24 @@ def test_a_signal_to_one_process_stops_both_and_saves(done: tuple[str, Path]) ->
     log = json.loads((done[1] / "stopped" / "training.json").read_text())
     assert log["stopped"] == "interrupted" and len(log["loss"]) == 2 and "step 2 of 3" in log["note"]
     assert fl.adapters(fl.load(tiny_model(), done[1] / "stopped"))
+
+
+@pytest.mark.parametrize("done", ["ddp"], indirect=True)
+@pytest.mark.parametrize("name", list(CUT))
+def test_tensor_parallelism_is_the_step_of_one_process(done: tuple[str, Path], name: str) -> None:
+    """Loss with penalties, drift, every parameter after the step, and logits; the rest is asserted over there."""
+    model = adapted(whole_model(), name)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    loss = model(**token_batch((9, 9))).loss + fl.penalty(model)
+    loss.backward()
+    drifts = list(fl.drift(model).values())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    there = load_file(done[1] / f"cut-{name}.safetensors")
+    assert there["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert there["drift"].tolist() == pytest.approx(drifts, rel=1e-4)
+    torch.testing.assert_close(there["logits"], model(**token_batch((9, 9))).logits.detach(), rtol=1e-4, atol=1e-5)
+    saved = dict(fl.load(whole_model(), done[1] / f"cut-{name}").named_parameters())
+    for n, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            moved = (parameter - before[n]).norm()
+            assert moved > 0 and (saved[n] - parameter).norm() <= 1e-3 * moved, n

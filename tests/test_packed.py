@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import forgetless as fl
 from forgetless import packed
-from forgetless.layers import AdaptedPacked
+from forgetless.around import AdaptedPacked
 
 
 class Int8(nn.Module):
@@ -230,6 +230,22 @@ def test_a_frozen_layer_without_a_gradient_is_an_error(monkeypatch: pytest.Monke
     model(torch.randn(2, 6))
     with pytest.raises(RuntimeError, match="a Int8, returned a result without a gradient for its input"):
         model(torch.randn(2, 6, requires_grad=True))
+
+
+def test_hooks_on_the_frozen_layer_are_run() -> None:
+    """Such as accelerate's, that bring an offloaded weight."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5)
+    layer.register_forward_hook(lambda module, args, y: 2 * y)
+    x = torch.randn(3, 6)
+    want = layer(x)
+    model = fl.adapt(nn.Sequential(layer), fl.CURLoRA(rank=2), ["0"])
+    assert torch.equal(model(x), want) and "has hooks and runs itself" in fl.explain(model)["0"].reason
+    stir(model)
+    torch.testing.assert_close(model(x), want + F.linear(x, model[0].delta()))
+    moved = F.linear(x, model[0].delta())
+    fl.merge(model)
+    torch.testing.assert_close(model(x), want + 2 * moved)  # the hook sees the update once it is in the weight
 
 
 # -------------------------------------------------------------------------------- the real packages

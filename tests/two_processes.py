@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from helpers import stir, tiny_llama, token_batch
 from safetensors.torch import save_file
 from tiny_study import tiny_model
 from torch import Tensor, nn
@@ -73,6 +75,75 @@ def told_to_stop(rank: int) -> None:
     Ui.training = training
 
 
+CUT = {
+    "clora": fl.CLoRA(rank=4, alpha=8, k=8, penalties=(fl.OutputDeviation(0.3), fl.WeightDeviation(0.2))),
+    "curlora": fl.CURLoRA(rank=4, penalties=(fl.Decay(0.1),)),
+}
+
+
+def whole_model() -> nn.Module:
+    """Two heads of keys and values, so that attention can be cut in two."""
+    return tiny_llama(num_key_value_heads=2, hidden_size=32)
+
+
+def cut(model: nn.Module, end: str = "") -> nn.Module:
+    """Tensor parallelism over both processes."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    into, out_of = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+    plan = {f"model.layers.*.*.{name}{end}": ColwiseParallel() for name in into}
+    plan |= {f"model.layers.*.*.{name}{end}": RowwiseParallel() for name in out_of}
+    return parallelize_module(model, mesh, plan)
+
+
+def adapted(model: nn.Module, name: str, seed: int = 1) -> nn.Module:
+    """With an adapter that has moved."""
+    torch.manual_seed(seed)
+    return stir(fl.adapt(model, CUT[name]), 0.1).train()
+
+
+def tensor_parallel(folder: Path, rank: int) -> None:
+    """A step, the drift, and what is saved, merged and refused."""
+    for name in CUT:
+        model = adapted(cut(whole_model()), name, seed=1 + rank)  # other draws, that the first process's replace
+        batch = token_batch((9, 9))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        loss = model(**batch).loss + fl.penalty(model)
+        loss.backward()
+        drifts = fl.drift(model)
+        optimizer.step()
+        fl.save(model, folder / f"cut-{name}")
+        alike = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        for mine in alike:
+            theirs = mine.clone()
+            torch.distributed.broadcast(theirs, 0)
+            assert torch.equal(mine, theirs)
+        again = fl.load(cut(whole_model()), folder / f"cut-{name}")
+        want = model(**batch).logits
+        torch.testing.assert_close(again(**batch).logits, want)
+        torch.testing.assert_close(fl.merge(again)(**batch).logits, want, rtol=1e-4, atol=1e-5)
+        if rank == 0:
+            drifts = torch.tensor(list(drifts.values()))
+            save_file(
+                {"loss": loss.detach(), "drift": drifts, "logits": want.detach()}, folder / f"cut-{name}.safetensors"
+            )
+    dropping = fl.adapt(cut(whole_model()), fl.LoRA(rank=4, dropout=0.3)).train()
+    torch.manual_seed(rank)  # ranks' generators differ, masks must not
+    loss = stir(dropping)(**batch).loss
+    theirs = loss.detach().clone()
+    torch.distributed.broadcast(theirs, 0)
+    assert torch.equal(loss, theirs)
+    for wrong, said in ((fl.calibrate, "calibrate the model whole"), (fl.consolidate, "consolidate the model whole")):
+        model = fl.adapt(cut(whole_model()), fl.LaLoRA(rank=2))
+        with pytest.raises(ValueError, match=said):
+            wrong(model, [batch])
+    model = fl.adapt(whole_model(), fl.LoRA(rank=2))
+    cut(model, ".base")  # too late
+    with pytest.raises(ValueError, match="parallelize_module first, then fl.adapt"):
+        model(**batch)
+
+
 def main(engine: str, folder: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -94,6 +165,7 @@ def main(engine: str, folder: Path) -> None:
         if rank == 0:
             save_file({"loss": loss / 2}, folder / f"{name}.safetensors")
     if engine == "ddp":
+        tensor_parallel(folder, rank)
         assert finetune(folder, "finetuned") == 0
         assert finetune(folder, "odd", "--batch-size", "5") == 2
         told_to_stop(rank)
