@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -45,9 +45,19 @@ class Job:
 
 
 @dataclass
+class Run:
+    code: int
+    seconds: float
+    changes: int
+    first: float  # seconds until the first change of the folder
+    said: str
+
+
+@dataclass
 class Tally:
     """What a series has seen."""
 
+    pace: Run  # the last run that was not killed at all
     kills: int = 0
     timed: int = 0
     sighted: int = 0
@@ -125,15 +135,6 @@ def seen(folder: Path) -> frozenset[tuple[str, int, int]]:
 # ------------------------------------------------------------------------------------------ kills
 
 
-@dataclass
-class Run:
-    code: int
-    seconds: float
-    changes: int
-    first: float  # seconds until the first change of the folder
-    said: str
-
-
 def run(command: list[str], folder: Path, seconds: float | None = None, changes: int | None = None) -> Run:
     """Run to the end, or kill after so many seconds, or changes of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,17 +164,17 @@ def series(job: Job, kills: int, seed: int, folder: Path, say: Callable[[str], N
     Raises:
         Broken: a file that cannot be read, a run that ends otherwise than without kills, or does not end well.
     """
-    draw, tally = random.Random(seed), Tally()
     plain = run(job.command(folder / "plain"), folder / "plain")
+    draw, tally = random.Random(seed), Tally(plain)
     if plain.code:
         raise Broken(f"without any kill it ends with {plain.code}: {plain.said[-2000:]}")
     opened(folder / "plain")
     want = job.outcome(folder / "plain")
     while tally.kills < kills:
         out = folder / f"life-{tally.finished}"
-        for last in _lives(job, plain, out, tally, draw):
-            if last.code:
-                raise Broken(f"after {tally.kills} kills it ends with {last.code}: {last.said[-2000:]}")
+        last = _brought_to_its_end(job, out, tally, draw)
+        if last.code:
+            raise Broken(f"after {tally.kills} kills it ends with {last.code}: {last.said[-2000:]}")
         tally.finished += 1
         tally.files_opened += opened(out)
         if job.outcome(out) != want:
@@ -182,26 +183,28 @@ def series(job: Job, kills: int, seed: int, folder: Path, say: Callable[[str], N
             raise Broken(f"{out.name} ended and left {', '.join(left)}")
         say(f"{tally.kills} kills of {kills}, {tally.finished} runs brought to their end")
     share = [round(delay / plain.seconds, 3) for delay in tally.delays]
-    about = {name: getattr(tally, name) for name in Tally.__dataclass_fields__ if name != "delays"}
+    about = {name: getattr(tally, name) for name in Tally.__dataclass_fields__ if name not in ("pace", "delays")}
     return {**about, "unreadable": 0, "other_results": 0, "seconds_unkilled": plain.seconds, "killed_at": share}
 
 
-def _lives(job: Job, plain: Run, out: Path, tally: Tally, draw: random.Random) -> Iterator[Run]:
-    """Kill and start again; the run that came to its end."""
+def _brought_to_its_end(job: Job, out: Path, tally: Tally, draw: random.Random) -> Run:
+    """Kill and start again; the run that was not killed."""
+    pace = tally.pace
     for turn in range(MOST + 1):
         when: dict[str, Any] = {}
         if turn < MOST:
             timed = draw.random() < 0.5
             when = (
-                {"seconds": draw.uniform(0.95 * plain.first, plain.seconds)}
+                {"seconds": draw.uniform(0.95 * pace.first, pace.seconds)}
                 if timed
-                else {"changes": draw.randint(1, max(plain.changes, 1))}
+                else {"changes": draw.randint(1, max(pace.changes, 1))}
             )
         done = run(job.command(out), out, **when)
         tally.runs += 1
         if done.code != -signal.SIGKILL:
-            yield done
-            return
+            if not turn:  # as fast as the machine is now
+                tally.pace = done
+            return done
         tally.kills += 1
         tally.timed += "seconds" in when
         tally.sighted += "changes" in when
@@ -212,8 +215,8 @@ def _lives(job: Job, plain: Run, out: Path, tally: Tally, draw: random.Random) -
         tally.half_written += any(True for _ in out.rglob(".*"))
         job.usable(out)
         if job.done(out):  # killed after its last write
-            yield replace(done, code=0)
-            return
+            return replace(done, code=0)
+    raise AssertionError("the last turn is not killed")
 
 
 # ------------------------------------------------------------------------------------------- jobs
