@@ -4,13 +4,19 @@
 
     class MyTrainer(fl.training.PenaltyMixin, Trainer): ...
 
-It imports nothing: which trainer it is mixed into is the user's choice.
+It imports nothing: which trainer it is mixed into is the user's choice. ``PenaltyCallback`` is for Lightning's Trainer,
+which is imported when the class is asked for::
+
+    Trainer(callbacks=[fl.training.PenaltyCallback()])
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 import statistics
+import sys
 from typing import Any
 
 import torch
@@ -97,3 +103,95 @@ def mean_drift(model: nn.Module) -> float:
     """The drift of the last forward, averaged over layers; NaN where nothing has been seen or nothing is adapted."""
     values = list(drift(model).values()) if adapted(model) else []
     return statistics.fmean(values) if values else math.nan
+
+
+# -------------------------------------------------------------------------------------- Lightning
+
+
+class _LightningPenalty:
+    """Adds ``fl.penalty`` to what ``training_step`` returns, once per optimiser step, and logs it with the drift.
+
+    Lightning divides the loss of every micro-batch; the penalty is added to the last one of a step, undivided, so that
+    clipping sees the sum. ``penalty`` is logged at every step, ``drift`` (mean over layers) every
+    ``log_every_n_steps``. The module is as it was after fitting. Only with automatic optimisation; in a step of your
+    own add ``fl.penalty``.
+
+    Raises:
+        ValueError: when fitting begins: the module has no adapters, or optimises by hand.
+    """
+
+    _value: Tensor | None = None  # of the step under way
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if not adapted(pl_module):
+            raise ValueError("the module has no adapters; call fl.adapt(model, method) on its model first")
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "the module optimises by hand: add fl.penalty(model) to its loss there, without this callback"
+            )
+        self._restore(pl_module)  # an earlier fit may have been killed
+        own = pl_module.training_step
+        held = pl_module.__dict__.get("training_step")
+
+        @functools.wraps(own)
+        def training_step(*args: Any, **named: Any) -> Any:
+            self._value = None
+            output = own(*args, **named)
+            loss = output["loss"] if isinstance(output, dict) else output
+            if loss is None or not self._steps:
+                return output
+            value = penalty(pl_module)
+            self._value = value.detach()
+            total = loss + trainer.accumulate_grad_batches * value.to(loss.device)
+            return {**output, "loss": total} if isinstance(output, dict) else total
+
+        training_step.held = held  # type: ignore[attr-defined]
+        pl_module.training_step = training_step
+
+    _steps = True  # this micro-batch is the last one of an optimiser step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        last = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+        self._steps = last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._value is None:
+            return
+        pl_module.log("penalty", self._value)
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            seen = mean_drift(pl_module)
+            if math.isfinite(seen):
+                pl_module.log("drift", seen)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._restore(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._restore(pl_module)
+
+    def _restore(self, pl_module: Any) -> None:
+        step = pl_module.__dict__.get("training_step")
+        if hasattr(step, "held"):
+            del pl_module.training_step
+            if step.held is not None:
+                pl_module.training_step = step.held
+
+
+@functools.cache
+def _callback(base: type) -> type:
+    made = type("PenaltyCallback", (_LightningPenalty, base), {"__doc__": _LightningPenalty.__doc__})
+    made.__module__ = __name__
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    if name != "PenaltyCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    known = ("lightning.pytorch", "pytorch_lightning")
+    for module in (*(found for found in known if found in sys.modules), *known):  # the one that is in use already
+        try:
+            return _callback(importlib.import_module(module).Callback)
+        except ImportError as error:
+            if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+                raise
+    raise ImportError("fl.training.PenaltyCallback needs Lightning: pip install 'forgetless[lightning]'")
