@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from .ops import autocasts, draw_mask, exact_products, gives_way, lowrank_linear
 from .packed import kind_of, stand_in
 from .penalties.base import whole
 from .shards import cut_of
-from .siblings import Group, families, lowrank_linears
+from .siblings import Group, Result, families, lowrank_linears
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
 DRIFT_TOKENS = 32
@@ -44,6 +43,15 @@ def _holds_down(adapter: Adapter) -> bool:
     """Whether ``adapter.down`` is the factor itself, not something it is made of."""
     down = getattr(adapter, "down", None)
     return isinstance(down, Tensor) and adapter.factors()[0] is down
+
+
+def stored(base: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer, out of its table: a module's attribute costs a microsecond."""
+    table = base._parameters
+    weight = table.get("weight")
+    if weight is None:  # parametrised, or packed
+        return base.weight, base.bias
+    return weight, table["bias"] if "bias" in table else base.bias
 
 
 def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
@@ -111,10 +119,15 @@ class AdaptedLinear(nn.Module):
     def out_features(self) -> int:
         return self.weight.shape[1 if self.transposed else 0]
 
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        """The base's weight as it stores it, and its bias."""
+        return stored(self._modules["base"])
+
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        base, adapter = self.base, self.adapter  # every lookup in a module costs: take each thing once
-        weight: Tensor = base.weight.T if self.transposed else base.weight  # type: ignore[assignment]
-        bias: Tensor | None = base.bias  # type: ignore[assignment]
+        adapter: Any = self.adapter  # every lookup in a module costs a microsecond: take each thing once
+        weight, bias = self.held()
+        if self.transposed:
+            weight = weight.T
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             self._check_whole(weight)
         found: Any = adapter.shortcut(x, weight, bias)
@@ -138,43 +151,48 @@ class AdaptedLinear(nn.Module):
                 "parallelize_module first, then fl.adapt; with FSDP2 call the model that fully_shard was given"
             )
 
-    def _with_siblings(self, x: Tensor, weight: Tensor, dropout: float) -> tuple[Tensor, Tensor] | None:
+    def _with_siblings(self, x: Tensor, weight: Tensor, dropout: float) -> Result | None:
         """y and h, computed together with the siblings', or None where that is not to be had."""
         group = self.group
         assert group is not None
         if x.dim() < 2 or x.shape[-1] != weight.shape[1] or torch.compiler.is_compiling() or x.is_inference():
             return None  # nonsense is refused by the op; a change of an inference tensor could not be seen
         made, result = group.take(self, x, dropout)
-        if not made:
-            result = self._for_siblings(self.group or group, x, dropout)  # it may have changed
-        if result is None:
-            return None
-        y, h = result
-        return y.view(*x.shape[:-1], y.shape[-1]), h
+        return result if made else self._for_siblings(self.group or group, x, weight, dropout)  # it may have changed
 
-    def _for_siblings(self, group: Group, x: Tensor, dropout: float) -> tuple[Tensor, Tensor] | None:
+    def _for_siblings(self, group: Group, x: Tensor, weight: Tensor, dropout: float) -> Result | None:
         """Compute for all of the group and leave the others' results there; None if this cannot be done together."""
         members: list[AdaptedLinear] = group.members
-        if self not in members or len(members) < 2 or not all(m._joins(self, dropout) for m in members):
+        if len(members) < 2 or self not in members:
             return None
+        weights, biases, downs, ups = [], [], [], []
+        for member in members:
+            other, bias = member.held()
+            if member.transposed:
+                other = other.T
+            adapter = member.adapter
+            if not member._joins(self, weight, dropout, adapter, other, bias):
+                return None
+            down, up = adapter.factors()
+            weights.append(other)
+            biases.append(bias)
+            downs.append(down)
+            ups.append(up)
         device, dtype = x.device, x.dtype
-        autocast = autocasts(device.type) and dtype != torch.float64
-        if autocast:
+        if autocasts(device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
-        elif dtype != self.weight.dtype:
-            return None
-        weights = [m.weight.T if m.transposed else m.weight for m in members]
-        biases = [m.bias for m in members]
-        if autocast:
-            weights = [weight.to(dtype) for weight in weights]
+            weights = [other.to(dtype) for other in weights]
             biases = [None if bias is None else bias.to(dtype) for bias in biases]
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(dtype)
-        downs, ups = zip(*(m.adapter.factors() for m in members), strict=True)
+            rows = x.to(dtype)
+        elif dtype != weight.dtype:
+            return None
+        else:
+            rows = x
         run = settled_module(rows, weights[0], downs[0])
         if run is None:
             return None
         p, seed = draw_mask(dropout, device)
-        given = (rows, weights, downs, ups, biases, self.adapter.scale, p, seed)
+        given = (rows, weights, downs, ups, biases, self.adapter.scale, p, seed, self.needs_hidden)
         try:
             results = lowrank_linears(*given, run)
         except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
@@ -186,17 +204,19 @@ class AdaptedLinear(nn.Module):
         group.offer(x, dropout, waiting)
         return mine
 
-    def _joins(self, other: AdaptedLinear, dropout: float) -> bool:
-        """Whether this layer can be computed in the call of that sibling."""
-        weight, bias, adapter = self.weight, self.bias, self.adapter
+    def _joins(
+        self, first: AdaptedLinear, like: Tensor, dropout: float, adapter: Any, weight: Tensor, bias: Tensor | None
+    ) -> bool:
+        """Whether this layer (its adapter, weight and bias) can be computed in the call of ``first``, with ``like``."""
         return (
-            weight.dtype == other.weight.dtype
-            and weight.device == other.weight.device
-            and type(weight) is type(other.weight) in (nn.Parameter, Tensor)  # not a shard, nor packed
+            weight.dtype == like.dtype
+            and weight.device == like.device
+            and type(weight) is type(like) in (nn.Parameter, Tensor)  # not a shard, nor packed
             and not weight.requires_grad
             and (bias is None or not bias.requires_grad)
             and (adapter.dropout if self.training else 0.0) == dropout
-            and not any(p.is_inference() for p in (weight, *adapter.parameters(recurse=False)))
+            and not weight.is_inference()
+            and not any(p is not None and p.is_inference() for p in adapter._parameters.values())
         )
 
     def _trace(self, x: Tensor, h: Tensor | None) -> Trace:

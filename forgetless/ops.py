@@ -350,21 +350,35 @@ def refuse_second_derivative() -> None:
 # ---------------------------------------------------------------------------------------- eager
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def as_rows(x: Tensor) -> Tensor:  # (..., K) -> (M, K)
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: x may be empty
+
+
+def shaped(rows: Tensor, like: torch.Size) -> Tensor:  # (M, N) -> (*like[:-1], N)
+    """Of a tensor that nobody else holds, and no view to autograd: the result may be changed in place."""
+    return rows if len(like) == 2 else _unsafe_view(rows, (*like[:-1], rows.shape[1]))
+
+
 class _LowrankLinear(torch.autograd.Function):
     """y, and h if it is wanted: an output less is microseconds less."""
 
     @staticmethod
     def forward(ctx: Any, want_h: bool, *inputs: Any) -> Any:
         x, weight, down, up, bias, seed, scale, p = inputs
-        dtypes = down.dtype, up.dtype
+        dtypes, ctx.shape = (down.dtype, up.dtype), x.shape
+        x = as_rows(x)
         if x.is_cpu:  # BLAS wants one dtype: cast the factors once for both passes
             down, up = blas.as_dtype(down, x.dtype), blas.as_dtype(up, x.dtype)
         y, h = _forward(x, weight, down, up, bias, seed, scale, p)
         _save(ctx, (x, weight, down, up, bias, seed, scale, p), h, dtypes, ctx.needs_input_grad[1:6])
+        y = shaped(y, ctx.shape)
         if not want_h:
             return y
         ctx.set_materialize_grads(False)
-        return y, h
+        return y, shaped(h, ctx.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -373,8 +387,12 @@ class _LowrankLinear(torch.autograd.Function):
         if dy is None:
             if dh is None:
                 return (None,) * 9
+            dh = as_rows(dh)
             dy = dh.new_zeros(dh.shape[0], weight.shape[0])
-        return (None, *_backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest), None, None, None)
+        else:
+            dy, dh = as_rows(dy), None if dh is None else as_rows(dh)
+        dx, *others = _backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
+        return (None, None if dx is None else dx.view(ctx.shape), *others, None, None, None)
 
 
 # -------------------------------------------------------------------------------------- compiled
@@ -498,16 +516,9 @@ def lowrank_linear(
                 seed = draw_seed(x.device)
         if dropout == 0.0:
             seed = None
-    lead = None if x.dim() == 2 else x.shape[:-1]
-    if lead is not None:
-        x = x.reshape(math.prod(lead), x.shape[-1])  # not -1: an empty x has no unique answer
-    if torch.compiler.is_compiling():
-        y, h = torch.ops.forgetless.lowrank_linear(x, weight, down, up, bias, seed, float(scale), float(dropout))
-    elif return_h:
-        y, h = _LowrankLinear.apply(True, x, weight, down, up, bias, seed, scale, dropout)
-    else:
-        y, h = _LowrankLinear.apply(False, x, weight, down, up, bias, seed, scale, dropout), None
-    if lead is not None:
-        y = y.view(*lead, y.shape[-1])
-        h = h.view(*lead, h.shape[-1]) if return_h else h
-    return (y, h) if return_h else y
+    if not torch.compiler.is_compiling():
+        return _LowrankLinear.apply(return_h, x, weight, down, up, bias, seed, scale, dropout)
+    rows, lead = as_rows(x), x.shape[:-1]
+    y, h = torch.ops.forgetless.lowrank_linear(rows, weight, down, up, bias, seed, float(scale), float(dropout))
+    y = y.view(*lead, y.shape[-1])
+    return (y, h.view(*lead, h.shape[-1])) if return_h else y

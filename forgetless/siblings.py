@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from . import blas
-from .ops import autocasts, exact_products, gives_way, refuse_second_derivative
+from .ops import as_rows, autocasts, exact_products, gives_way, refuse_second_derivative, shaped
 
-#: y (M, N) and h (M, R) of one sibling
-Result = tuple[Tensor, Tensor]
+#: y (..., N) of one sibling, and h (M, R) if it is wanted
+Result = tuple[Tensor, Tensor | None]
 
 #: A group that so often in a row computed for siblings that never came is split.
 MISSES = 8
@@ -79,7 +79,7 @@ class Group:
         if not waiting.results:
             self._local.waiting = None
         held = waiting.x()
-        if held is x and state == _state(x, member, dropout):
+        if held is x and waiting.call == _call(x, dropout) and state == _state(member):
             self.misses = 0
             return True, result
         if held is not None and held is not x:
@@ -96,8 +96,8 @@ class Group:
             self.misses += 1
             if self.misses > MISSES:
                 self._leave([other for other in self.members if id(other) in late.results])
-        held = {id(member): (result, _state(x, member, dropout)) for member, result in results.items()}
-        self._local.waiting = _Waiting(x, held) if held else None
+        held = {id(member): (result, _state(member)) for member, result in results.items()}
+        self._local.waiting = _Waiting(x, _call(x, dropout), held) if held else None
 
     def _leave(self, left: list[Any]) -> None:
         self.members = [other for other in self.members if all(other is not gone for gone in left)]
@@ -112,23 +112,33 @@ class Group:
         self.__init__(state["members"])  # type: ignore[misc]
 
 
-def _state(x: Tensor, member: Any, dropout: float) -> Any:
-    """What must be the same when a result is picked up as when it was made."""
+def _call(x: Tensor, dropout: float) -> Any:
+    """What must be the same of the call when a result is picked up as when it was made."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if autocasts(device) else None
-    tensors = [member.weight, *member.adapter._parameters.values()]
-    versions = [(id(t), t._version, t.requires_grad) for t in tensors if t is not None]
-    return x._version, versions, id(member.adapter.down), torch.is_grad_enabled(), autocast, dropout
+    return x._version, torch.is_grad_enabled(), autocast, dropout
+
+
+def _state(member: Any) -> Any:
+    """What must be the same of the member."""
+    adapter = member.adapter
+    table = adapter._parameters
+    seen = [] if "down" in table else [id(adapter.down)]
+    for t in (member.held()[0], *table.values()):
+        if t is not None:
+            seen += id(t), t._version, t.requires_grad
+    return seen
 
 
 class _Waiting:
-    def __init__(self, x: Tensor, results: dict[int, tuple[Result, Any]]):
+    def __init__(self, x: Tensor, call: Any, results: dict[int, tuple[Result, Any]]):
         self.x = weakref.ref(x)
+        self.call = call
         self.results = results
 
 
 def lowrank_linears(
-    x: Tensor,  # (M, K)
+    x: Tensor,  # (..., K)
     weights: Sequence[Tensor],  # (N_i, K) each, dtype of x, frozen
     downs: Sequence[Tensor],  # (R_i, K)
     ups: Sequence[Tensor],  # (N_i, R_i)
@@ -136,6 +146,7 @@ def lowrank_linears(
     scale: float,
     p: float,
     seed: Tensor | None,  # (2,) int32
+    return_h: bool,
     run: ModuleType,
 ) -> list[Result]:
     """y_i = x @ weight_i.T + bias_i + h_i @ up_i.T and h_i = scale / (1 - p) * drop(x) @ down_i.T, for all i at once.
@@ -144,59 +155,65 @@ def lowrank_linears(
     over x forward and one backward: what ``AdaptedLinear`` calls for q/k/v and gate/up. It checks nothing.
 
     Returns:
-        (y_i, h_i) for each i: (M, N_i) and (M, R_i), dtype of x.
+        (y_i, h_i) for each i: (..., N_i) and (M, R_i), dtype of x; h_i is None unless ``return_h``.
 
     Raises:
         RuntimeError: a second derivative is asked for.
     """
-    *ys, h = _Siblings.apply(x, scale / (1.0 - p), p, seed, run, len(weights), *weights, *downs, *ups, *biases)
+    # what has no gradient goes in one argument: autograd looks at every one
+    ys = _Siblings.apply((weights, biases, scale / (1.0 - p), p, seed, return_h, run), x, *downs, *ups)
+    if not return_h:
+        return [(y, None) for y in ys]
+    *ys, h = ys
     return list(zip(ys, h.split([down.shape[0] for down in downs], dim=1), strict=True))
 
 
 class _Siblings(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, s: float, p: float, seed: Tensor | None, run: ModuleType, n: int, *rest: Any
-    ) -> tuple[Tensor, ...]:
-        weights, downs, ups, biases = (rest[i * n : (i + 1) * n] for i in range(4))
+    def forward(ctx: Any, given: tuple[Any, ...], x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        weights, biases, s, p, seed, return_h, run = given
+        n = len(weights)
+        downs, ups = factors[:n], factors[n:]
         need = ctx.needs_input_grad
-        ctx.need_x, ctx.need_downs, ctx.need_ups = need[0], need[6 + n : 6 + 2 * n], need[6 + 2 * n : 6 + 3 * n]
+        ctx.need_x, ctx.need_downs, ctx.need_ups = need[1], need[2 : 2 + n], need[2 + n :]
         ctx.ranks = [down.shape[0] for down in downs]
-        ctx.rest = s, p, run
+        ctx.rest = s, p, run, return_h, x.shape
         ctx.dtypes = downs[0].dtype, [up.dtype for up in ups]
         ctx.set_materialize_grads(False)
+        rows = as_rows(x)
         down = blas.as_dtype(torch.cat(downs), x.dtype)
         if run is blas:  # which wants one dtype: cast once for both passes
             ups = tuple(blas.as_dtype(up, x.dtype) for up in ups)
-        h = run.project(x, down, s, p, seed)
-        parts = h.split(ctx.ranks, dim=1)
-        ys = [run.matmul_lowrank(x, *each) for each in zip(weights, parts, ups, biases, strict=True)]
+        h = run.project(rows, down, s, p, seed)
+        parts = h.split_with_sizes(ctx.ranks, 1)
+        ys = [shaped(run.matmul_lowrank(rows, weights[i], parts[i], ups[i], biases[i]), x.shape) for i in range(n)]
         ctx.save_for_backward(
-            x if any(ctx.need_downs) else None, h if any(ctx.need_ups) else None, seed, down, *weights, *ups
+            rows if any(ctx.need_downs) else None, h if any(ctx.need_ups) else None, seed, down, *weights, *ups
         )
-        return (*ys, h)
+        return (*ys, h) if return_h else tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_second_derivative()
-        *dys, dh = grads
-        n = len(dys)
+        s, p, run, return_h, shape = ctx.rest
         x, h, seed, down, *rest = ctx.saved_tensors
+        n = len(rest) // 2
         weights, ups = rest[:n], rest[n:]
-        s, p, run = ctx.rest
+        dys = [None if dy is None else as_rows(dy) for dy in grads[:n]]
+        dh = grads[n] if return_h else None
         down_dtype, up_dtypes = ctx.dtypes
         if all(dy is None for dy in dys):
             if dh is None:
-                return (None,) * (6 + 4 * n)
+                return (None,) * (2 + 2 * n)
             dys[0] = dh.new_zeros(dh.shape[0], weights[0].shape[0])
         wanted = (ctx.need_x, any(ctx.need_downs), ctx.need_ups, down_dtype, up_dtypes)
         gradients = blas.gradients if run is blas else functools.partial(_or_blas, run)
         arguments = (dys, dh, x, weights, down, ups, h, seed, s, p, *wanted)
         with exact_products(down.device.type):
             dx, ddown, dups = gradients(*arguments)
-        ddowns = [None] * n if ddown is None else ddown.split(ctx.ranks)
-        ddowns = [part if want else None for part, want in zip(ddowns, ctx.need_downs, strict=True)]
-        return (dx, None, None, None, None, None, *(None,) * n, *ddowns, *dups, *(None,) * n)
+        ddowns = [None] * n if ddown is None else ddown.split_with_sizes(ctx.ranks)
+        ddowns = [ddowns[i] if ctx.need_downs[i] else None for i in range(n)]
+        return (None, None if dx is None else dx.view(shape), *ddowns, *dups)
 
 
 def _or_blas(run: Any, dys: Sequence[Tensor | None], dh: Any, x: Any, weights: Any, down: Tensor, *rest: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import ops
 from .around import hooked
 from .door import FLOATS
-from .layers import AdaptedLinear, form_groups, is_conv1d
+from .layers import AdaptedLinear, form_groups, is_conv1d, stored
 from .methods import LoRA
 from .methods.base import Adapter, Site
 from .model import LayerReport
@@ -397,9 +397,15 @@ class _View(AdaptedLinear):
             and adapter.scale == first.adapter.scale
         )
 
-    def _joins(self, other: AdaptedLinear, dropout: float) -> bool:
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = stored(self.layer.base_layer)
+        return weight, bias if self.adapter.bias is None else self.bias
+
+    def _joins(self, first: AdaptedLinear, like: Tensor, dropout: float, *mine: Any) -> bool:
         # each layer of PEFT has a dropout mask of its own
-        return dropout == 0.0 and isinstance(other, _View) and self.fits(other) and super()._joins(other, dropout)
+        if dropout or not isinstance(first, _View) or not self.fits(first):
+            return False
+        return super()._joins(first, like, dropout, *mine)
 
     def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
         return self.layer.register_forward_hook(lambda _, args, y: hook(self, args, y), **kwargs)
@@ -558,7 +564,8 @@ def _op_report(active: list[_View]) -> tuple[str, str]:
     path, reason = ops.explain_path(weight.device, weight.dtype, N, K, down.shape[0])
     members = first.group.members if first.group else []
     partners = [view.name.rpartition(".")[2] for view in members if view is not first]
-    together = all(view._joins(first, first.adapter.dropout) for view in members)
+    like, dropout = first.held()[0], first.adapter.dropout
+    together = all(view._joins(first, like, dropout, view.adapter, *view.held()) for view in members)
     if not several and partners and first in members and together:
         reason += f"; one pass over x with {', '.join(partners)}"
     return path, reason + several
