@@ -7,6 +7,8 @@ worked out beside the value: nothing is kept for a backward pass but the gradien
 
 from __future__ import annotations
 
+import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,6 +78,37 @@ def one_storage(owners: Sequence[nn.Module], name: str) -> Tensor:
 
 #: By the first owner: buffer name -> the stack and its parts, as the owners hold them if it still counts.
 _stacks: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, Sequence[Tensor]]]] = weakref.WeakKeyDictionary()
+
+
+class Scratch:
+    """Memory for passing results of a model's penalties, kept from step to step: fresh pages cost a CPU more than the
+    arithmetic. One part for all groups of layers in turn. On other devices the allocator does this already."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    @staticmethod
+    def of(owner: nn.Module) -> Scratch:
+        """That of the model which ``owner`` stands for, and of this thread."""
+        held = _scratch.__dict__.setdefault("of", weakref.WeakKeyDictionary())
+        found = held.get(owner)
+        if found is None:
+            found = held[owner] = Scratch()
+        return found
+
+    def like(self, t: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Contiguous, values undefined; taking a name again overwrites what was there."""
+        dtype = dtype or t.dtype
+        if t.device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=t.device)
+        size = math.prod(shape)
+        part = self._parts.get((name, dtype))
+        if part is None or part.numel() < size:
+            part = self._parts[name, dtype] = torch.empty(size, dtype=dtype)
+        return part[:size].view(shape)
+
+
+_scratch = threading.local()
 
 
 def scatter(grads: list[Tensor | None], indices: Sequence[int], stack: Tensor, needs: list[bool], like: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Item, Penalty, PenaltyState, register, wide
-from .grouped import buckets, closed_form, like, one_storage, scatter
+from .grouped import Scratch, buckets, closed_form, like, one_storage, scatter
 
 if TYPE_CHECKING:
     from ..methods.base import Adapter, Site
@@ -83,9 +83,10 @@ class _NullSpace(PenaltyState):
             value = wide(factors[0]).new_zeros(())
             # down (R, K) has the protected dimension last, up (N, R) first
             keys = [(i % 2, type(b), b.key(), weights[i], like(factors[i])) for i, b in enumerate(bases)]
+            scratch = Scratch.of(items[0][0])
             for group in buckets(keys):
-                stack = wide(torch.stack([factors[i] for i in group]))
-                inside, grad = bases[group[0]].stacked([bases[i] for i in group], stack, group[0] % 2 == 1)
+                alike = [factors[i] for i in group]
+                inside, grad = bases[group[0]].stacked([bases[i] for i in group], alike, group[0] % 2 == 1, scratch)
                 value = value + 0.5 * weights[group[0]] * inside
                 grad = grad if weights[group[0]] == 1.0 else grad.mul_(weights[group[0]])
                 scatter(grads, group, grad, needs, factors[group[0]])
@@ -119,11 +120,11 @@ class _Basis(nn.Module):
         return ()
 
     @classmethod
-    def stacked(cls, bases: list[Any], stack: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
-        """Sum over L bases of ||F_l P_l||^2, and F_l P_l P_l^T laid out as the stack is.
+    def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """Sum over L bases of ||F_l P_l||^2, and F_l P_l P_l^T stacked, laid out as the factors are, at least float32.
 
         Args:
-            stack: F (L, R, dim), or (L, dim, R) if ``tall``; float32 or float64; may be overwritten and returned.
+            factors: F_l (R, dim), or (dim, R) if ``tall``.
         """
         raise NotImplementedError
 
@@ -133,16 +134,40 @@ def _square(t: Tensor) -> Tensor:
     return torch.dot(flat, flat)
 
 
-def _complemented(complement: bool, rows: Tensor, inside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _stack(factors: list[Tensor], scratch: Scratch) -> Tensor:
+    out = scratch.like(factors[0], "stack", (len(factors), *factors[0].shape))
+    return torch.stack(factors, out=out)
+
+
+def _turned(t: Tensor, dtype: torch.dtype, scratch: Scratch, name: str) -> Tensor:
+    """t.transpose(1, 2) in that dtype, contiguous; transposed in the narrower of both, it is the slower copy."""
+    L, a, b = t.shape
+    if t.element_size() > dtype.itemsize:
+        t = scratch.like(t, "narrow", t.shape, dtype).copy_(t)
+    return scratch.like(t, name, (L, b, a), t.dtype).copy_(t.transpose(1, 2))
+
+
+def _laid_out(grad: Tensor, turn: bool, stack: Tensor, scratch: Scratch) -> Tensor:
+    """The gradient in memory of its own, at least float32: it becomes .grad as it is."""
+    if turn:
+        grad = _turned(grad, grad.dtype, scratch, "narrow")
+    return torch.empty(stack.shape, dtype=wide(stack[:0]).dtype, device=stack.device).copy_(grad)
+
+
+def _complemented(complement: bool, stack: Tensor, inside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """||rows P||^2 = ||rows||^2 - ||rows P'||^2 with P' the other columns."""
-    return (_square(rows) - inside, rows.sub_(grad)) if complement else (inside, grad)
+    if not complement:
+        return inside, grad
+    stack = wide(stack)
+    return _square(stack) - inside, torch.sub(stack, grad, out=grad)
 
 
 class _Everything(_Basis):
     """All of the space: ||rows||^2."""
 
     @classmethod
-    def stacked(cls, bases: list[Any], stack: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+    def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        stack = wide(torch.stack(factors))
         return _square(stack), stack
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -173,14 +198,19 @@ class _Orthogonal(_Basis):
         return self.complement, like(self.basis)
 
     @classmethod
-    def stacked(cls, bases: list[Any], stack: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+    def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
         P = one_storage(bases, "basis")  # (L, dim, k)
-        rows = stack.to(P.dtype)
+        L, dim, k = P.shape
+        stack = _stack(factors, scratch)
+        rows = stack if stack.dtype == P.dtype else scratch.like(P, "rows", stack.shape).copy_(stack)
+        R = stack.shape[2 if tall else 1]
         # P from the left, P as it lies: the order that BLAS streams P through fastest
-        z = P.transpose(1, 2) @ rows if tall else (rows @ P).transpose(1, 2).contiguous()  # (L, k, R)
-        grad = P @ z
-        # laid out as the factors are: autograd copies any other gradient, one by one
-        grad = wide(grad) if tall else torch.empty_like(stack).copy_(grad.transpose(1, 2))
+        if tall:
+            z = torch.bmm(P.transpose(1, 2), rows, out=scratch.like(P, "z", (L, k, R)))
+        else:
+            z = _turned(torch.bmm(rows, P, out=scratch.like(P, "z", (L, R, k))), P.dtype, scratch, "turned")
+        grad = torch.bmm(P, z, out=scratch.like(P, "grad", (L, dim, R)))
+        grad = _laid_out(grad, not tall, stack, scratch)
         return _complemented(bases[0].complement, stack, _square(wide(z)), grad)
 
 
@@ -208,19 +238,20 @@ class _Hadamard(_Basis):
         return self.complement, like(self.signs), like(self.columns)
 
     @classmethod
-    def stacked(cls, bases: list[Any], stack: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
-        dim = stack.shape[1 if tall else 2]
-        signs = torch.stack([b.signs for b in bases]).to(stack.dtype)  # (L, dim)
-        kept = torch.zeros_like(signs).scatter_(1, torch.stack([b.columns for b in bases]), 1.0)
+    def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        stack = wide(_stack(factors, scratch))
+        signs = one_storage(bases, "signs").to(stack.dtype)  # (L, dim)
+        kept = torch.zeros_like(signs).scatter_(1, one_storage(bases, "columns"), 1.0)
         signs, kept = (t[:, :, None] if tall else t[:, None] for t in (signs, kept))
         axis = 1 if tall else 2
         inside = stack.new_zeros(())
         grad = torch.empty_like(stack)
-        for start, size in _blocks(dim):
+        for start, size in _blocks(stack.shape[axis]):
             part, sign, keep = (t.narrow(axis, start, size) for t in (stack, signs, kept))
-            turned = _fwht(torch.mul(part, sign).contiguous(), tall).mul_(keep)
+            one, other = (scratch.like(stack, name, part.shape) for name in ("one", "other"))
+            turned = _fwht(torch.mul(part, sign, out=one), tall, other).mul_(keep)
             inside = inside + _square(turned)
-            torch.mul(_fwht(turned, tall), sign, out=grad.narrow(axis, start, size))  # H is its own transpose
+            torch.mul(_fwht(turned, tall, other), sign, out=grad.narrow(axis, start, size))  # H is its own transpose
         return _complemented(bases[0].complement, stack, inside, grad)
 
 
@@ -236,26 +267,33 @@ def _blocks(dim: int) -> list[tuple[int, int]]:
 
 def hadamard_blocks(rows: Tensor) -> Tensor:
     """rows (R, dim) times the orthonormal block Hadamard matrix whose blocks are the binary digits of dim."""
-    parts = [_fwht(rows[None, :, at : at + size], False)[0] for at, size in _blocks(rows.shape[1])]
+    parts = [_fwht(rows[None, :, at : at + size].contiguous(), False)[0] for at, size in _blocks(rows.shape[1])]
     return torch.cat(parts, dim=1)
 
 
-def _fwht(x: Tensor, tall: bool) -> Tensor:
+def _fwht(x: Tensor, tall: bool, passing: Tensor | None = None) -> Tensor:
     """Orthonormal Walsh-Hadamard transform of x (L, R, 2**m), or (L, 2**m, R) if ``tall``, along that dimension.
 
-    H = H_a x H_b (Kronecker), so two products with small matrices do it; nothing is transposed.
+    H = H_a x H_b (Kronecker), so two products with small matrices do it; nothing is transposed. With ``passing``,
+    memory of the same shape, x (contiguous) is overwritten by its transform.
     """
     L, size = x.shape[0], x.shape[1 if tall else 2]
     b = 1 << (size.bit_length() // 2)
     a = size // b
     H_a, H_b = (_hadamard(n, x.dtype, x.device) for n in (a, b))
+    out = None if passing is None else x
     if tall:
         R = x.shape[2]
-        x = torch.bmm(H_a.expand(L, a, a), x.reshape(L, a, b * R))
-        return torch.bmm(H_b.expand(L * a, b, b), x.view(L * a, b, R)).view(L, size, R)
+        shapes = (L, a, b * R), (L * a, b, R)
+        half = None if passing is None else passing.view(shapes[0])
+        y = torch.bmm(H_a.expand(L, a, a), x.view(shapes[0]), out=half)
+        last = None if out is None else out.view(shapes[1])
+        return torch.bmm(H_b.expand(L * a, b, b), y.view(shapes[1]), out=last).view(x.shape)
     LR = L * x.shape[1]
-    y = x.reshape(LR * a, b) @ H_b
-    return torch.bmm(H_a.expand(LR, a, a), y.view(LR, a, b)).view(x.shape)
+    half = None if passing is None else passing.view(LR * a, b)
+    y = torch.mm(x.view(LR * a, b), H_b, out=half)
+    last = None if out is None else out.view(LR, a, b)
+    return torch.bmm(H_a.expand(LR, a, a), y.view(LR, a, b), out=last).view(x.shape)
 
 
 @functools.lru_cache(maxsize=64)
@@ -298,16 +336,17 @@ class _Shared(_Orthogonal):
         return result
 
     @classmethod
-    def stacked(cls, bases: list[Any], stack: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
-        P = bases[0].basis  # (dim, k)
-        signs = torch.stack([b.signs for b in bases]).to(stack.dtype)
-        signs = signs[:, :, None] if tall else signs[:, None]
-        flat = stack.mul(signs)
-        flat = flat.transpose(1, 2) if tall else flat  # (L, R, dim)
-        flat = torch.empty(flat.shape, dtype=P.dtype, device=P.device).copy_(flat).view(-1, P.shape[0])
-        z = flat @ P
-        grad = (z @ P.T).view(stack.shape[0], -1, P.shape[0])
-        grad = torch.mul(grad.transpose(1, 2) if tall else grad, signs, out=torch.empty_like(stack))
+    def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        P = bases[0].basis
+        dim, k = P.shape
+        stack = _stack(factors, scratch)
+        signs = one_storage(bases, "signs").to(P.dtype)[:, None]  # (L, 1, dim): exact in any dtype
+        shape = (len(bases), stack.shape[2 if tall else 1], dim)
+        rows = scratch.like(P, "rows", shape)
+        rows.copy_(_turned(stack, P.dtype, scratch, "turned") if tall else stack).mul_(signs)
+        z = torch.mm(rows.view(-1, dim), P, out=scratch.like(P, "z", (shape[0] * shape[1], k)))
+        grad = torch.mm(z, P.T, out=scratch.like(P, "rows", (shape[0] * shape[1], dim))).view(shape).mul_(signs)
+        grad = _laid_out(grad, tall, stack, scratch)
         return _complemented(bases[0].complement, stack, _square(wide(z)), grad)
 
     def key(self) -> Any:
