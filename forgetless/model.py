@@ -58,9 +58,9 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
     return model
 
 
-def build(method: Method, site: Site, base: nn.Module) -> Adapter:
-    """The adapter of one layer with its penalties attached; a packed weight is unpacked only for who reads it."""
-    adapter = method.build(site_of(site.name, base, method.reads_weight))
+def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
+    """The adapter of one layer with its penalties attached; if ``base`` packs its weight, unpacked for who reads it."""
+    adapter = method.build(site if base is None else site_of(site.name, base, method.reads_weight))
     adapter.attach(method.all_penalties(), site)
     return adapter
 

@@ -1,6 +1,7 @@
 """The grouped penalties equal the sum of the per-layer formulas, values and gradients, in float64."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -105,3 +106,43 @@ def test_a_frozen_factor_gets_no_gradient():
     fl.penalty(model).backward()
     assert all(layer.adapter.down.grad is None for layer in fl.adapters(model).values())
     assert all(layer.adapter.up.grad is not None for layer in fl.adapters(model).values())
+
+
+@pytest.mark.parametrize("basis", ["orthogonal", "shared", "hadamard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_memory_is_in_no_result(basis, dtype):
+    """A later call, of this model or of another, changes no value or gradient that was handed out; threads do not meet."""
+
+    def made(seed):
+        torch.manual_seed(seed)
+        model = fl.adapt(Net().to(dtype), fl.LoRA(4, penalties=(fl.NullSpace(0.7, 9, basis),)))
+        for layer in fl.adapters(model).values():
+            nn.init.normal_(layer.adapter.up, std=0.1)
+        return model, [p for p in model.parameters() if p.requires_grad]
+
+    def results(model, trained):
+        value = fl.penalty(model)
+        return [value.detach(), *torch.autograd.grad(value, trained)]
+
+    model, trained = made(0)
+    first = results(model, trained)
+    kept = [t.clone() for t in first]
+    for other in (made(1), (model, trained)):
+        for p in other[1]:
+            p.data.mul_(1.5)
+        results(*other)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    expected = results(model, trained)
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            if not all(torch.equal(a, b) for a, b in zip(results(model, trained), expected, strict=True)):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
