@@ -111,7 +111,7 @@ def test_a_frozen_factor_gets_no_gradient():
 @pytest.mark.parametrize("basis", ["orthogonal", "shared", "hadamard"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_memory_is_in_no_result(basis, dtype):
-    """A later call, of this model or of another, changes no value or gradient that was handed out; threads do not meet."""
+    """A later call, of this model or another, changes nothing that was handed out; threads do not meet."""
 
     def made(seed):
         torch.manual_seed(seed)
