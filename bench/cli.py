@@ -22,6 +22,7 @@ OTHERS = {
     "gpu": "on a CUDA machine: the correctness checks, then every benchmark, in at most ten minutes",
     "tables": "write README's measured section, docs/benchmarks.md and docs/api.md from results and docstrings",
     "api": "write docs/api.md from the docstrings",
+    "walkthrough": "run docs/walkthrough.md, write its outputs and the notebook",
     "plots": "draw the results into docs/images",
 }
 

@@ -76,3 +76,10 @@ def test_figures_are_those_of_the_committed_results():
     from forgetless_bench.tables import updated
 
     assert updated(README) == README
+
+
+def test_every_page_of_the_docs_is_linked_and_every_link_leads_somewhere():
+    links = {link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README)}
+    assert not [link for link in links if not (ROOT / link).exists()]
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= links, f"link these from README.md: {sorted(pages - links)}"
