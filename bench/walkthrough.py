@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import re
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -88,13 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     page = PAGE.read_text(encoding="utf-8")
     if not options.notebook:
-        began, space, outputs = time.perf_counter(), {"__name__": "__main__"}, []
+        space: dict[str, Any] = {"__name__": "__main__"}
+        outputs: list[str] = []
         for found in BLOCK.finditer(page):
             outputs.append(run(found["code"], space))
             print(f">>> {found['code'].splitlines()[0]}\n{outputs[-1]}", flush=True)
-        text = (
-            f"Run in {time.perf_counter() - began:.0f} s, models' loading included: {where({'machine': machine()})}.\n"
-        )
+        text = f"Run on: {where({'machine': machine()})}.\n"
         head, _, rest = written(page, outputs).partition(BEGIN)
         page = head + BEGIN + text + END + rest.partition(END)[2]
         PAGE.write_text(page, encoding="utf-8")
