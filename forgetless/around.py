@@ -30,7 +30,7 @@ class AdaptedAround(AdaptedLinear):
             down, up = cut.local(down, up)
         term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0)
         y, (h,) = add_terms(self.base, x, [term], cut)
-        self.__dict__["trace"] = self._trace(x, h)
+        self.__dict__["trace"] = None if torch._C._are_functorch_transforms_active() else self._trace(x, h)
         return y
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import blas
 from .methods.base import Adapter, Method, Site
@@ -130,6 +131,8 @@ class AdaptedLinear(nn.Module):
             weight = weight.T
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             self._check_whole(weight)
+        if torch._C._are_functorch_transforms_active():
+            return self._transformed(x, weight, bias)
         found: Any = adapter.shortcut(x, weight, bias)
         if found is None:
             dropout = adapter.dropout if self.training else 0.0
@@ -143,6 +146,14 @@ class AdaptedLinear(nn.Module):
         y, h = found
         self.__dict__["trace"] = self._trace(x, h)  # not a module's attribute: setting one takes microseconds
         return y
+
+    def _transformed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The formula, which ``torch.func`` can differentiate, map and differentiate again; nothing is left behind."""
+        self.__dict__["trace"] = None
+        down, up = self.adapter.factors()
+        y = F.linear(x, weight, bias)
+        dropped = F.dropout(x, self.adapter.dropout, self.training).to(y.dtype)
+        return y + self.adapter.scale * F.linear(F.linear(dropped, down.to(y.dtype)), up.to(y.dtype))
 
     def _check_whole(self, weight: Any) -> None:
         if hasattr(weight, "placements"):

@@ -122,8 +122,11 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
+        RuntimeError: within a transform of ``torch.func``.
     """
     found = _running(model)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
     for layer in found.values():
         hidden = None if layer.trace is None else layer.trace.hidden
