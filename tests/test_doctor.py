@@ -10,7 +10,7 @@ import torch
 
 from forgetless import blas, ops, plans, reference
 from forgetless.study import cli
-from forgetless_bench import doctor
+from forgetless_bench import checks, doctor, launched
 
 CPU = torch.device("cpu")
 
@@ -22,9 +22,9 @@ def quick(tmp_path, monkeypatch):
     """Few sizes, and no plan table of the user's."""
     monkeypatch.setenv("FORGETLESS_TUNE", str(tmp_path / "plans.json"))
     monkeypatch.delenv("FORGETLESS_PLAN", raising=False)
-    monkeypatch.setattr(doctor, "SIZES", ((18, 20, 24, 5), (0, 4, 8, 2)))
-    monkeypatch.setattr(doctor, "SMALL", ((17, 20, 18, 3, 0.1),))
-    monkeypatch.setattr(doctor.gpu, "CHECKS", doctor.SMALL)
+    monkeypatch.setattr(launched, "SIZES", ((18, 20, 24, 5), (0, 4, 8, 2)))
+    monkeypatch.setattr(checks, "SMALL", ((17, 20, 18, 3, 0.1),))
+    monkeypatch.setattr(checks.gpu, "CHECKS", checks.SMALL)
     plans.forget()
     yield
     plans.forget()
@@ -53,7 +53,7 @@ def test_all_is_well_here(capsys, tmp_path):
         c["detail"] for c in report["checks"] if c["name"] == "versions"
     )
     names = " ".join(finding["name"] for finding in report["checks"])
-    for wanted in (*doctor.FUNCTIONS, *doctor.FUSED, "guard pages", "masks", "descriptors", "plan table", "memory"):
+    for wanted in (*checks.FUNCTIONS, *checks.FUSED, "guard pages", "masks", "descriptors", "plan table", "memory"):
         assert wanted in names
 
 
@@ -88,7 +88,7 @@ def wrong(function: Any, how: Any) -> Any:
     return altered
 
 
-@pytest.mark.parametrize("name", doctor.FUNCTIONS)
+@pytest.mark.parametrize("name", checks.FUNCTIONS)
 @pytest.mark.parametrize(
     "how", [lambda t: t * 1.02, lambda t: t * float("nan"), lambda t: t[:1]], ids=["2 %", "nan", "short"]
 )
@@ -97,7 +97,7 @@ def test_a_wrong_kernel_is_found(name, how, monkeypatch, capsys):
     failing(capsys, f"{name},", "against float64", "FORGETLESS_PLAN=blas")
 
 
-@pytest.mark.parametrize("name", doctor.FUNCTIONS)
+@pytest.mark.parametrize("name", checks.FUNCTIONS)
 def test_a_wrong_blas_is_found(name, monkeypatch, capsys):
     monkeypatch.setattr(blas, name, wrong(getattr(blas, name), lambda t: t + 0.1))
     failing(capsys, "blas launchers", name, "reinstall torch")
@@ -120,7 +120,7 @@ def broken(*_: Any, **__: Any) -> Any:
 
 def test_a_kernel_that_does_not_compile_is_found(monkeypatch, capsys):
     monkeypatch.setattr(ops._kernels, "linear_lowrank", broken)
-    for plan in doctor.FUSED:
+    for plan in checks.FUSED:
         failing(capsys, f"plan {plan}", "out of resource: shared memory", "FORGETLESS_PLAN=blas")
     assert "FORGETLESS_PLAN" not in doctor.os.environ
 
@@ -169,7 +169,7 @@ def test_other_masks_are_found(monkeypatch, capsys):
 
 
 def test_an_adapter_that_does_not_come_back_is_found(monkeypatch, capsys):
-    monkeypatch.setattr(doctor.fl, "load", lambda model, folder: model)
+    monkeypatch.setattr(checks.fl, "load", lambda model, folder: model)
     failing(capsys, "save", "lora: what was saved and loaded computes something else", "report")
 
 
@@ -177,7 +177,7 @@ def test_a_full_disk_is_found(monkeypatch, capsys):
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(doctor.fl, "save", full)
+    monkeypatch.setattr(checks.fl, "save", full)
     failing(capsys, "save", "No space left on device", "free space")
 
 
@@ -199,21 +199,21 @@ def test_a_wrong_variable_is_found(monkeypatch, capsys):
 
 
 def test_an_old_or_missing_package_is_found(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=2.9", "numpy>=99.1", 'x>=1; extra == "dev"'])
+    monkeypatch.setattr(checks, "requires", lambda name: ["torch>=2.9", "numpy>=99.1", 'x>=1; extra == "dev"'])
     failing(capsys, "versions", "wants 99.1 or later", "pip install -U 'numpy>=99.1'")
-    monkeypatch.setattr(doctor, "requires", lambda name: ["no-such-package>=1.0"])
+    monkeypatch.setattr(checks, "requires", lambda name: ["no-such-package>=1.0"])
     failing(capsys, "versions", "no-such-package is not installed", "pip install 'no-such-package>=1.0'")
 
 
 def test_too_little_memory_is_found(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(checks, "available_bytes", lambda device: 1 << 20)
     failing(capsys, "memory", "0.0 GiB free", "end other programs")
 
 
 def test_a_driver_without_a_device_is_found(monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    monkeypatch.setattr(doctor.Path, "exists", lambda self: True)
+    monkeypatch.setattr(checks.Path, "exists", lambda self: True)
     monkeypatch.setattr(torch.version, "cuda", None)
     failing(capsys, "devices", "built without CUDA", "install torch with CUDA")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -225,5 +225,5 @@ def test_an_old_card_is_found(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    with pytest.raises(doctor.Trouble, match="T4 is sm_75, the kernels want sm_80"):
-        doctor.devices()
+    with pytest.raises(checks.Trouble, match="T4 is sm_75, the kernels want sm_80"):
+        checks.devices()
