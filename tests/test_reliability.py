@@ -16,7 +16,7 @@ from tiny_study import write_model, write_texts
 from forgetless.study import finetune
 from forgetless.study.cli import main
 from forgetless.study.options import half_written, writable, write_atomically
-from forgetless_bench import kills, reliability
+from forgetless_bench import kept, kills, reliability, tables
 
 
 def dead_process() -> int:
@@ -260,3 +260,36 @@ def test_a_smoke_run_counts_and_writes_nothing(
     assert seen[0]["examples"] == {"test_numbers": {"passing": 3, "failing": 0, "invalid": 0}}
     out = capsys.readouterr().out
     assert "FAILED test_broken" in out and "nothing is written" in out
+
+
+# The page ---------------------------------------------------------------------------------------------
+
+
+def counts(**found: Any) -> dict[str, Any]:
+    machine = {"threads": 1, "gpu": None, "processor": "CPU", "commit": "a" * 40, "date": "2026-01-01"}
+    return {"failed": 0, "failures": [], "machine": {**machine, "packages": {"torch": "2.13.0"}}, **found}
+
+
+def test_the_page_says_what_held_and_what_did_not() -> None:
+    series = {"kills": 31, "sighted": 15, "runs": 40, "finished": 9, "files_opened": 1234, "unreadable": 0}
+    sections = {
+        "kernels": counts(examples={"a": {"passing": 1999, "failing": 1, "invalid": 7}}, failed=1, failures=["test_a"]),
+        "steps": counts(values={"steps": 9, "bytes more": -(1 << 19), "handles more": 0, "objects more": 3}, seconds=2),
+        "kills": counts(compare=series, failed=1, failures=["finetune: a.json cannot be read"]),
+    }
+    text = kept.section({"sections": sections})
+    assert "| 2,000 for 1 properties | **1 failed**: test_a |" in text
+    assert "| 9 (2 s) | -0.50 MiB, +0 file handles, +3 Python objects" in text
+    assert "| 31 (15 right after a write) in 40 starts | 9 runs brought" in text and "1,234 files opened, 0 un" in text
+    assert "**1 failed**: finetune: a.json cannot be read" in text
+    assert (
+        "- Properties of the kernels, Kills, Long runs: CPU, 1 thread; torch 2.13.0; commit aaaaaaaaaaaa, 2026" in text
+    )
+    assert "Not counted yet: Properties, Files" in text
+
+
+def test_the_page_is_that_of_the_committed_counts() -> None:
+    if not tables.RELIABILITY.exists():
+        pytest.skip("not a source checkout")
+    page = tables.RELIABILITY.read_text(encoding="utf-8")
+    assert tables.reliability_page(page) == page
