@@ -193,6 +193,14 @@ SECTIONS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
 }
 
 
+def with_others(path: Path | None, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The sections of this run and, of the file as it is by now, those it has not done."""
+    there = path is not None and path.suffix == ".json" and path.exists()
+    known = json.loads(path.read_text(encoding="utf-8"))["sections"] if there else {}  # type: ignore[union-attr]
+    both = {**known, **fresh}
+    return {name: both[name] for name in SECTIONS if name in both}
+
+
 def main(arguments: list[str] | None = None) -> int:
     made = parser(__doc__, "reliability", 1)
     made.add_argument("--only", default=",".join(SECTIONS), help=f"sections, with commas: {', '.join(SECTIONS)}")
@@ -212,22 +220,20 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.smoke:
         path = options.out or RESULTS
         options.out = path if path.suffix == ".json" else path / f"reliability-{tag(torch.device(options.device))}.json"
-    there = not options.smoke and options.out.exists()
-    known = json.loads(options.out.read_text(encoding="utf-8"))["sections"] if there else {}
-    result["sections"] = known
+    fresh: dict[str, Any] = {}
     bad = []
     for name in wanted:
         print(f"== {name}: {SECTIONS[name].__doc__}", flush=True)
         found = SECTIONS[name](options)
-        known[name] = {**found, "command": result["command"], "machine": machine()}
+        fresh[name] = {**found, "command": result["command"], "machine": machine()}
         shown = {key: value for key, value in found.items() if isinstance(value, int | float)}
         print(json.dumps(shown), flush=True)
         for failure in found["failures"]:
             print(f"FAILED {failure}", flush=True)
         bad += found["failures"]
+        result["sections"] = with_others(options.out, fresh)
         if not options.smoke:
             write_json(options.out, result)
-    result["sections"] = {name: known[name] for name in SECTIONS if name in known}
     finish(result, options)
     return int(bool(bad))
 
