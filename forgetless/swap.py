@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, versions
 from .around import hooked
 from .door import FLOATS
 from .layers import AdaptedLinear, form_groups, is_conv1d, stored
@@ -28,8 +28,11 @@ from .model import LayerReport
 from .onto import Term, add_terms
 from .penalties import Penalty
 
-#: PEFT versions that the tests have been run with.
-TESTED = "0.21"
+#: What is asked of a PEFT layer.
+_ASKED = (
+    "lora_A", "lora_B", "lora_dropout", "scaling", "r", "base_layer", "active_adapters", "merged", "merged_adapters",
+    "disable_adapters", "_disable_adapters", "adapter_layer_names",
+)  # fmt: skip
 
 #: PEFT's layers whose forward is base_layer(x) + sum of lora_B(lora_A(dropout(x))) * scaling.
 LAYERS = (
@@ -56,6 +59,7 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
 
     Raises:
         ImportError: PEFT is not installed.
+        RuntimeError: its layers lack something that is needed here: a version that this was not tested with.
         ValueError: the model has no LoRA layers, or a penalty cannot be attached to one of them. Nothing is changed.
     """
     found = dict(_lora_layers(model, _peft("tuners.lora.layer").LoraLayer))
@@ -64,6 +68,10 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
             f"model is a {type(model).__name__} without PEFT LoRA layers; "
             "make it with peft.get_peft_model(model, peft.LoraConfig(...)), or use fl.adapt"
         )
+    versions.heed("peft", "fl.swap_in")
+    missing = next((name for name in _ASKED if not hasattr(next(iter(found.values())), name)), None)
+    if missing is not None:
+        raise versions.lacking("peft", "fl.swap_in", f"LoraLayer.{missing}")
     specs = None if penalties is None else tuple(penalties)
     for spec in specs or ():
         if not isinstance(spec, Penalty):
@@ -136,7 +144,9 @@ def _peft(module: str) -> Any:
     except ImportError as error:
         if error.name is None or error.name.split(".")[0] != "peft":
             raise
-        raise ImportError(f"swap_in needs PEFT: pip install 'peft>={TESTED}' (tested with {TESTED})") from error
+        raise ImportError(
+            f"swap_in needs PEFT: pip install 'peft>=0.18' (tested with {versions.tested('peft')})"
+        ) from error
 
 
 def _lora_layers(model: nn.Module, cls: type) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from . import shards
+from . import shards, versions
 from .layers import AdaptedLinear, is_conv1d
 from .packed import KINDS, kind_of
 
@@ -102,6 +102,8 @@ def ready(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
     for name, module in found.items():
         kind = kind_of(module)
         wanted = shards.refusal(module) if kind is None else kind.wants(module)
+        if kind is not None and kind.package is not None:
+            versions.heed(kind.package, f"fl.adapt on {kind.title} layers")
         if wanted is not None:
             title = "" if kind is None else f" ({kind.title})"
             raise ValueError(f"targets: {name} cannot be adapted{title}: {wanted}")

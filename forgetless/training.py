@@ -22,7 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import versions
 from .model import drift, penalty, running
+
+#: What is asked of a Trainer.
+_ASKED = ("accelerator", "compute_loss_func", "current_gradient_accumulation_steps", "model_accepts_loss_kwargs")
 
 
 class PenaltyMixin:
@@ -65,6 +69,11 @@ class PenaltyMixin:
 
     def _with_penalty(self, model: nn.Module, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         trainer: Any = self
+        if self._opens:
+            versions.heed("transformers", "PenaltyMixin")
+            missing = next((name for name in _ASKED if not hasattr(trainer, name)), None)
+            if missing is not None:
+                raise versions.lacking("transformers", "PenaltyMixin", f"Trainer.{missing}")
         divided = trainer.compute_loss_func is None and (
             num_items_in_batch is None or not trainer.model_accepts_loss_kwargs
         )
@@ -123,6 +132,8 @@ class _LightningPenalty:
     _value: Tensor | None = None  # of the step under way
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if versions.installed("lightning") != "unknown":
+            versions.heed("lightning", "PenaltyCallback")
         if not adapted(pl_module):
             raise ValueError("the module has no adapters; call fl.adapt(model, method) on its model first")
         if not pl_module.automatic_optimization:
