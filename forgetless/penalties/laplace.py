@@ -121,7 +121,7 @@ class _Diagonal(PenaltyState):
         for name in self.names:
             if name in grads:
                 fisher = getattr(self, f"fisher_{name}")
-                fisher += torch.linalg.vector_norm(grads[name], dim=0, dtype=fisher.dtype).square_()
+                fisher += grads[name].to(fisher.dtype).square().sum(0)  # linalg.vector_norm takes fifty times as long
         self.samples += count
 
     @property
