@@ -130,9 +130,10 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
     for layer in found.values():
         hidden = None if layer.trace is None else layer.trace.hidden
-        for state in layer.adapter.penalty_states():
+        adapter = layer.adapter
+        for state in adapter.penalty_states():
             if _calibrated(state):
-                kinds.setdefault((type(state), layer.weight.device), []).append(Item(state, layer.adapter, hidden))
+                kinds.setdefault((type(state), _device(layer, adapter)), []).append(Item(state, adapter, hidden))
     device = next(iter(found.values())).weight.device
     with ops.exact_products(device.type):  # trainers add it within autocast, which would round it
         totals = [
@@ -140,6 +141,14 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
             for (kind, _), items in kinds.items()
         ]
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
+
+
+def _device(layer: AdaptedLinear, adapter: Adapter) -> torch.device:
+    """Where the layer is, without a walk through its modules: this is asked for every step."""
+    for t in adapter._parameters.values():
+        if t is not None:
+            return t.device
+    return layer.weight.device
 
 
 def _calibrated(state: nn.Module) -> bool:
@@ -160,7 +169,7 @@ def _calibrated(state: nn.Module) -> bool:
 def drift(model: nn.Module) -> dict[str, float]:
     """Per layer, the mean over tokens of ||delta x|| / ||x|| in the last forward pass: CLoRA's F, its Eq. 3.
 
-    Taken over at most 128 evenly spaced tokens, with the adapters as they are now and without dropout. Layers that
+    Taken over at most 32 evenly spaced tokens, with the adapters as they are now and without dropout. Layers that
     have not run yet are left out.
 
     Raises:

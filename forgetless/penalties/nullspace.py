@@ -74,7 +74,7 @@ class _NullSpace(PenaltyState):
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        bases = [basis for state, _, _ in items for basis in (state.input, state.output)]
+        bases = [basis for state, _, _ in items for basis in state._modules.values()]  # input, output
         weights = [state.spec.weight for state, _, _ in items for _ in range(2)]
         factors = [factor for _, adapter, _ in items for factor in adapter.factors()]
 
