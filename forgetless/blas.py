@@ -117,12 +117,15 @@ def matmul_lowrank(
 ) -> Tensor:  # (M, N), dtype of x
     """y = x @ weight.T + bias + drop(h @ up.T)"""
     up = as_dtype(up, x.dtype)
-    if seed is None or p == 0.0:
+    plain = seed is None or p == 0.0
+    if plain and bias is not None:  # which the large product adds for nothing
         return linear(x, weight, bias).addmm_(h, up.t())
-    # the low-rank term first: the big product then accumulates onto it in place
-    y = _drop_(torch.mm(h, up.t()), keep_bits(seed, p, x.shape[0], weight.shape[0]))
-    if bias is not None:
-        y.add_(bias)
+    # the low-rank term first: it is the smaller one, and what the large product rounds is the sum
+    y = torch.mm(h, up.t())
+    if not plain:
+        _drop_(y, keep_bits(seed, p, x.shape[0], weight.shape[0]))  # type: ignore[arg-type]
+        if bias is not None:
+            y.add_(bias)
     return y.addmm_(x, weight.t())
 
 
@@ -220,14 +223,12 @@ def gradients(
     bits = None if seed is None or p == 0.0 else keep_bits(seed, p, g.shape[0], down.shape[1])
     dx = ddown = None
     if need_x:
-        # under dropout the low-rank term comes first, alone, to be masked; else last, onto the large products
+        dx = torch.mm(g, down)  # first, alone, to be masked
         if bits is not None:
-            dx = _drop_(torch.mm(g, down), bits)
+            _drop_(dx, bits)
         for dy, weight in zip(dys, weights):  # noqa: B905
             if dy is not None:
-                dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
-        if bits is None:
-            dx.addmm_(g, down)  # type: ignore[union-attr]
+                dx.addmm_(dy, weight)
     if need_down:
         ddown = as_dtype(torch.mm(g.t(), x if bits is None else _dropped(x, bits)), down_dtype)  # type: ignore[arg-type]
     return dx, ddown, dups
