@@ -11,7 +11,7 @@ from importlib import metadata
 TESTED = {
     "bitsandbytes": ((0, 50), (0, 50)),
     "lightning": ((2, 6), (2, 6)),
-    "peft": ((0, 21), (0, 21)),
+    "peft": ((0, 18), (0, 21)),
     "torchao": ((0, 18), (0, 18)),
     "transformers": ((5, 23), (5, 23)),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -25,7 +26,7 @@ class FakeTrainer:
 
     log_every_n_steps, global_step = 1, 0
 
-    def __init__(self, callbacks: list[Any], accumulate_grad_batches: int, gradient_clip_val: float = 0, **_: Any):
+    def __init__(self, callbacks: list[Any], accumulate_grad_batches: int = 1, gradient_clip_val: float = 0, **_: Any):
         self.callbacks, self.accumulate_grad_batches, self.clip = callbacks, accumulate_grad_batches, gradient_clip_val
         self.logged_metrics: dict[str, Any] = {}
 
@@ -148,6 +149,18 @@ def test_a_fit_that_failed_leaves_no_second_penalty(pl: Any, tmp_path: Path) -> 
     assert module.training_step.__wrapped__ == own
     callback.on_exception(run, module, ValueError())
     assert module.training_step == own
+
+
+def test_the_how_to_runs(pl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "lightning.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    module = module_of(pl, method=False)
+    module.model.requires_grad_(True)
+    module.configure_optimizers = lambda: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], LR)
+    space: dict[str, Any] = {"module": module, "loader": torch.utils.data.DataLoader(ROWS, batch_size=4)}
+    exec(block, space)  # noqa: S102
+    assert space["trainer"].logged_metrics["penalty"] > 0
 
 
 def test_it_is_a_callback_and_can_be_pickled(pl: Any) -> None:

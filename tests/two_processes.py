@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 tests/two_processes.py ddp|fsdp FOLDER
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -144,6 +145,14 @@ def tensor_parallel(folder: Path, rank: int) -> None:
         model(**batch)
 
 
+def how_to(title: str, **space: Any) -> None:
+    """The block under a heading of docs/processes.md."""
+    text = (
+        (Path(__file__).parent.parent / "docs" / "processes.md").read_text(encoding="utf-8").split(f"## {title}\n")[1]
+    )
+    exec(re.findall(r"```python\n(.*?)```", text, flags=re.S)[0], {"torch": torch, "fl": fl, **space})  # noqa: S102
+
+
 def main(engine: str, folder: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -164,7 +173,15 @@ def main(engine: str, folder: Path) -> None:
         fl.save(model, folder / name if engine == "fsdp" else folder / f"{name}-{rank}")
         if rank == 0:
             save_file({"loss": loss / 2}, folder / f"{name}.safetensors")
+    batch = token_batch((9, 9))
+    if engine == "fsdp":
+        model = fl.adapt(whole_model(), METHODS["clora"])
+        how_to("FSDP2", model=model, batch=batch, folder=folder / "how-to")
     if engine == "ddp":
+        how_to("DDP", model=fl.adapt(whole_model(), METHODS["clora"]), batch=batch)
+        mesh = dist.init_device_mesh("cpu", (2,))
+        how_to("Tensor parallelism", model=whole_model(), mesh=mesh, batch=batch, folder=folder / "how-to")
+        assert all((folder / "how-to" / name).exists() for name in ("adapter_config.json", "forgetless.json"))
         tensor_parallel(folder, rank)
         assert finetune(folder, "finetuned") == 0
         assert finetune(folder, "odd", "--batch-size", "5") == 2
