@@ -72,23 +72,28 @@ def steps(found: dict[str, Any]) -> list[Row]:
     return [["adapted steps; now and then a save, a load, an evaluation", f"{values['steps']:,}", verdict(found, said)]]
 
 
-def kills(found: dict[str, Any]) -> list[Row]:
-    rows = []
-    for name in ("finetune", "compare"):
-        if name in found:
-            row = found[name]
-            much = f"{row['kills']} ({row['sighted']} right after a write) in {row['runs']} starts"
-            said = (
-                f"{row['finished']} runs brought to their end, each with the unkilled run's results, bit for bit; "
-                f"{row['files_opened']:,} files opened, {row['unreadable']} unreadable"
-            )
-            rows.append([f"`kill -9` of `forgetless {name}`", much, said])
-    if "save" in found:
-        row = found["save"]
-        much = f"{row['kills']} ({row['between_two']} between two renames)"
-        said = f"the old adapter ({row['first']}) or the new one ({row['second']}), whole, every time"
-        rows.append(["`kill -9` of a process that saves two adapters over each other", much, said])
-    return rows + ([["kills", "", verdict(found, "")]] if found["failed"] else [])
+def killed(command: str) -> Callable[[dict[str, Any]], list[Row]]:
+    def rows(found: dict[str, Any]) -> list[Row]:
+        what = f"`kill -9` of `forgetless {command}`"
+        if found["failed"]:
+            return [[what, "", verdict(found, "")]]
+        much = f"{found['kills']} ({found['sighted']} right after a write) in {found['runs']} starts"
+        said = (
+            f"{found['finished']} runs brought to their end, each with the unkilled run's results, bit for bit; "
+            f"{found['files_opened']:,} files opened, {found['unreadable']} unreadable"
+        )
+        return [[what, much, said]]
+
+    return rows
+
+
+def saves(found: dict[str, Any]) -> list[Row]:
+    what = "`kill -9` of a process that saves two adapters over each other"
+    if found["failed"]:
+        return [[what, "", verdict(found, "")]]
+    much = f"{found['kills']} ({found['between_two']} between two renames)"
+    said = f"the old adapter ({found['first']}) or the new one ({found['second']}), whole, every time"
+    return [[what, much, said]]
 
 
 def versions(found: dict[str, Any]) -> list[Row]:
@@ -111,7 +116,9 @@ TITLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[Row]]]] = {
     "kernels": ("Properties of the kernels", kernels),
     "files": ("Files", files),
     "faults": ("Faults", faults),
-    "kills": ("Kills", kills),
+    "kills-finetune": ("Kills of finetune", killed("finetune")),
+    "kills-compare": ("Kills of compare", killed("compare")),
+    "kills-save": ("Kills of fl.save", saves),
     "steps": ("Long runs", steps),
     "versions": ("Versions", versions),
     "doctor": ("Self-test", doctor),

@@ -117,26 +117,24 @@ def steps(options: Namespace) -> dict[str, Any]:
     return suite("tests/test_faults.py", "-k", "nothing_grows", FORGETLESS_STEPS=str(options.steps))
 
 
-def killed(options: Namespace) -> dict[str, Any]:
-    """finetune, compare and fl.save, killed."""
-    study = _tests("tiny_study")
-    found: dict[str, Any] = {"failed": 0, "failures": []}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        jobs = kills.jobs(study.write_model(folder / "model"), study.write_texts(folder / "texts"))
-        runs: dict[str, Callable[[], dict[str, Any]]] = {
-            name: lambda name=name, job=job: kills.series(job, options.kills, options.seed, folder / name)  # type: ignore[misc]
-            for name, job in jobs.items()
-        }
-        runs["save"] = lambda: kills.saves(10 * options.kills, options.seed, folder / "save")
-        for name, run in runs.items():
-            began = time.perf_counter()
+def _killed(name: str) -> Callable[[Namespace], dict[str, Any]]:
+    def section(options: Namespace) -> dict[str, Any]:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
             try:
-                found[name] = {**run(), "seconds": round(time.perf_counter() - began, 1)}
+                if name == "save":
+                    found = kills.saves(10 * options.kills, options.seed, folder / name)
+                else:
+                    study = _tests("tiny_study")
+                    jobs = kills.jobs(study.write_model(folder / "model"), study.write_texts(folder / "texts"))
+                    found = kills.series(jobs[name], options.kills, options.seed, folder / name)
             except kills.Broken as error:
-                found["failed"] += 1
-                found["failures"].append(f"{name}: {error}")
-    return found
+                return {"failed": 1, "failures": [str(error)]}
+        return {**found, "failed": 0, "failures": [], "seconds": round(time.perf_counter() - began, 1)}
+
+    section.__doc__ = f"{name}, killed at any moment and started again."
+    return section
 
 
 def _tests(name: str) -> Any:
@@ -187,7 +185,9 @@ SECTIONS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
     "faults": faults,
     "properties": properties,
     "steps": steps,
-    "kills": killed,
+    "kills-finetune": _killed("finetune"),
+    "kills-compare": _killed("compare"),
+    "kills-save": _killed("save"),
     "kernels": kernels,
     "versions": versions,
     "doctor": doctor,
@@ -204,14 +204,15 @@ def with_others(path: Path | None, fresh: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     made = parser(__doc__, "reliability", 1)
-    made.add_argument("--only", default=",".join(SECTIONS), help=f"sections, with commas: {', '.join(SECTIONS)}")
+    made.add_argument("--only", default=",".join(SECTIONS), help=f"with commas, some of {', '.join(SECTIONS)}")
     made.add_argument("--examples", type=int, default=2000, help="per property, and damaged files per method")
     made.add_argument("--steps", type=int, default=10_000, help="of the long run")
     made.add_argument("--kills", type=int, default=30, help="of each command; ten times as many of fl.save")
     made.add_argument("--seed", type=int, default=0, help="of the kills")
     options = made.parse_args(arguments)
-    wanted = options.only.split(",")
-    if unknown := [name for name in wanted if name not in SECTIONS]:
+    asked = options.only.split(",")
+    wanted = [name for name in SECTIONS if {name, name.partition("-")[0]} & {*asked}]
+    if unknown := [word for word in asked if not any(word in (name, name.partition("-")[0]) for name in SECTIONS)]:
         made.error(f"--only: unknown section {unknown[0]!r}, wants some of {', '.join(SECTIONS)}")
     if not (ROOT / "tests").is_dir():
         made.error("it runs the test suite: wants a source checkout")

@@ -300,6 +300,32 @@ def test_threads_give_what_one_gives():
             torch.testing.assert_close(a, b)
 
 
+class Features(torch.utils.data.Dataset):
+    """What an adapted model makes of each row, computed by whoever loads it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        with torch.no_grad():
+            return self.net(X * index)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("method", [fl.LoRA(rank=3), fl.CURLoRA(rank=3)], ids=str)
+def test_workers_forked_from_a_training_process_compute_the_same(method):
+    net = model(method=method)
+    results(net, X)  # the parent has been through both passes
+    want = [net(X * index).detach() for index in range(8)]
+    loader = torch.utils.data.DataLoader(Features(net), None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    for ours, theirs in zip(loader, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    results(net, X)
+
+
 @pytest.mark.parametrize("method", [fl.LoRA(rank=3, dropout=0.1), fl.CLoRA(rank=3, k=4), fl.LaLoRA(rank=3)], ids=str)
 def test_a_model_on_the_meta_device(method):
     """Adapted it has no storage and runs, forward and backward, to the right shapes; given storage, it runs as ever."""
