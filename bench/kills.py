@@ -1,8 +1,9 @@
 """Processes killed at any moment (SIGKILL) and started again by the same command, until they are done.
 
-Half of the kills come after a drawn time, half right after a drawn change in the output folder: the moments when files
-are being written are too short to be met by chance. After every kill all that lies in the folder must open; in the end
-everything must be what it is without a kill, to the last bit.
+Each start is a fork of a process that has imported everything, so that kills fall into the work. Half of them come
+after a drawn time, half right after a drawn change in the output folder: the moments when files are being written are
+too short to be met by chance. After every kill all that lies in the folder must open; in the end everything must be
+what it is without a kill, to the last bit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -135,24 +137,71 @@ def seen(folder: Path) -> frozenset[tuple[str, int, int]]:
 # ------------------------------------------------------------------------------------------ kills
 
 
+class Fork:
+    """A process that goes on as ``forgetless WORDS``, everything imported: kills fall into its work."""
+
+    def __init__(self, words: list[str], output: Any):
+        import matplotlib.pyplot  # noqa: F401
+        import torch
+
+        from forgetless.study import commands  # noqa: F401 - imported once, here
+        from forgetless.study.cli import main
+
+        torch.set_num_threads(1)  # a fork has none of the others
+        self.code: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            code = 70
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                code = main(words)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        return self.wait(os.WNOHANG)
+
+    def wait(self, how: int = 0) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, how)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def started(command: list[str], output: Any) -> Any:
+    """The process of a command, as a fork where it is ours."""
+    if command[:3] == program():
+        return Fork(command[3:], output)
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+
 def run(command: list[str], folder: Path, seconds: float | None = None, changes: int | None = None) -> Run:
     """Run to the end, or kill after so many seconds, or changes of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     began, before, count, first = time.perf_counter(), seen(folder), 0, 0.0
     with tempfile.TemporaryFile() as output:
-        with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as child:
-            while child.poll() is None:
-                time.sleep(POLL)
-                now = seen(folder)
-                past = time.perf_counter() - began
-                count, before = count + (now != before), now
-                first = past if count and not first else first
-                late = seconds is not None and past >= seconds
-                if late or changes is not None and count >= changes:
-                    child.kill()
-                    break
-            code = child.wait()
+        child = started(command, output)
+        while child.poll() is None:
+            time.sleep(POLL)
+            now = seen(folder)
+            past = time.perf_counter() - began
+            count, before = count + (now != before), now
+            first = past if count and not first else first
+            late = seconds is not None and past >= seconds
+            if late or changes is not None and count >= changes:
+                child.kill()
+                break
+        code = child.wait()
         output.seek(0)
         said = output.read().decode(errors="replace")
     return Run(code, time.perf_counter() - began, count, first, said)
@@ -237,7 +286,7 @@ def jobs(model: Path, texts: dict[str, Path]) -> dict[str, Job]:
 
     def compare(out: Path) -> list[str]:
         words = ["compare", *small, "--tasks", str(texts["upper"]), str(texts["swap"]), "--keep", str(texts["prose"])]
-        words += ["--methods", "lora", "clora:k=8", "source+consolidate", "--seeds", "0", "1"]
+        words += ["--methods", "lora", "source+consolidate"]
         words += ["--steps", "3", "--evals", "2", "--eval-tokens", "100", "--lr", "1e-2"]
         return program(*words, "--out", str(out))
 
