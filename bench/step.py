@@ -3,11 +3,12 @@
     python -m bench step [--rounds 7] [--dropout 0 0.1] [--methods lora clora curlora] [--curves 0]
 
 The frozen model with gradients of its inputs is the floor: an ideal adapter costs 1.00x of it. With ``--curves N`` both
-libraries also train N steps from the same start, to show that they follow the same loss curve.
+libraries also train N steps from the same start, and PEFT once more in float32, to show whose rounding costs what.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -71,13 +72,26 @@ def share_start(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def curves(base: Any, ids: Tensor, steps: int) -> dict[str, Any]:
-    """Both libraries' losses from the same start, without dropout."""
+    """Losses from the same start, without dropout: both libraries beside the bfloat16 model, PEFT beside it in float32.
+
+    The last one shows what the others' rounding costs: the model's weights are the same numbers in both dtypes.
+    """
     theirs, ours = models.peft_lora(base, 0.0), models.our_lora(base, 0.0)
+    exact = models.peft_lora(copy.deepcopy(base).float(), 0.0)
     share_start(ours, theirs)
-    ours_curve, theirs_curve = curve(ours, ids, steps), curve(theirs, ids, steps)
-    apart = max(abs(a - b) for a, b in zip(ours_curve, theirs_curve, strict=True))
-    print(f"loss curves over {steps} steps: at most {apart:.4f} nats apart")
-    return {"forgetless": ours_curve, "peft": theirs_curve, "largest_difference": apart}
+    with torch.no_grad():
+        starts = {name: p for name, p in theirs.named_parameters() if "lora_" in name}
+        for name, p in exact.named_parameters():
+            if name in starts:
+                p.copy_(starts[name])
+    found = {name: curve(m, ids, steps) for name, m in (("forgetless", ours), ("peft", theirs), ("float32", exact))}
+    pairs = (("forgetless", "peft"), ("forgetless", "float32"), ("peft", "float32"))
+    apart = {
+        f"{one}, {other}": max(abs(a - b) for a, b in zip(found[one], found[other], strict=True))
+        for one, other in pairs
+    }
+    print(f"loss curves over {steps} steps, at most apart: " + "; ".join(f"{k} {v:.4f} nats" for k, v in apart.items()))
+    return {**found, "largest_difference": apart}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -358,7 +358,7 @@ def as_rows(x: Tensor) -> Tensor:  # (..., K) -> (M, K)
 
 
 def shaped(rows: Tensor, like: torch.Size) -> Tensor:  # (M, N) -> (*like[:-1], N)
-    """Of a tensor that nobody else holds, and no view to autograd: the result may be changed in place."""
+    """No view to autograd, so that the result may be changed in place: nobody else holds ``rows``."""
     return rows if len(like) == 2 else _unsafe_view(rows, (*like[:-1], rows.shape[1]))
 
 
@@ -368,17 +368,20 @@ class _LowrankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, want_h: bool, *inputs: Any) -> Any:
         x, weight, down, up, bias, seed, scale, p = inputs
-        dtypes, ctx.shape = (down.dtype, up.dtype), x.shape
-        x = as_rows(x)
+        dtypes = down.dtype, up.dtype
+        shape = ctx.shape = None if x.dim() == 2 else x.shape
+        if shape is not None:
+            x = as_rows(x)
         if x.is_cpu:  # BLAS wants one dtype: cast the factors once for both passes
             down, up = blas.as_dtype(down, x.dtype), blas.as_dtype(up, x.dtype)
         y, h = _forward(x, weight, down, up, bias, seed, scale, p)
         _save(ctx, (x, weight, down, up, bias, seed, scale, p), h, dtypes, ctx.needs_input_grad[1:6])
-        y = shaped(y, ctx.shape)
+        if shape is not None:
+            y, h = shaped(y, shape), shaped(h, shape)
         if not want_h:
             return y
         ctx.set_materialize_grads(False)
-        return y, shaped(h, ctx.shape)
+        return y, h
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -387,12 +390,14 @@ class _LowrankLinear(torch.autograd.Function):
         if dy is None:
             if dh is None:
                 return (None,) * 9
-            dh = as_rows(dh)
-            dy = dh.new_zeros(dh.shape[0], weight.shape[0])
-        else:
+            dy = dh.new_zeros(*dh.shape[:-1], weight.shape[0])
+        shape = ctx.shape
+        if shape is not None:
             dy, dh = as_rows(dy), None if dh is None else as_rows(dh)
-        dx, *others = _backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
-        return (None, None if dx is None else dx.view(ctx.shape), *others, None, None, None)
+        grads = _backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
+        if shape is not None and grads[0] is not None:
+            grads[0] = grads[0].view(shape)
+        return (None, *grads, None, None, None)
 
 
 # -------------------------------------------------------------------------------------- compiled

@@ -210,3 +210,20 @@ def test_a_seed_changed_in_place_makes_another_mask():
     seed.add_(1)
     g, x = draw(M, R, dtype=torch.float64), draw(M, N, dtype=torch.float64)
     torch.testing.assert_close(blas.outer(g, x, P, seed), reference.outer(g, x, P, seed), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_update_is_added_before_rounding(dtype):
+    """The result is as good as the exact one rounded once; rounding the frozen part first is not."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 96).to(dtype), torch.randn(80, 96).to(dtype)
+    h, up = torch.randn(64, 4).to(dtype), (0.01 * torch.randn(80, 4)).to(dtype)
+    exact = x.double() @ weight.double().T + h.double() @ up.double().T
+    added_after = torch.nn.functional.linear(x, weight) + h @ up.T
+
+    def error(y):
+        return (y.double() - exact).square().mean()
+
+    once = error(exact.to(dtype))
+    assert error(blas.matmul_lowrank(x, weight, h, up)) < 1.02 * once
+    assert error(added_after) > 1.3 * once
