@@ -99,6 +99,8 @@ def saves(found: dict[str, Any]) -> list[Row]:
 def versions(found: dict[str, Any]) -> list[Row]:
     rows = []
     for name in ("oldest", "newest"):
+        if name not in found:
+            continue
         row = found[name]
         packages = ", ".join(f"{package} {version}" for package, version in sorted(row["packages"].items()))
         much = f"{row['passed']:,} tests, {row['skipped']} skipped"
