@@ -134,9 +134,14 @@ def _square(t: Tensor) -> Tensor:
     return torch.dot(flat, flat)
 
 
-def _stack(factors: list[Tensor], scratch: Scratch) -> Tensor:
-    out = scratch.like(factors[0], "stack", (len(factors), *factors[0].shape))
-    return torch.stack(factors, out=out)
+def _stack(factors: list[Tensor], scratch: Scratch, dtype: torch.dtype | None = None) -> Tensor:
+    """The factors (L, ..), in their dtype or cast on the way."""
+    first = factors[0]
+    out = scratch.like(first, "stack", (len(factors), *first.shape), dtype)
+    if out.dtype == first.dtype:
+        return torch.stack(factors, out=out)
+    torch._foreach_copy_(list(out.unbind()), factors)
+    return out
 
 
 def _turned(t: Tensor, dtype: torch.dtype, scratch: Scratch, name: str) -> Tensor:
@@ -147,19 +152,21 @@ def _turned(t: Tensor, dtype: torch.dtype, scratch: Scratch, name: str) -> Tenso
     return scratch.like(t, name, (L, b, a), t.dtype).copy_(t.transpose(1, 2))
 
 
-def _laid_out(grad: Tensor, turn: bool, stack: Tensor, scratch: Scratch) -> Tensor:
-    """The gradient in memory of its own, at least float32: it becomes .grad as it is."""
+def _laid_out(grad: Tensor, turn: bool, factor: Tensor, scratch: Scratch) -> Tensor:
+    """The gradient of factors like this one in memory of its own, at least float32: it becomes .grad as it is."""
     if turn:
         grad = _turned(grad, grad.dtype, scratch, "narrow")
-    return torch.empty(stack.shape, dtype=wide(stack[:0]).dtype, device=stack.device).copy_(grad)
+    return torch.empty((grad.shape[0], *factor.shape), dtype=wide(factor[:0]).dtype, device=factor.device).copy_(grad)
 
 
-def _complemented(complement: bool, stack: Tensor, inside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _complemented(
+    complement: bool, factors: list[Tensor], scratch: Scratch, inside: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
     """||rows P||^2 = ||rows||^2 - ||rows P'||^2 with P' the other columns."""
     if not complement:
         return inside, grad
-    stack = wide(stack)
-    return _square(stack) - inside, torch.sub(stack, grad, out=grad)
+    rows = wide(_stack(factors, scratch))
+    return _square(rows) - inside, torch.sub(rows, grad, out=grad)
 
 
 class _Everything(_Basis):
@@ -201,17 +208,16 @@ class _Orthogonal(_Basis):
     def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
         P = one_storage(bases, "basis")  # (L, dim, k)
         L, dim, k = P.shape
-        stack = _stack(factors, scratch)
-        rows = stack if stack.dtype == P.dtype else scratch.like(P, "rows", stack.shape).copy_(stack)
-        R = stack.shape[2 if tall else 1]
+        rows = _stack(factors, scratch, P.dtype)
+        R = rows.shape[2 if tall else 1]
         # P from the left, P as it lies: the order that BLAS streams P through fastest
         if tall:
             z = torch.bmm(P.transpose(1, 2), rows, out=scratch.like(P, "z", (L, k, R)))
         else:
             z = _turned(torch.bmm(rows, P, out=scratch.like(P, "z", (L, R, k))), P.dtype, scratch, "turned")
         grad = torch.bmm(P, z, out=scratch.like(P, "grad", (L, dim, R)))
-        grad = _laid_out(grad, not tall, stack, scratch)
-        return _complemented(bases[0].complement, stack, _square(wide(z)), grad)
+        grad = _laid_out(grad, not tall, factors[0], scratch)
+        return _complemented(bases[0].complement, factors, scratch, _square(wide(z)), grad)
 
 
 class _Hadamard(_Basis):
@@ -252,7 +258,7 @@ class _Hadamard(_Basis):
             turned = _fwht(torch.mul(part, sign, out=one), tall, other).mul_(keep)
             inside = inside + _square(turned)
             torch.mul(_fwht(turned, tall, other), sign, out=grad.narrow(axis, start, size))  # H is its own transpose
-        return _complemented(bases[0].complement, stack, inside, grad)
+        return _complemented(bases[0].complement, factors, scratch, inside, grad)
 
 
 def _blocks(dim: int) -> list[tuple[int, int]]:
@@ -339,15 +345,15 @@ class _Shared(_Orthogonal):
     def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
         P = bases[0].basis
         dim, k = P.shape
-        stack = _stack(factors, scratch)
-        signs = one_storage(bases, "signs").to(P.dtype)[:, None]  # (L, 1, dim): exact in any dtype
-        shape = (len(bases), stack.shape[2 if tall else 1], dim)
-        rows = scratch.like(P, "rows", shape)
-        rows.copy_(_turned(stack, P.dtype, scratch, "turned") if tall else stack).mul_(signs)
-        z = torch.mm(rows.view(-1, dim), P, out=scratch.like(P, "z", (shape[0] * shape[1], k)))
-        grad = torch.mm(z, P.T, out=scratch.like(P, "rows", (shape[0] * shape[1], dim))).view(shape).mul_(signs)
-        grad = _laid_out(grad, tall, stack, scratch)
-        return _complemented(bases[0].complement, stack, _square(wide(z)), grad)
+        rows = _stack(factors, scratch, P.dtype)
+        if tall:
+            rows = _turned(rows, P.dtype, scratch, "turned")  # (L, R, dim)
+        signs = one_storage(bases, "signs").to(P.dtype)[:, None]  # exact in any dtype
+        flat = rows.mul_(signs).view(-1, dim)
+        z = torch.mm(flat, P, out=scratch.like(P, "z", (flat.shape[0], k)))
+        grad = torch.mm(z, P.T, out=scratch.like(P, "grad", flat.shape)).view(rows.shape).mul_(signs)
+        grad = _laid_out(grad, tall, factors[0], scratch)
+        return _complemented(bases[0].complement, factors, scratch, _square(wide(z)), grad)
 
     def key(self) -> Any:
         return self._key, like(self.basis)
