@@ -155,7 +155,12 @@ def _dtype_torchao(base: Any) -> torch.dtype:
 _NOT_YET = "it is not quantised yet: model.to(device) does that"
 
 _4BIT = Kind(
-    "bitsandbytes 4-bit", _unpack_4bit, _dtype_4bit, _wants_4bit, functools.partial(_unpack_4bit, rounded=True)
+    "bitsandbytes 4-bit",
+    _unpack_4bit,
+    _dtype_4bit,
+    _wants_4bit,
+    functools.partial(_unpack_4bit, rounded=True),
+    "bitsandbytes",
 )
 _8BIT = Kind("bitsandbytes int8", _unpack_8bit, wants=_wants_8bit, package="bitsandbytes")
 _TORCHAO = Kind("torchao", lambda base: base.weight.detach().dequantize(), _dtype_torchao, package="torchao")
@@ -164,8 +169,6 @@ _NF4 = Kind("torchao NF4", lambda base: base.weight.detach().get_original_weight
 #: By the full name of the layer's class.
 KINDS: dict[str, Kind] = {
     **{f"bitsandbytes.nn.modules.Linear{name}": _4BIT for name in ("4bit", "NF4", "FP4")},
-    "bitsandbytes.nn.modules.Linear8bitLt": Kind(
-        "bitsandbytes int8", _unpack_8bit, wants=_wants_8bit, package="bitsandbytes"
-    ),
+    "bitsandbytes.nn.modules.Linear8bitLt": _8BIT,
     "transformers.integrations.gguf.utils.GgufLinear": Kind("GGUF", _unpack_gguf, package="transformers"),
 }
