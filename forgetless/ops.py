@@ -233,8 +233,8 @@ def _backward(
     up_dtype: torch.dtype,
 ) -> list[Tensor | None]:
     if _plainly_blas(dy):
-        return _gradients_on_blas(
-            dy, dh, x, weight, down, up, h, seed, scale / (1.0 - p), p, need, down_dtype, up_dtype
+        return _gradients(
+            blas, "split", dy, dh, x, weight, down, up, h, seed, scale / (1.0 - p), p, need, down_dtype, up_dtype
         )
     arguments = (dy, dh, x, weight, down, up, h, seed, scale / (1.0 - p), p, need, down_dtype, up_dtype)
     device = dy.device
@@ -268,8 +268,15 @@ def _gradients(
     up_dtype: torch.dtype,
 ) -> list[Tensor | None]:
     """The gradients that are needed, by one backend: dy is read for g and dup at once, then for dx; x for ddown."""
-    if run is blas:
-        return _gradients_on_blas(dy, dh, x, weight, down, up, h, seed, s, p, need, down_dtype, up_dtype)
+    if run is blas:  # one function does it all, here for a layer that stands alone
+        if down.dtype != dy.dtype or up.dtype != dy.dtype:
+            down, up = down.to(dy.dtype), up.to(dy.dtype)
+        need_x, need_weight, need_down, need_up, need_bias = need
+        dx, ddown, (dup,) = blas.gradients(
+            (dy,), dh, x, (weight,), down, (up,), h, seed, s, p, need_x, need_down, (need_up,), down_dtype, (up_dtype,)
+        )
+        dweight = dy.T @ x if need_weight else None  # type: ignore[operator]
+        return [dx, dweight, ddown, dup, dy.sum(0) if need_bias else None]
     dx = dweight = ddown = dup = dbias = g = None
     if need[0] and dh is None and plan in ("full", "once"):  # g inside the kernel that makes dx
         dx, g = run.linear_lowrank(dy, weight.T, up.T, down.T, None, s, p, seed, True, plan)
@@ -296,32 +303,6 @@ def _gradients(
     if need[4]:
         dbias = dy.sum(0)
     return [dx, dweight, ddown, dup, dbias]
-
-
-def _gradients_on_blas(
-    dy: Tensor,
-    dh: Tensor | None,
-    x: Tensor | None,
-    weight: Tensor,
-    down: Tensor,
-    up: Tensor,
-    h: Tensor | None,
-    seed: Tensor | None,
-    s: float,
-    p: float,
-    need: list[bool],
-    down_dtype: torch.dtype,
-    up_dtype: torch.dtype,
-) -> list[Tensor | None]:
-    """The same where one function does it all, of a layer that stands alone."""
-    if down.dtype != dy.dtype or up.dtype != dy.dtype:
-        down, up = down.to(dy.dtype), up.to(dy.dtype)
-    need_x, need_weight, need_down, need_up, need_bias = need
-    dx, ddown, (dup,) = blas.gradients(
-        (dy,), dh, x, (weight,), down, (up,), h, seed, s, p, need_x, need_down, (need_up,), down_dtype, (up_dtype,)
-    )
-    dweight = dy.T @ x if need_weight else None  # type: ignore[operator]
-    return [dx, dweight, ddown, dup, dy.sum(0) if need_bias else None]
 
 
 def _save(
