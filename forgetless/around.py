@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .layers import AdaptedLinear, Trace
 from .methods.base import Adapter, Method
 from .onto import Term, add_terms
+from .ops import exact_products
 from .packed import Kind, kind_of, stand_in
 from .shards import Cut, cut_of, gathered_columns, made_alike
 
@@ -94,7 +95,8 @@ class AdaptedSharded(AdaptedAround):
         """As of AdaptedLinear, each rank its part."""
         cut, weight = self.cut, self.weight.to_local()  # type: ignore[attr-defined]
         down, up = (t.detach().clone() for t in factors or self.adapter.factors())
-        delta = self._delta(*cut.local(down, up))
+        with exact_products(weight.device.type):
+            delta = self._delta(*cut.local(down, up))
         exact = weight.to(delta.dtype) + delta
         weight.copy_(exact.to(weight.dtype))
         self.folded = [*self.folded, (down, up)]

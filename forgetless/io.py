@@ -80,7 +80,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             for index, factors in enumerate(layer.folded):
                 tensors.update(zip(_folded_keys(name, index), factors, strict=True))
         if isinstance(layer.adapter, CURLoRAAdapter):
-            layers[name]["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(whole(weight_mark(layer.base)))
+            layers[name]["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(weight_mark(layer.base))
         for index, penalty in enumerate(layer.adapter.penalty_states()):
             for key, tensor in penalty.state_dict().items():
                 state[f"{name}.{index}.{key}"] = tensor

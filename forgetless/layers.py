@@ -203,7 +203,8 @@ class AdaptedLinear(nn.Module):
         if run is None:
             return None
         p, seed = draw_mask(dropout, device)
-        given = (rows, weights, downs, ups, biases, self.adapter.scale, p, seed, self.needs_hidden)
+        wants_h = any(member.needs_hidden for member in members)
+        given = (rows, weights, downs, ups, biases, self.adapter.scale, p, seed, wants_h)
         try:
             results = lowrank_linears(*given, run)
         except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise

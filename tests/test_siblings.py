@@ -231,3 +231,14 @@ def test_the_kernels_give_the_same():
 def test_families_share_a_parent_and_a_row():
     names = ["a.q_proj", "a.k_proj", "b.v_proj", "a.o_proj", "m.gate_proj", "m.up_proj", "q_proj", "v_proj"]
     assert families(names) == [["a.q_proj", "a.k_proj"], ["m.gate_proj", "m.up_proj"], ["q_proj", "v_proj"]]
+
+
+def test_a_sibling_s_penalty_on_h_does_not_hang_on_who_is_called_first():
+    model, _ = pair(fl.LoRA(4, penalties=(fl.OutputDeviation(0.3),)))
+    model.q_proj.adapter.penalties = nn.ModuleList()
+    model.q_proj.needs_hidden = False
+    alone = copy.deepcopy(model)
+    for layer in fl.adapters(alone).values():
+        layer.group = None
+    same(model, alone, torch.randn(5, 24, dtype=torch.float64))
+    assert model.k_proj.trace.hidden is not None

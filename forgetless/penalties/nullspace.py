@@ -159,13 +159,8 @@ def _laid_out(grad: Tensor, turn: bool, factor: Tensor, scratch: Scratch) -> Ten
     return torch.empty((grad.shape[0], *factor.shape), dtype=wide(factor[:0]).dtype, device=factor.device).copy_(grad)
 
 
-def _complemented(
-    complement: bool, factors: list[Tensor], scratch: Scratch, inside: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor]:
+def _complemented(rows: Tensor, inside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """||rows P||^2 = ||rows||^2 - ||rows P'||^2 with P' the other columns."""
-    if not complement:
-        return inside, grad
-    rows = wide(_stack(factors, scratch))
     return _square(rows) - inside, torch.sub(rows, grad, out=grad)
 
 
@@ -217,7 +212,8 @@ class _Orthogonal(_Basis):
             z = _turned(torch.bmm(rows, P, out=scratch.like(P, "z", (L, R, k))), P.dtype, scratch, "turned")
         grad = torch.bmm(P, z, out=scratch.like(P, "grad", (L, dim, R)))
         grad = _laid_out(grad, not tall, factors[0], scratch)
-        return _complemented(bases[0].complement, factors, scratch, _square(wide(z)), grad)
+        inside = _square(wide(z))
+        return _complemented(wide(_stack(factors, scratch)), inside, grad) if bases[0].complement else (inside, grad)
 
 
 class _Hadamard(_Basis):
@@ -258,7 +254,7 @@ class _Hadamard(_Basis):
             turned = _fwht(torch.mul(part, sign, out=one), tall, other).mul_(keep)
             inside = inside + _square(turned)
             torch.mul(_fwht(turned, tall, other), sign, out=grad.narrow(axis, start, size))  # H is its own transpose
-        return _complemented(bases[0].complement, factors, scratch, inside, grad)
+        return _complemented(stack, inside, grad) if bases[0].complement else (inside, grad)
 
 
 def _blocks(dim: int) -> list[tuple[int, int]]:
@@ -353,7 +349,8 @@ class _Shared(_Orthogonal):
         z = torch.mm(flat, P, out=scratch.like(P, "z", (flat.shape[0], k)))
         grad = torch.mm(z, P.T, out=scratch.like(P, "grad", flat.shape)).view(rows.shape).mul_(signs)
         grad = _laid_out(grad, tall, factors[0], scratch)
-        return _complemented(bases[0].complement, factors, scratch, _square(wide(z)), grad)
+        inside = _square(wide(z))
+        return _complemented(wide(_stack(factors, scratch)), inside, grad) if bases[0].complement else (inside, grad)
 
     def key(self) -> Any:
         return self._key, like(self.basis)
