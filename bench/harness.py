@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from forgetless.study.machine import commit, processor
 
@@ -229,21 +230,35 @@ def peaks(device: torch.device, dtypes: Sequence[torch.dtype], smoke: bool = Fal
 
 
 def saved_bytes(forward: Callable[[], Any], modules: Sequence[nn.Module] = ()) -> int:
-    """Bytes that a forward pass keeps for its backward pass: distinct storages, the modules' own state left out."""
+    """Bytes that a forward pass keeps for its backward pass: distinct storages, the modules' own state left out.
+
+    Found by walking the graph, as it stands when the pass is over; a hook on what is saved would change what is.
+    """
     state = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     own = {t.untyped_storage().data_ptr() for t in state}
+    out = forward()
     kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t.detach()  # t itself may hold the graph that holds it: a cycle that is never freed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = forward()  # held until the count is taken: a freed storage's address would be used again
-    del out
+    left = [t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor)]
+    seen = {None, *left}
+    while left:
+        node = left.pop()
+        if node is None:
+            continue
+        for t in _saved(node):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+        more = {following for following, _ in node.next_functions} - seen
+        seen |= more
+        left += more
     return sum(kept.values())
+
+
+def _saved(node: Any) -> list[Tensor]:
+    """What a node of the graph has saved: built-in ones hold each by a name, those written in Python a tuple."""
+    names = [name for name in dir(node) if name.startswith("_saved_")]
+    found = tree_leaves([getattr(node, name) for name in names] + [getattr(node, "saved_tensors", ())])
+    return [t for t in found if isinstance(t, Tensor)]
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:

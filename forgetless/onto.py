@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import blas, ops
+from . import blas, ops, recompute
 from .shards import Cut
 
 # Both are private to torch: without them every sum is written out.
@@ -142,16 +142,17 @@ class _Project(torch.autograd.Function):
         small = blas.as_dtype(down, dtype)
         with ops.exact_products(x.device.type):
             h = ctx.run.project(blas.as_dtype(_flat(x), dtype), small, s, p, seed)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, small, seed)
+        ctx.save_for_backward(recompute.hold(ctx, x) if ctx.needs_input_grad[1] else None, small, seed)
         return x, h
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, dh: Tensor | None) -> tuple[Any, ...]:
         ops.refuse_second_derivative()
         alone = dx is not None and sys.getrefcount(dx) <= _gradient_references() and sole(dx)
-        x, down, seed = ctx.saved_tensors
         if dh is None:
             return dx, *(None,) * 5
+        x, down, seed = ctx.saved_tensors
+        x = recompute.held(ctx, x)
         s, p = ctx.rest
         with ops.exact_products(dh.device.type):
             g = dh * s

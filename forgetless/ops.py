@@ -5,7 +5,8 @@
     g  = s * (dy @ up + dh)
     dx = dy @ weight + drop(g @ down),   ddown = g.T @ drop(x),   dup = dy.T @ h
 
-Saved for backward: x (only if ``down`` or ``weight`` is trained), h, and eight bytes of dropout seed.
+Saved for backward: x (only if ``down`` or ``weight`` is trained, and not where ``recompute`` can make it again), h, and
+eight bytes of dropout seed.
 This is the only module that names the kernels. In eager mode the op is an autograd function, under torch.compile a
 custom op over the same two bodies, because a custom op's dispatch costs more than a small layer's arithmetic.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blas, plans, reference
+from . import blas, plans, recompute, reference
 from .door import check, dtype_name, plainly_right
 
 try:
@@ -350,13 +351,16 @@ class _LowrankLinear(torch.autograd.Function):
     def forward(ctx: Any, want_h: bool, *inputs: Any) -> Any:
         x, weight, down, up, bias, seed, scale, p = inputs
         dtypes = down.dtype, up.dtype
+        need = ctx.needs_input_grad[1:6]
+        kept = recompute.hold(ctx, x) if need[1] or need[2] else None
         shape = ctx.shape = None if x.dim() == 2 else x.shape
         if shape is not None:
             x = as_rows(x)
+            kept = None if kept is None else x
         if x.is_cpu:  # BLAS wants one dtype: cast the factors once for both passes
             down, up = blas.as_dtype(down, x.dtype), blas.as_dtype(up, x.dtype)
         y, h = _forward(x, weight, down, up, bias, seed, scale, p)
-        _save(ctx, (x, weight, down, up, bias, seed, scale, p), h, dtypes, ctx.needs_input_grad[1:6])
+        _save(ctx, (kept, weight, down, up, bias, seed, scale, p), h, dtypes, need)
         if shape is not None:
             y, h = shaped(y, shape), shaped(h, shape)
         if not want_h:
@@ -375,6 +379,9 @@ class _LowrankLinear(torch.autograd.Function):
         shape = ctx.shape
         if shape is not None:
             dy, dh = as_rows(dy), None if dh is None else as_rows(dh)
+        x = recompute.held(ctx, x)
+        if x is not None and x.dim() != 2:
+            x = as_rows(x)
         grads = _backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
         if shape is not None and grads[0] is not None:
             grads[0] = grads[0].view(shape)

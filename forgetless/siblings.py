@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blas
+from . import blas, recompute
 from .ops import as_rows, autocasts, exact_products, gives_way, refuse_second_derivative, shaped
 
 #: y (..., N) of one sibling, and h (M, R) if it is wanted
@@ -187,9 +187,10 @@ class _Siblings(torch.autograd.Function):
         h = run.project(rows, down, s, p, seed)
         parts = h.split_with_sizes(ctx.ranks, 1)
         ys = [shaped(run.matmul_lowrank(rows, weights[i], parts[i], ups[i], biases[i]), x.shape) for i in range(n)]
-        ctx.save_for_backward(
-            rows if any(ctx.need_downs) else None, h if any(ctx.need_ups) else None, seed, down, *weights, *ups
-        )
+        kept = None
+        if any(ctx.need_downs) and recompute.hold(ctx, x) is not None:
+            kept = rows
+        ctx.save_for_backward(kept, h if any(ctx.need_ups) else None, seed, down, *weights, *ups)
         return (*ys, h) if return_h else tuple(ys)
 
     @staticmethod
@@ -197,6 +198,9 @@ class _Siblings(torch.autograd.Function):
         refuse_second_derivative()
         s, p, run, return_h, shape = ctx.rest
         x, h, seed, down, *rest = ctx.saved_tensors
+        x = recompute.held(ctx, x)
+        if x is not None:
+            x = as_rows(x)
         n = len(rest) // 2
         weights, ups = rest[:n], rest[n:]
         dys = [None if dy is None else as_rows(dy) for dy in grads[:n]]
