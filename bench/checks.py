@@ -22,7 +22,8 @@ import forgetless as fl
 from forgetless import blas, ops, plans, reference
 
 from . import gpu
-from .harness import available_bytes, short
+from .bytes import available_bytes
+from .harness import short
 from .launched import (
     AVOID,
     DTYPES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .tables import markdown, where
+from .texts import markdown, where
 
 Row = list[str]
 

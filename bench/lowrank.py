@@ -22,17 +22,15 @@ from torch import Tensor, nn
 import forgetless as fl
 
 from . import baselines
+from .bytes import available_bytes, peak_bytes, saved_bytes
 from .harness import (
-    available_bytes,
     compiler_missing,
     finish,
     graphed,
     interleave,
     number,
     parser,
-    peak_bytes,
     peaks,
-    saved_bytes,
     share,
     short,
     start,

@@ -21,7 +21,8 @@ import forgetless as fl
 
 from . import models
 from .baselines import have_peft
-from .harness import finish, number, parser, peak_bytes, peak_rss, saved_bytes, share, short, start, table
+from .bytes import peak_bytes, peak_rss, saved_bytes
+from .harness import finish, number, parser, share, short, start, table
 from .lowrank import Case, layers, rival
 from .shapes import CPU, GPU, SHAPES
 

@@ -22,7 +22,8 @@ import forgetless as fl
 
 from . import models
 from .baselines import have_peft
-from .harness import finish, number, parser, peak_bytes, saved_bytes, start, table
+from .bytes import peak_bytes, saved_bytes
+from .harness import finish, number, parser, start, table
 
 MIB = 2**20
 TASK = "django-de"

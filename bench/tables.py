@@ -6,14 +6,15 @@ docs/api.md, from the docstrings, is written with them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import api
-from .harness import RESULTS, SCHEMA, number
+from .harness import RESULTS, number
+from .pages import PAGES
+from .texts import markdown, read, spread, where
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -22,43 +23,12 @@ BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 PEFT = ROOT / "docs" / "peft.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
 SUITE = RESULTS / "peft-suite.json"
-MIB = 2**20
 KINDS = ("step", "lowrank", "penalty", "memory", "dispatch")
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A result file; what a smoke run or another version wrote is no result."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if data.get("smoke"):
-        raise ValueError(f"{path.name} is of a smoke run, which measures nothing: remove it")
-    if data.get("schema", SCHEMA) != SCHEMA:
-        raise ValueError(f"{path.name} has schema {data['schema']}, this version reads {SCHEMA}")
-    return data
 
 
 def results_of(bench: str) -> list[Path]:
     """The committed files of one benchmark, the CPU's first."""
     return sorted(RESULTS.glob(f"{bench}-*.json"), key=lambda path: (not path.stem.endswith("-cpu"), path.name))
-
-
-def where(results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    threads = machine["threads"]
-    place = machine["gpu"] or f"{machine['processor']}, {threads} thread{'s' if threads > 1 else ''}"
-    commit, plus, _ = (machine["commit"] or "unknown").partition("+")
-    changed = " with changes" if plus else ""
-    versions = ", ".join(f"{n} {v}" for n, v in sorted(machine["packages"].items()) if n in ("torch", "triton", "peft"))
-    return f"{place}; {versions}; commit {commit[:12]}{changed}, {machine['date']}"
-
-
-def median(values: list[float]) -> float:
-    values = sorted(values)
-    return values[len(values) // 2]
 
 
 # ----------------------------------------------------------------------------------------- README
@@ -161,12 +131,6 @@ def rest_section(found: dict[str, dict[str, Any]]) -> str:
     return f"{table}\nEvery row and how it was taken: [docs/benchmarks.md](docs/benchmarks.md).\n"
 
 
-def spread(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{min(values):.2f} to {max(values):.2f}, median {median(values):.2f} ({len(values)} cases)"
-
-
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compare-smollm2.json": compare_section,
     "step-cpu.json": step_section,
@@ -245,126 +209,6 @@ PAGES_TOO: dict[Path, Callable[[str], str]] = {
 # ------------------------------------------------------------------------------ docs/benchmarks.md
 
 
-def lowrank_page(results: dict[str, Any]) -> str:
-    peaks = results["peaks"]
-    roofs = ", ".join(f"{v:.3g} TFLOP/s {k.removeprefix('tflops_')}" for k, v in peaks.items() if k != "gbs_copy")
-    text = (
-        "Forward and backward of one layer, the gradient of its input included. *overhead*: (this − frozen) / "
-        "(rival − frozen), the rival being PEFT with its defaults, or the authors' CURLoRA. TFLOP/s and GB/s count "
-        "what the layer cannot do without, the same for every provider; *of peak* is the time at the machine's own "
-        f"measured peaks ({roofs}; copies at {peaks['gbs_copy']:.3g} GB/s) over the time taken.\n"
-    )
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in results["rows"]:
-        key = tuple(row[k] for k in ("models", "projection", "M", "N", "K", "R", "dtype", "dropout", "method"))
-        groups.setdefault(key, []).append(row)
-    columns = ["provider", "fwd ms", "bwd ms", "both ms", "±", "× frozen", "× rival", "overhead", "peak MiB"]
-    columns += ["saved MiB", "TFLOP/s", "GB/s", "of peak"]
-    from .lowrank import text_rows
-
-    for (models, projection, M, N, K, R, dtype, dropout, method), rows in groups.items():
-        title = f"{models} {projection}, M={M} N={N} K={K} R={R}, {dtype}, {method}"
-        title += f", dropout {dropout:g}" if method == "lora" else ""
-        text += f"\n**{title}**\n\n" + markdown(columns, text_rows(rows))
-    return text
-
-
-def step_page(results: dict[str, Any]) -> str:
-    batch = "×".join(map(str, results["batch"]))
-    rows = [
-        [
-            name,
-            number(row["median"], 3),
-            number(row["spread"], 3),
-            number(row["times_frozen"]),
-            number(row.get("tflops"), 3),
-            number(row.get("share_of_peak")),
-        ]
-        for name, row in results["seconds"].items()
-    ]
-    shares = ", ".join(f"{number(share)} at dropout {p}" for p, share in results["overhead_over_peft"].items())
-    text = f"{results['model']}, {batch} tokens, forward and backward. TFLOP/s of the frozen layers' own products.\n\n"
-    text += markdown(["provider", "seconds", "±", "× frozen", "TFLOP/s", "of peak"], rows)
-    return text + (f"\nOur overhead / PEFT's: {shares}.\n" if shares else "")
-
-
-def penalty_page(results: dict[str, Any]) -> str:
-    rows = [
-        [
-            name,
-            number(row["median"] * 1e3),
-            number(row["spread"] * 1e3),
-            f"{100 * row['share_of_step']:.1f} %",
-            number(row.get("times_authors"), 1) if name.startswith("NullSpace") else "-",
-            number(row["bytes_held"] / MIB, 1) if "bytes_held" in row else "-",
-        ]
-        for name, row in results["seconds"].items()
-    ]
-    columns = ["value and gradient", "ms", "±", "of a step", "× faster than the authors' loop", "held MiB"]
-    return f"{results['model']}.\n\n" + markdown(columns, rows)
-
-
-def memory_page(results: dict[str, Any]) -> str:
-    def mib(value: int | None, digits: int = 1) -> str:
-        return "-" if value is None else f"{value / MIB:.{digits}f}"
-
-    rows = [
-        [name, *(mib(row[key]) for key in ("saved_bytes", "peak_bytes", "peak_rss"))]
-        for name, row in results["step"].items()
-    ]
-    batch = "×".join(map(str, results["batch"]))
-    text = (
-        f"{results['model']}, {batch} tokens. Saved: distinct storages packed for the backward pass, weights left out. "
-        "Peak: of torch's allocator, above what was held before the step; RSS: of a fresh process, likewise.\n\n"
-    )
-    text += markdown(["whole step", "saved MiB", "peak MiB", "peak RSS MiB"], rows) + "\n"
-    rows = [
-        [
-            row["case"],
-            f"{row['method']}, dropout {row['dropout']:g}",
-            row["provider"],
-            mib(row["saved_bytes"], 3),
-            number(row["saved_over_rival"]),
-            mib(row["peak_bytes"], 3),
-        ]
-        for row in results["layers"]
-    ]
-    return text + markdown(["layer", "method", "provider", "saved MiB", "/ rival's", "peak MiB"], rows)
-
-
-def qlora_page(results: dict[str, Any]) -> str:
-    rows = [
-        [
-            title,
-            *(f"{row[key] / MIB:.1f}" for key in ("weight_bytes", "saved_bytes", "peak_bytes")),
-            number(row["seconds_per_step"], 2),
-            " ".join(number(loss) for loss in row["losses"]),
-        ]
-        for title, row in results["rows"].items()
-    ]
-    batch = "×".join(map(str, results["batch"]))
-    return (
-        f"{results['model']}, {batch} tokens of {results['task']} at most, AdamW. Weights: of the frozen linear "
-        "layers, scales included. Saved: for the backward pass. Peak: of forward and backward, above what was held.\n\n"
-    ) + markdown(["base", "weights MiB", "saved MiB", "peak MiB", "s/step", "loss of each step"], rows)
-
-
-def dispatch_page(results: dict[str, Any]) -> str:
-    rows = [
-        [name, number(row["median"] * 1e6, 1), number(row["spread"] * 1e6, 1), number(row["times_bare"])]
-        for name, row in results["seconds"].items()
-    ]
-    return "Forward and backward of one tiny layer, one thread.\n\n" + markdown(["provider", "µs", "±", "× bare"], rows)
-
-
-PAGES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "step": ("One training step", step_page),
-    "lowrank": ("One layer", lowrank_page),
-    "penalty": ("Penalties", penalty_page),
-    "memory": ("Memory", memory_page),
-    "qlora": ("QLoRA", qlora_page),
-    "dispatch": ("Dispatch", dispatch_page),
-}
 HEAD = """# Benchmarks
 
 Written by `python -m bench tables` from the JSON in `bench/results`; change nothing here by hand. Providers of one

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .harness import machine
-from .tables import where
+from .texts import where
 
 PAGE = Path(__file__).parent.parent / "docs" / "walkthrough.md"
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<output>.*?)```\n)?", flags=re.S)

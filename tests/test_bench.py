@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import types
@@ -18,6 +19,7 @@ import forgetless as fl
 
 pytest.importorskip("transformers")
 from forgetless_bench import baselines, cli, dispatch, gpu, harness, lowrank, models, shapes, tables  # noqa: E402
+from forgetless_bench.bytes import peak_bytes, peak_rss, saved_bytes  # noqa: E402
 
 CPU = torch.device("cpu")
 N, K, R, M, SCALE = 24, 16, 4, 7, 0.75
@@ -256,18 +258,18 @@ def test_cuda_times_are_those_between_events(monkeypatch):
     ranges = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: ranges.append(name) or harness.contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: ranges.append(name) or contextlib.nullcontext())
     assert harness._cuda_times("ours", [lambda: None, lambda: None]) == [0.003, 0.005]
     assert ranges == ["ours"]
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_weights():
     x = torch.randn(10, 10, requires_grad=True)
-    assert harness.saved_bytes(lambda: (x * x).sum()) == 400
+    assert saved_bytes(lambda: (x * x).sum()) == 400
     linear = nn.Linear(10, 10)
-    assert harness.saved_bytes(lambda: linear(x), [linear]) == 400
-    assert harness.saved_bytes(lambda: linear(x)) == 800
-    assert harness.saved_bytes(lambda: x.exp().exp()) == 800  # each keeps its result
+    assert saved_bytes(lambda: linear(x), [linear]) == 400
+    assert saved_bytes(lambda: linear(x)) == 800
+    assert saved_bytes(lambda: x.exp().exp()) == 800  # each keeps its result
 
 
 def test_counting_leaves_nothing_behind():
@@ -278,7 +280,7 @@ def test_counting_leaves_nothing_behind():
         kept.append(weakref.ref(y := x.exp()))
         return y.exp()
 
-    assert harness.saved_bytes(forward) == 80
+    assert saved_bytes(forward) == 80
     assert kept[0]() is None
 
 
@@ -289,12 +291,12 @@ def test_peak_bytes_is_exact():
         del a
         return b * 2
 
-    assert harness.peak_bytes(run, CPU) in range(8000, 8200)
-    assert harness.peak_bytes(run, CPU) == harness.peak_bytes(run, CPU)
+    assert peak_bytes(run, CPU) in range(8000, 8200)
+    assert peak_bytes(run, CPU) == peak_bytes(run, CPU)
 
 
 def test_peak_rss_sees_a_large_buffer():
-    found = harness.peak_rss(lambda: torch.ones(1 << 24))
+    found = peak_rss(lambda: torch.ones(1 << 24))
     assert found is None or found > 0.9 * (1 << 26)
 
 
@@ -376,9 +378,7 @@ def test_rows_of_the_others(smoke):
 def test_curlora_saves_a_fraction_of_what_the_authors_save():
     case = lowrank.Case("smollm2.q", 64, 16, torch.bfloat16, 0.0, "curlora")
     made, base = lowrank.layers(case, CPU, compiled=False)
-    saved = {
-        name: harness.saved_bytes(lambda one=one: one.module(one.x), [one.module, base]) for name, one in made.items()
-    }
+    saved = {name: saved_bytes(lambda one=one: one.module(one.x), [one.module, base]) for name, one in made.items()}
     assert saved["forgetless"] <= saved["authors' CURLoRA"] / 4
 
 

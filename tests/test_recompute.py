@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import forgetless as fl
 from forgetless import recompute
 from forgetless.onto import Term, add_terms
-from forgetless_bench.harness import saved_bytes
+from forgetless_bench.bytes import saved_bytes
 
 M, H, K = 33, 16, 24
 

@@ -1,0 +1,114 @@
+"""Bytes: what autograd keeps, the most that the allocator or the process held, and what the machine has left."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+def saved_bytes(forward: Callable[[], Any], modules: Sequence[nn.Module] = ()) -> int:
+    """Bytes that a forward pass keeps for its backward pass: distinct storages, the modules' own state left out.
+
+    Found by walking the graph, as it stands when the pass is over; a hook on what is saved would change what is.
+    """
+    state = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    own = {t.untyped_storage().data_ptr() for t in state}
+    out = forward()
+    kept: dict[int, int] = {}
+    left = [t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor)]
+    seen = {None, *left}
+    while left:
+        node = left.pop()
+        if node is None:
+            continue
+        for t in _saved(node):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+        more = {following for following, _ in node.next_functions} - seen
+        seen |= more
+        left += more
+    return sum(kept.values())
+
+
+def _saved(node: Any) -> list[Tensor]:
+    """What a node of the graph has saved: built-in ones hold each by a name, those written in Python a tuple."""
+    names = [name for name in dir(node) if name.startswith("_saved_")]
+    found = tree_leaves([getattr(node, name) for name in names] + [getattr(node, "saved_tensors", ())])
+    return [t for t in found if isinstance(t, Tensor)]
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that torch's allocator held during the call, above what it held before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with _quiet(), torch.autograd.profiler.profile(profile_memory=True, use_kineto=False) as profile:
+        run()
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    held = top = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        top = max(top, held)
+    return top
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler of some torch builds chats on standard error, from C++."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def peak_rss(run: Callable[[], Any]) -> int | None:
+    """Peak resident bytes of this process during the call, above those before it; None where the system cannot say.
+
+    Memory that the process has freed but not given back hides growth: use a fresh process for each number.
+    """
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def read(field: str) -> int:
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith(field)]
+        return int(line.split()[1]) * 1024
+
+    try:
+        clear.write_text("5")  # the peak starts again from here
+        before = read("VmRSS:")
+    except (OSError, ValueError):
+        return None
+    run()
+    return read("VmHWM:") - before
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a benchmark may count on."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30

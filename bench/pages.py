@@ -1,0 +1,130 @@
+"""What docs/benchmarks.md says of each benchmark, from its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .harness import number
+from .lowrank import text_rows
+from .texts import MIB, markdown
+
+
+def lowrank_page(results: dict[str, Any]) -> str:
+    peaks = results["peaks"]
+    roofs = ", ".join(f"{v:.3g} TFLOP/s {k.removeprefix('tflops_')}" for k, v in peaks.items() if k != "gbs_copy")
+    text = (
+        "Forward and backward of one layer, the gradient of its input included. *overhead*: (this − frozen) / "
+        "(rival − frozen), the rival being PEFT with its defaults, or the authors' CURLoRA. TFLOP/s and GB/s count "
+        "what the layer cannot do without, the same for every provider; *of peak* is the time at the machine's own "
+        f"measured peaks ({roofs}; copies at {peaks['gbs_copy']:.3g} GB/s) over the time taken.\n"
+    )
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        key = tuple(row[k] for k in ("models", "projection", "M", "N", "K", "R", "dtype", "dropout", "method"))
+        groups.setdefault(key, []).append(row)
+    columns = ["provider", "fwd ms", "bwd ms", "both ms", "±", "× frozen", "× rival", "overhead", "peak MiB"]
+    columns += ["saved MiB", "TFLOP/s", "GB/s", "of peak"]
+    for (models, projection, M, N, K, R, dtype, dropout, method), rows in groups.items():
+        title = f"{models} {projection}, M={M} N={N} K={K} R={R}, {dtype}, {method}"
+        title += f", dropout {dropout:g}" if method == "lora" else ""
+        text += f"\n**{title}**\n\n" + markdown(columns, text_rows(rows))
+    return text
+
+
+def step_page(results: dict[str, Any]) -> str:
+    batch = "×".join(map(str, results["batch"]))
+    rows = [
+        [
+            name,
+            number(row["median"], 3),
+            number(row["spread"], 3),
+            number(row["times_frozen"]),
+            number(row.get("tflops"), 3),
+            number(row.get("share_of_peak")),
+        ]
+        for name, row in results["seconds"].items()
+    ]
+    shares = ", ".join(f"{number(share)} at dropout {p}" for p, share in results["overhead_over_peft"].items())
+    text = f"{results['model']}, {batch} tokens, forward and backward. TFLOP/s of the frozen layers' own products.\n\n"
+    text += markdown(["provider", "seconds", "±", "× frozen", "TFLOP/s", "of peak"], rows)
+    return text + (f"\nOur overhead / PEFT's: {shares}.\n" if shares else "")
+
+
+def penalty_page(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            number(row["median"] * 1e3),
+            number(row["spread"] * 1e3),
+            f"{100 * row['share_of_step']:.1f} %",
+            number(row.get("times_authors"), 1) if name.startswith("NullSpace") else "-",
+            number(row["bytes_held"] / MIB, 1) if "bytes_held" in row else "-",
+        ]
+        for name, row in results["seconds"].items()
+    ]
+    columns = ["value and gradient", "ms", "±", "of a step", "× faster than the authors' loop", "held MiB"]
+    return f"{results['model']}.\n\n" + markdown(columns, rows)
+
+
+def memory_page(results: dict[str, Any]) -> str:
+    def mib(value: int | None, digits: int = 1) -> str:
+        return "-" if value is None else f"{value / MIB:.{digits}f}"
+
+    rows = [
+        [name, *(mib(row[key]) for key in ("saved_bytes", "peak_bytes", "peak_rss"))]
+        for name, row in results["step"].items()
+    ]
+    batch = "×".join(map(str, results["batch"]))
+    text = (
+        f"{results['model']}, {batch} tokens. Saved: distinct storages packed for the backward pass, weights left out. "
+        "Peak: of torch's allocator, above what was held before the step; RSS: of a fresh process, likewise.\n\n"
+    )
+    text += markdown(["whole step", "saved MiB", "peak MiB", "peak RSS MiB"], rows) + "\n"
+    rows = [
+        [
+            row["case"],
+            f"{row['method']}, dropout {row['dropout']:g}",
+            row["provider"],
+            mib(row["saved_bytes"], 3),
+            number(row["saved_over_rival"]),
+            mib(row["peak_bytes"], 3),
+        ]
+        for row in results["layers"]
+    ]
+    return text + markdown(["layer", "method", "provider", "saved MiB", "/ rival's", "peak MiB"], rows)
+
+
+def qlora_page(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            title,
+            *(f"{row[key] / MIB:.1f}" for key in ("weight_bytes", "saved_bytes", "peak_bytes")),
+            number(row["seconds_per_step"], 2),
+            " ".join(number(loss) for loss in row["losses"]),
+        ]
+        for title, row in results["rows"].items()
+    ]
+    batch = "×".join(map(str, results["batch"]))
+    return (
+        f"{results['model']}, {batch} tokens of {results['task']} at most, AdamW. Weights: of the frozen linear "
+        "layers, scales included. Saved: for the backward pass. Peak: of forward and backward, above what was held.\n\n"
+    ) + markdown(["base", "weights MiB", "saved MiB", "peak MiB", "s/step", "loss of each step"], rows)
+
+
+def dispatch_page(results: dict[str, Any]) -> str:
+    rows = [
+        [name, number(row["median"] * 1e6, 1), number(row["spread"] * 1e6, 1), number(row["times_bare"])]
+        for name, row in results["seconds"].items()
+    ]
+    return "Forward and backward of one tiny layer, one thread.\n\n" + markdown(["provider", "µs", "±", "× bare"], rows)
+
+
+PAGES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "step": ("One training step", step_page),
+    "lowrank": ("One layer", lowrank_page),
+    "penalty": ("Penalties", penalty_page),
+    "memory": ("Memory", memory_page),
+    "qlora": ("QLoRA", qlora_page),
+    "dispatch": ("Dispatch", dispatch_page),
+}
