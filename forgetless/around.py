@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .layers import AdaptedLinear, Trace
 from .methods.base import Adapter, Method
 from .onto import Term, add_terms
-from .ops import exact_products
 from .packed import Kind, kind_of, stand_in
 from .shards import Cut, cut_of, gathered_columns, made_alike
 
@@ -90,20 +89,13 @@ class AdaptedSharded(AdaptedAround):
         finally:
             self.trace = trace
 
-    @torch.no_grad()
-    def fold(self, factors: tuple[Tensor, Tensor] | None = None) -> float:
-        """As of AdaptedLinear, each rank its part."""
-        cut, weight = self.cut, self.weight.to_local()  # type: ignore[attr-defined]
-        down, up = (t.detach().clone() for t in factors or self.adapter.factors())
-        with exact_products(weight.device.type):
-            delta = self._delta(*cut.local(down, up))
-        exact = weight.to(delta.dtype) + delta
-        weight.copy_(exact.to(weight.dtype))
-        self.folded = [*self.folded, (down, up)]
-        squares = torch.stack([(weight.to(delta.dtype) - exact).square().sum(), delta.square().sum()])
-        torch.distributed.all_reduce(squares, group=cut.group)
-        lost, size = squares.tolist()
-        return (lost / size) ** 0.5 if size > 0 else 0.0
+    def _parts(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight.to_local(), *self.cut.local(down, up)  # type: ignore[attr-defined]
+
+    def _of_all(self, norms: Tensor) -> Tensor:
+        squares = norms.square()
+        torch.distributed.all_reduce(squares, group=self.cut.group)
+        return squares.sqrt()
 
 
 def put_on(base: nn.Module, adapter: Adapter, method: Method, name: str) -> AdaptedLinear:

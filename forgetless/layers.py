@@ -257,7 +257,8 @@ class AdaptedLinear(nn.Module):
 
     def delta(self) -> Tensor:  # (N, K) float32, or float64
         """scale * up @ down in at least float32, as ``fl.merge`` adds it."""
-        return self._delta(*self.adapter.factors())
+        with exact_products(self.weight.device.type):  # factors may be products too
+            return self._delta(*self.adapter.factors())
 
     def _delta(self, down: Tensor, up: Tensor) -> Tensor:
         down, up = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (down, up))
@@ -270,15 +271,23 @@ class AdaptedLinear(nn.Module):
         Returns:
             What rounding lost: ||W_new - (W_old + delta)|| / ||delta||, 0 for no update.
         """
-        down, up = (t.detach().clone() for t in factors or self.adapter.factors())
         with exact_products(self.weight.device.type):
-            delta = self._delta(down, up)
-        weight = self.weight.T if self.transposed else self.weight
+            down, up = (t.detach().clone() for t in factors or self.adapter.factors())
+            weight, *parts = self._parts(down, up)
+            delta = self._delta(*parts)
         exact = weight.to(delta.dtype) + delta
         weight.copy_(exact.to(weight.dtype))
         self.folded = [*self.folded, (down, up)]
-        size = delta.norm()
-        return ((weight.to(delta.dtype) - exact).norm() / size).item() if size > 0 else 0.0
+        lost, size = self._of_all(torch.stack([(weight.to(delta.dtype) - exact).norm(), delta.norm()]))
+        return (lost / size).item() if size > 0 else 0.0
+
+    def _parts(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``fold`` adds to here, (N, K), and the factors of what it adds."""
+        return self.weight.T if self.transposed else self.weight, down, up
+
+    def _of_all(self, norms: Tensor) -> Tensor:
+        """Frobenius norms of whole matrices from those of the parts here."""
+        return norms
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "trace": None}  # a graph can be neither copied nor pickled

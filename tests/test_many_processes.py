@@ -1,16 +1,20 @@
 """DDP and FSDP2: two processes with half a batch each do what one does with all of it; finetune too."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import token_batch
 from safetensors.torch import load_file
 from tiny_study import tiny_model, write_model, write_texts
+from torch import nn
 from two_processes import CUT, METHODS, TOKENS, adapted, finetune, prepared, step, whole_model
 
 import forgetless as fl
@@ -97,3 +101,31 @@ def test_tensor_parallelism_is_the_step_of_one_process(done: tuple[str, Path], n
         if parameter.requires_grad:
             moved = (parameter - before[n]).norm()
             assert moved > 0 and (saved[n] - parameter).norm() <= 1e-3 * moved, n
+
+
+@pytest.fixture
+def one_rank() -> Iterator[Any]:
+    """A mesh of this process alone."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dim", [0, 1], ids=["column-wise", "row-wise"])
+@pytest.mark.parametrize("name", list(CUT))
+def test_autocast_does_not_round_the_fold_of_a_cut_weight(one_rank: Any, name: str, dim: int) -> None:
+    """CURLoRA's up is a product itself."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    base = nn.Sequential(nn.Linear(48, 40))
+    cut = parallelize_module(copy.deepcopy(base), one_rank, {"0": (ColwiseParallel, RowwiseParallel)[dim]()})
+    plain, layer = (adapted(model, name, ["0"])[0] for model in (base, cut))
+    start = plain.weight.clone()
+    lost = plain.fold()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.fold() == pytest.approx(lost, rel=1e-3)
+    moved = (plain.weight - start).norm()
+    assert layer.cut.dim == dim and moved > 0.1
+    assert (layer.weight.to_local() - plain.weight).norm() <= 1e-5 * moved

@@ -356,8 +356,9 @@ def test_merge_gives_plain_frozen_layers_that_do_the_same():
     torch.testing.assert_close(model(**token_batch()).logits, want, rtol=1e-4, atol=1e-5)
 
 
-def test_merge_rounds_once_from_float32():
-    model = stir(fl.adapt(tiny_llama().bfloat16(), lora(), ["q_proj"]))
+@pytest.mark.parametrize("method", [lora(), fl.CURLoRA(rank=2)], ids=lambda method: method.name)
+def test_merge_rounds_once_from_float32(method):
+    model = stir(fl.adapt(tiny_llama().bfloat16(), method, ["q_proj"]))
     layer = model.model.layers[0].self_attn.q_proj
     want = (layer.weight.float() + layer.delta()).bfloat16()
     assert layer.delta().dtype == torch.float32

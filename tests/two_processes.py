@@ -98,10 +98,10 @@ def cut(model: nn.Module, end: str = "") -> nn.Module:
     return parallelize_module(model, mesh, plan)
 
 
-def adapted(model: nn.Module, name: str, seed: int = 1) -> nn.Module:
+def adapted(model: nn.Module, name: str, targets: Any = "all-linear", seed: int = 1) -> nn.Module:
     """With an adapter that has moved."""
     torch.manual_seed(seed)
-    return stir(fl.adapt(model, CUT[name]), 0.1).train()
+    return stir(fl.adapt(model, CUT[name], targets), 0.1).train()
 
 
 def tensor_parallel(folder: Path, rank: int) -> None:
