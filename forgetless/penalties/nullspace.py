@@ -251,9 +251,9 @@ class _Hadamard(_Basis):
         for start, size in _blocks(stack.shape[axis]):
             part, sign, keep = (t.narrow(axis, start, size) for t in (stack, signs, kept))
             one, other = (scratch.like(stack, name, part.shape) for name in ("one", "other"))
-            turned = _fwht(torch.mul(part, sign, out=one), tall, other).mul_(keep)
+            turned = _fwht_(torch.mul(part, sign, out=one), other, tall).mul_(keep)
             inside = inside + _square(turned)
-            torch.mul(_fwht(turned, tall, other), sign, out=grad.narrow(axis, start, size))  # H is its own transpose
+            torch.mul(_fwht_(turned, other, tall), sign, out=grad.narrow(axis, start, size))  # H is its own transpose
         return _complemented(stack, inside, grad) if bases[0].complement else (inside, grad)
 
 
@@ -269,33 +269,37 @@ def _blocks(dim: int) -> list[tuple[int, int]]:
 
 def hadamard_blocks(rows: Tensor) -> Tensor:
     """rows (R, dim) times the orthonormal block Hadamard matrix whose blocks are the binary digits of dim."""
-    parts = [_fwht(rows[None, :, at : at + size].contiguous(), False)[0] for at, size in _blocks(rows.shape[1])]
+    parts = []
+    for at, size in _blocks(rows.shape[1]):
+        H_a, H_b = _halves(size, rows)
+        part = rows[:, at : at + size].reshape(-1, H_a.shape[0], H_b.shape[0])
+        parts.append((H_a @ part @ H_b).flatten(1))
     return torch.cat(parts, dim=1)
 
 
-def _fwht(x: Tensor, tall: bool, passing: Tensor | None = None) -> Tensor:
-    """Orthonormal Walsh-Hadamard transform of x (L, R, 2**m), or (L, 2**m, R) if ``tall``, along that dimension.
+def _fwht_(x: Tensor, passing: Tensor, tall: bool) -> Tensor:
+    """Overwrite x (L, R, 2**m), or (L, 2**m, R) if ``tall``, with its transform along that dimension and return it.
 
-    H = H_a x H_b (Kronecker), so two products with small matrices do it; nothing is transposed. With ``passing``,
-    memory of the same shape, x (contiguous) is overwritten by its transform.
+    Nothing is transposed; ``passing`` is memory like x, both contiguous.
     """
-    L, size = x.shape[0], x.shape[1 if tall else 2]
-    b = 1 << (size.bit_length() // 2)
-    a = size // b
-    H_a, H_b = (_hadamard(n, x.dtype, x.device) for n in (a, b))
-    out = None if passing is None else x
+    L = x.shape[0]
+    H_a, H_b = _halves(x.shape[1 if tall else 2], x)
+    a, b = H_a.shape[0], H_b.shape[0]
     if tall:
-        R = x.shape[2]
-        shapes = (L, a, b * R), (L * a, b, R)
-        half = None if passing is None else passing.view(shapes[0])
-        y = torch.bmm(H_a.expand(L, a, a), x.view(shapes[0]), out=half)
-        last = None if out is None else out.view(shapes[1])
-        return torch.bmm(H_b.expand(L * a, b, b), y.view(shapes[1]), out=last).view(x.shape)
-    LR = L * x.shape[1]
-    half = None if passing is None else passing.view(LR * a, b)
-    y = torch.mm(x.view(LR * a, b), H_b, out=half)
-    last = None if out is None else out.view(LR, a, b)
-    return torch.bmm(H_a.expand(LR, a, a), y.view(LR, a, b), out=last).view(x.shape)
+        half, out = passing.view(L, a, -1), x.view(L * a, b, -1)
+        torch.bmm(H_a.expand(L, a, a), x.view(half.shape), out=half)
+        torch.bmm(H_b.expand(L * a, b, b), half.view(out.shape), out=out)
+    else:
+        half, out = passing.view(-1, b), x.view(-1, a, b)
+        torch.mm(x.view(half.shape), H_b, out=half)
+        torch.bmm(H_a.expand(out.shape[0], a, a), half.view(out.shape), out=out)
+    return x
+
+
+def _halves(size: int, t: Tensor) -> tuple[Tensor, Tensor]:
+    """H_a and H_b, a b = size, of the orthonormal Walsh-Hadamard H = H_a x H_b (Kronecker): x H is H_a x H_b there."""
+    b = 1 << (size.bit_length() // 2)
+    return _hadamard(size // b, t.dtype, t.device), _hadamard(b, t.dtype, t.device)
 
 
 @functools.lru_cache(maxsize=64)
