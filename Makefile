@@ -46,6 +46,7 @@ static: install  ## registers, bytes, FLOPs and predicted times of every kernel
 
 bench: install data  ## every benchmark; JSON into bench/results, tables into README and docs
 	$(BIN)/python -m bench all
+	$(BIN)/python -m bench lowrank --sweep
 	$(BIN)/python -m bench plots
 	$(BIN)/python -m bench tables
 

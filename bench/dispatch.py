@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 import forgetless as fl
 
 from . import baselines
-from .harness import finish, interleave, number, parser, start, table
+from .harness import finish, four_digits, interleave, number, parser, start, table
 
 M, N, K, R = 4, 16, 16, 4
 BARE = "bare autograd.Function"
@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for row in times.values():
         for key in ("median", "low", "spread"):
             row[key] /= options.calls
+        row["each"] = [four_digits(value / options.calls) for value in row["each"]]
     floor = times[BARE]["median"]
     for row in times.values():
         row["times_bare"] = row["median"] / floor

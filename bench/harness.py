@@ -101,8 +101,8 @@ def interleave(
         seconds: stop after this time, but not before ``FEWEST`` rounds.
 
     Returns:
-        name -> median, low (minimum), spread (median absolute deviation), rounds; for several parts also "parts", a
-        list of the same for each part.
+        name -> median, low (minimum), spread (median absolute deviation), rounds, each (the rounds one by one); for
+        several parts also "parts", a list of the same for each part.
     """
     device = torch.device(device)
     parts = {name: [run] if callable(run) else list(run) for name, run in providers.items()}
@@ -182,10 +182,20 @@ def graphed(run: Run) -> Run:
     return replay
 
 
-def summary(values: list[float]) -> dict[str, float]:
+def summary(values: list[float]) -> dict[str, Any]:
+    middle, spread = middle_of(values)
+    each = [four_digits(value) for value in values]
+    return {"median": middle, "low": min(values), "spread": spread, "rounds": len(values), "each": each}
+
+
+def middle_of(values: Sequence[float]) -> tuple[float, float]:
+    """The median, and the median absolute deviation from it."""
     middle = statistics.median(values)
-    spread = statistics.median(abs(value - middle) for value in values)
-    return {"median": middle, "low": min(values), "spread": spread, "rounds": len(values)}
+    return middle, statistics.median(abs(value - middle) for value in values)
+
+
+def four_digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def compiler_missing(device: torch.device) -> str | None:
@@ -311,11 +321,31 @@ def share(ours: float, theirs: float, floor: float) -> float | None:
     return (ours - floor) / (theirs - floor) if theirs > floor else None
 
 
+def shares(ours: Mapping[str, Any], theirs: Mapping[str, Any], floor: Mapping[str, Any]) -> dict[str, float | None]:
+    """Our part of their overhead, of three summaries from one ``interleave``.
+
+    The share is taken within every round, where all three ran one after the other, and the median over the rounds is
+    reported: a machine that is slow for a while is slow for all of a round. Rounds in which theirs is not above the
+    floor say nothing and are left out; where they are half of all or more, there is no share.
+
+    Returns:
+        share and spread (median over the rounds, median absolute deviation; or None), rounds (those that say
+        something), of_medians (the share of the three medians; or None).
+    """
+    rounds = zip(ours["each"], theirs["each"], floor["each"], strict=True)
+    found = [one for one in (share(*times) for times in rounds) if one is not None]
+    middle, spread = middle_of(found) if 2 * len(found) > len(ours["each"]) else (None, None)
+    of_medians = share(ours["median"], theirs["median"], floor["median"])
+    return {"share": middle, "spread": spread, "rounds": len(found), "of_medians": of_medians}
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write through a temporary file, then rename."""
+    """Write through a temporary file, then rename; a list of numbers takes one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    text = json.dumps(data, indent=1, allow_nan=False)
+    text = re.sub(r"\[\n[-+.\deE,\s]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        file.write(text + "\n")
     os.chmod(scratch, 0o644)
     os.replace(scratch, path)

@@ -1,19 +1,20 @@
 """One low-rank layer, forward and backward, against every other way of computing it.
 
-    python -m bench lowrank [--shapes smollm2.q llama3.q] [--dtypes bfloat16 float32] [--dropout 0 0.1] [--sweep]
+    python -m bench lowrank [--shapes smollm2.q llama3.q] [--dtypes bfloat16 float32] [--dropout 0 0.1]
+    python -m bench lowrank --sweep
 
 The frozen layer with the gradient of its input is the floor: an ideal adapter costs 1.00x of it. Backward is that of
 the input and of the adapter. FLOPs and bytes are those the layer cannot do without, the same for all providers, so that
 TFLOP/s and GB/s compare like with like; "of peak" is the time a machine at its measured peaks would need, over the time
-taken. ``--sweep`` adds ranks 8 to 128 and 512 to 16384 tokens of one shape each.
+taken. "overhead" is ours over the rival's, both above the floor: taken within every round, the median over the rounds.
+"products alone" makes the layer's matrix products and nothing else. ``--sweep`` is a run of its own: ranks 8 to 128 and
+512 to 16384 tokens (on a CPU to 4096) of one shape each, without dropout.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 import forgetless as fl
 
 from . import baselines
-from .bytes import available_bytes, peak_bytes, saved_bytes
+from .bytes import peak_bytes, saved_bytes
+from .cases import METHODS, Case, fitting, grid, sweeps, swept
 from .harness import (
     compiler_missing,
     finish,
@@ -31,15 +33,23 @@ from .harness import (
     number,
     parser,
     peaks,
-    share,
+    shares,
     short,
     start,
     table,
 )
-from .shapes import CPU, GPU, RANKS, SHAPES, TOKENS, bytes_needed, work
+from .shapes import CPU, GPU, SHAPES, work
 
 PHASES = ("forward", "backward", "both")
-METHODS = ("lora", "curlora")
+#: Keys of a row's phases -> those of harness.shares.
+SHARES = {
+    "overhead_share": "share",
+    "overhead_share_spread": "spread",
+    "overhead_share_rounds": "rounds",
+    "overhead_share_of_medians": "of_medians",
+}
+PRODUCTS = "products alone"
+SCALE = 2.0
 COLUMNS = (
     "provider",
     "fwd ms",
@@ -57,27 +67,11 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One comparison."""
-
-    shape: str
-    M: int
-    R: int
-    dtype: torch.dtype
-    dropout: float
-    method: str
-
-    def title(self) -> str:
-        s = SHAPES[self.shape]
-        return (
-            f"{s.name}  M={self.M} N={s.N} K={s.K} R={self.R}  {short(self.dtype)}  {self.method}"
-            f"  dropout {self.dropout:g}"
-        )
-
-
 class Layer:
-    """One provider on one input; ``forward`` and ``backward`` are timed, what they leave behind is dropped."""
+    """One provider on one input; ``forward`` and ``backward`` are timed, what they leave behind is dropped.
+
+    ``baselines.Products`` has the same three calls, and neither a module nor memory of its own to speak of.
+    """
 
     def __init__(self, module: nn.Module, x: Tensor, dy: Tensor, around: Callable[[], Any] | None = None):
         self.module, self.x, self.dy = module, x.detach().requires_grad_(True), dy
@@ -113,7 +107,7 @@ def plans(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return {"forgetless, blas": "blas"}
 
 
-def layers(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str, Layer], nn.Linear]:
+def layers(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str, Layer | baselines.Products], nn.Linear]:
     shape = SHAPES[case.shape]
     base = baselines.frozen_linear(shape.N, shape.K, False, case.dtype, device)
     x = torch.randn(case.M, shape.K, device=device).to(case.dtype)
@@ -122,11 +116,13 @@ def layers(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str, 
         modules = baselines.curlora_layers(base, case.R)
     else:
         down, up = baselines.random_factors(base, case.R)
-        modules = baselines.lora_layers(base, down, up, 2.0, case.dropout, compiled)
-    made = {name: Layer(module, x, dy) for name, module in modules.items()}
+        modules = baselines.lora_layers(base, down, up, SCALE, case.dropout, compiled)
+    made: dict[str, Layer | baselines.Products] = {name: Layer(module, x, dy) for name, module in modules.items()}
     for name, backend in plans(device, case.dtype).items():
         module = modules["forgetless"]
         made[name] = Layer(module, x, dy, lambda backend=backend: fl.ops.backend(backend))
+    if case.method == "lora" and case.dropout == 0.0:
+        made[PRODUCTS] = baselines.Products(base, down, up, SCALE, x, dy)
     return made, base
 
 
@@ -149,6 +145,8 @@ def measure(
     rows = []
     for name, layer in made.items():
         rows.append({"provider": name, "graph": False, **_phases(times[name])})
+        if isinstance(layer, baselines.Products):
+            continue
         if name != "torch.compile":
             rows[-1]["saved_bytes"] = saved_bytes(lambda layer=layer: layer.module(layer.x), [layer.module, base])
         rows[-1]["peak_bytes"] = peak_bytes(layer.both, device)
@@ -173,7 +171,7 @@ def _phases(times: dict[str, Any]) -> dict[str, Any]:
 
 def _graph_rows(
     case: Case,
-    made: dict[str, Layer],
+    made: dict[str, Layer | baselines.Products],
     rounds: int,
     seconds: float | None,
     device: torch.device,
@@ -211,13 +209,20 @@ def _ratios(rows: list[dict[str, Any]]) -> None:
             for phase in PHASES:
                 if phase not in row:
                     continue
-                mine, floor = row[phase]["median"], group["frozen"][phase]["median"]
-                row[phase]["times_frozen"] = mine / floor
-                row[phase]["times_peft"] = row[phase]["overhead_share"] = None
+                mine, floor = row[phase], group["frozen"][phase]
+                mine["times_frozen"] = mine["median"] / floor["median"]
+                mine.update(dict.fromkeys(("times_peft", *SHARES)))
                 if other is not None:
-                    theirs = group[other][phase]["median"]
-                    row[phase]["times_peft"] = mine / theirs
-                    row[phase]["overhead_share"] = share(mine, theirs, floor)
+                    theirs = group[other][phase]
+                    found = shares(mine, theirs, floor)
+                    mine["times_peft"] = mine["median"] / theirs["median"]
+                    mine.update({key: found[part] for key, part in SHARES.items()})
+
+
+def overhead(phase: dict[str, Any]) -> str:
+    """The share with its spread over the rounds; results from before it was taken by rounds have none."""
+    spread = phase.get("overhead_share_spread")
+    return number(phase["overhead_share"]) + (f" ±{number(spread)}" if spread else "")
 
 
 def text_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -228,36 +233,11 @@ def text_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
         cells = [name]
         cells += [number(row[p]["median"] * 1e3, 3) if p in row else "-" for p in ("forward", "backward")]
         cells += [number(both["median"] * 1e3, 3), number(both["spread"] * 1e3, 3)]
-        cells += [number(both[key]) for key in ("times_frozen", "times_peft", "overhead_share")]
+        cells += [number(both[key]) for key in ("times_frozen", "times_peft")] + [overhead(both)]
         cells += [number(row[key] / 2**20) if key in row else "-" for key in ("peak_bytes", "saved_bytes")]
         cells += [number(both["tflops"], 3), number(both["gbs"], 1), number(both["share_of_peak"])]
         found.append(cells)
     return found
-
-
-def cases(options: argparse.Namespace, device: torch.device, notes: list[str]) -> list[Case]:
-    """The grid, then the sweeps; what does not fit the machine is left out and said so."""
-    found = [
-        Case(shape, M, R, getattr(torch, dtype), dropout, method)
-        for shape in options.shapes
-        for dtype in options.dtypes
-        for method in options.methods
-        for dropout in (options.dropout if method == "lora" else [0.0])
-        for M in options.tokens
-        for R in options.ranks
-    ]
-    if options.sweep and found:
-        few = replace(found[0], shape="smollm2.up" if device.type == "cpu" else "llama3.q", method="lora", dropout=0.0)
-        many = replace(few, shape="llama3.k")
-        found += [replace(few, R=R) for R in RANKS] + [replace(many, M=M) for M in TOKENS]
-    fitting = []
-    for case in dict.fromkeys(found):
-        need = bytes_needed(SHAPES[case.shape], case.M, case.dtype)
-        if need < 0.6 * available_bytes(device):
-            fitting.append(case)
-        else:
-            notes.append(f"{case.title()}: left out, wants about {need / 2**30:.1f} GiB")
-    return fitting
 
 
 def main(arguments: list[str] | None = None, deadline: float | None = None) -> dict[str, Any]:
@@ -270,25 +250,30 @@ def main(arguments: list[str] | None = None, deadline: float | None = None) -> d
     made.add_argument("--dtypes", nargs="+", default=["bfloat16"] if cuda else ["bfloat16", "float32"])
     made.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    made.add_argument("--sweep", action="store_true", help="ranks 8 to 128 and 512 to 16384 tokens as well")
+    made.add_argument("--sweep", action="store_true", help="instead: a shape by rank, one by tokens; own file")
     made.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = made.parse_args(arguments)
     if options.smoke:
         options.shapes, options.tokens, options.ranks = ["tiny"], [8], [4]
-        options.dtypes, options.rounds, options.sweep = options.dtypes[:1], 2, False
+        options.dtypes, options.rounds = options.dtypes[:1], 2
     device = torch.device(options.device)
     torch.manual_seed(0)
     result = start("lowrank", options, arguments)
     missing = "torch.compile: left out" if options.smoke or options.no_compile else compiler_missing(device)
     if missing:
         result["notes"].append(missing)
-    grid = cases(options, device, result["notes"])
-    dtypes = list(dict.fromkeys(case.dtype for case in grid))
+    if options.sweep:
+        result["benchmark"], result["sweeps"] = "sweep", sweeps(options, device, result["notes"])
+        chosen = [case for sweep in result["sweeps"] for case in swept(sweep, options.dtypes)]
+    else:
+        chosen = grid(options)
+    chosen = fitting(chosen, device, result["notes"])
+    dtypes = list(dict.fromkeys(case.dtype for case in chosen))
     result["peaks"] = peaks(device, dtypes, options.smoke)
     print("measured peaks: " + ", ".join(f"{key} {value:.3g}" for key, value in result["peaks"].items()))
     result["rows"] = []
     left = 0
-    for case in grid:
+    for case in chosen:
         if deadline is not None and time.monotonic() > deadline:
             left += 1
             continue
@@ -305,8 +290,10 @@ def main(arguments: list[str] | None = None, deadline: float | None = None) -> d
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By case: our share of the rival's overhead (LoRA); time and bytes against the authors' (CURLoRA)."""
-    found: dict[str, Any] = {"overhead_share": {}, "curlora_speedup": {}, "curlora_saved": {}}
+    """By case: our share of the rival's overhead, and that of the products alone (LoRA); time and bytes against the
+    authors' (CURLoRA)."""
+    ours_by_case = ("overhead_share", "overhead_share_spread", "overhead_share_of_medians")
+    found: dict[str, Any] = {key: {} for key in (*ours_by_case, "floor_share", "curlora_speedup", "curlora_saved")}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         if not row["graph"]:
@@ -319,7 +306,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         ours, theirs = group["forgetless"], group[other]
         if method == "lora":
-            found["overhead_share"][name] = ours["both"]["overhead_share"]
+            for key in ours_by_case:
+                found[key][name] = ours["both"][key]
+            if PRODUCTS in group:
+                found["floor_share"][name] = group[PRODUCTS]["both"]["overhead_share"]
         else:
             found["curlora_speedup"][name] = theirs["both"]["median"] / ours["both"]["median"]
             found["curlora_saved"][name] = ours["saved_bytes"] / theirs["saved_bytes"]

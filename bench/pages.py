@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .cases import rows_of
 from .harness import number
 from .lowrank import text_rows
-from .texts import MIB, markdown
+from .texts import GOAL, MIB, by_dropout, how_taken, markdown
 
 
 def lowrank_page(results: dict[str, Any]) -> str:
@@ -19,6 +20,7 @@ def lowrank_page(results: dict[str, Any]) -> str:
         "what the layer cannot do without, the same for every provider; *of peak* is the time at the machine's own "
         f"measured peaks ({roofs}; copies at {peaks['gbs_copy']:.3g} GB/s) over the time taken.\n"
     )
+    text += f"\n{_how_overhead(results)}\n" + _floor(results)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         key = tuple(row[k] for k in ("models", "projection", "M", "N", "K", "R", "dtype", "dropout", "method"))
@@ -30,6 +32,75 @@ def lowrank_page(results: dict[str, Any]) -> str:
         title += f", dropout {dropout:g}" if method == "lora" else ""
         text += f"\n**{title}**\n\n" + markdown(columns, text_rows(rows))
     return text
+
+
+def _how_overhead(results: dict[str, Any]) -> str:
+    if not any("overhead_share_of_medians" in row["both"] for row in results["rows"]):
+        return "The overhead is that of the medians."
+    return (
+        "The overhead is taken within every round, and is the median over rounds, ± the median absolute deviation; the "
+        "JSON has that of the medians too. Rounds in which the rival was not slower than the frozen layer say nothing "
+        "and are left out; - where they are half of all."
+    )
+
+
+def unresolved(rows: list[dict[str, Any]]) -> set[str]:
+    """Cases of one layer, as the summary names them, where PEFT's overhead cannot be told from the spread."""
+    both: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["method"] == "lora" and not row["graph"]:
+            name = f"{row['case']} M={row['M']} R={row['R']} {row['dtype']} dropout {row['dropout']:g}"
+            both.setdefault(name, {})[row["provider"]] = row["both"]
+    return {
+        name
+        for name, group in both.items()
+        if "PEFT" in group
+        and group["PEFT"]["median"] - group["frozen"]["median"] < max(group[p]["spread"] for p in ("PEFT", "frozen"))
+    }
+
+
+def _floor(results: dict[str, Any]) -> str:
+    """What the products alone say about the goal."""
+    lost = unresolved(results["rows"])
+    found = results["summary"].get("floor_share", {})
+    shares = {name: s for name, s in found.items() if s is not None and name not in lost}
+    if not shares:
+        return ""
+    over = [f"{name.removesuffix(' dropout 0')} ({number(s)})" for name, s in shares.items() if s > GOAL]
+    return (
+        "\n*products alone*: the eight matrix products of the layer's forward and backward by straight calls, in the "
+        "layer's dtype, scale folded into a factor beforehand; no autograd (for which even the frozen layer pays), no "
+        "module, no checks. No implementation that makes these products on this BLAS can be faster than it. So where "
+        "its own overhead is above 1/3 of PEFT's, the goal of 1/3 cannot be met by any BLAS path on that machine: "
+        f"{len(over)} of {len(shares)} cases here{': ' + '; '.join(over) if over else ''}. Cases in which PEFT's own "
+        "overhead is within the spread are not counted.\n"
+    )
+
+
+def sweep_page(results: dict[str, Any]) -> str:
+    text = (
+        "One layer without dropout, forward and backward, by rank and by tokens: times the frozen layer, in brackets "
+        "the overhead, taken as above.\n"
+    )
+    for sweep in results["sweeps"]:
+        by, found = sweep["by"], rows_of(sweep, results["rows"])
+        for dtype in dict.fromkeys(row["dtype"] for row in found):
+            rows = [row for row in found if row["dtype"] == dtype]
+            values = sorted({row[by] for row in rows})
+            first = rows[0]
+            fixed = f"R={first['R']}" if by == "M" else f"M={first['M']}"
+            text += f"\n**{first['models']} {first['projection']}, {fixed} N={first['N']} K={first['K']}, {dtype}**\n\n"
+            cells = {(row["provider"], row[by]): _point(row["both"]) for row in rows}
+            frozen = {row[by]: f"{row['both']['median'] * 1e3:.3g} ms" for row in rows if row["provider"] == "frozen"}
+            lines = [["frozen", *(frozen[value] for value in values)]]
+            for name in dict.fromkeys(row["provider"] for row in rows if row["provider"] != "frozen"):
+                lines.append([name, *(cells.get((name, value), "-") for value in values)])
+            text += markdown(["provider", *(f"{by}={value}" for value in values)], lines)
+    return text
+
+
+def _point(both: dict[str, Any]) -> str:
+    return f"{number(both['times_frozen'])} ({number(both['overhead_share'])})"
 
 
 def step_page(results: dict[str, Any]) -> str:
@@ -45,10 +116,13 @@ def step_page(results: dict[str, Any]) -> str:
         ]
         for name, row in results["seconds"].items()
     ]
-    shares = ", ".join(f"{number(share)} at dropout {p}" for p, share in results["overhead_over_peft"].items())
     text = f"{results['model']}, {batch} tokens, forward and backward. TFLOP/s of the frozen layers' own products.\n\n"
     text += markdown(["provider", "seconds", "±", "× frozen", "TFLOP/s", "of peak"], rows)
-    return text + (f"\nOur overhead / PEFT's: {shares}.\n" if shares else "")
+    return text + (
+        f"\nOur overhead / PEFT's: {by_dropout(results)} ({how_taken(results)}).\n"
+        if results["overhead_over_peft"]
+        else ""
+    )
 
 
 def penalty_page(results: dict[str, Any]) -> str:
@@ -123,6 +197,7 @@ def dispatch_page(results: dict[str, Any]) -> str:
 PAGES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step": ("One training step", step_page),
     "lowrank": ("One layer", lowrank_page),
+    "sweep": ("One layer, by rank and by tokens", sweep_page),
     "penalty": ("Penalties", penalty_page),
     "memory": ("Memory", memory_page),
     "qlora": ("QLoRA", qlora_page),

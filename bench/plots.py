@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
+from .cases import rows_of
 from .harness import RESULTS
 from .tables import PAGE
 from .texts import MIB, read, where
@@ -119,7 +122,43 @@ def step(results: dict[str, Any]) -> Figure:
     return finished(figure, [axis], results)
 
 
-PLOTS = {"lowrank": (overhead, roofline), "memory": (memory,), "step": (step,)}
+def sweep(results: dict[str, Any]) -> Figure:
+    """Lines: times the frozen layer, by rank and by tokens; a row of panels per dtype, a line per provider."""
+    names = {"R": "rank", "M": "tokens"}
+    rows = [r for r in results["rows"] if not r["graph"] and r["provider"] != "frozen"]
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows)) or [""]
+    providers = list(dict.fromkeys(r["provider"] for r in rows))
+    sweeps = results["sweeps"]
+    figure = new(9, 2.9 * len(dtypes) + 0.4)
+    axes = figure.subplots(len(dtypes), len(sweeps), squeeze=False)
+    for i, dtype in enumerate(dtypes):
+        for axis, one in zip(axes[i], sweeps, strict=True):
+            here = [r for r in rows_of(one, rows) if r["dtype"] == dtype]
+            for j, provider in enumerate(providers):
+                points = sorted((r[one["by"]], r["both"]["times_frozen"]) for r in here if r["provider"] == provider)
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLOURS[j], label=provider)
+            axis.axhline(1, color="black", linewidth=0.8)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(one["values"], [str(value) for value in one["values"]], fontsize=8)
+            axis.set_ylabel("× frozen")
+            shape = f"{here[0]['models'].split(',')[0]} {here[0]['projection']}, " if here else ""
+            axis.set_title(f"by {names[one['by']]}: {shape}{dtype}", fontsize=9)
+    if rows:
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, ncols=4, loc="outside upper center", fontsize=8)
+    return finished(figure, list(axes.flat), results)
+
+
+PLOTS = {"lowrank": (overhead, roofline), "sweep": (sweep,), "memory": (memory,), "step": (step,)}
+
+
+def save(figure: Figure, target: Path) -> None:
+    """A small PNG: lines and bars need no more than 64 colours."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(drawn).convert("RGB").quantize(64).save(target, optimize=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,8 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in sorted(options.results.glob(f"{bench}-*.json")):
             for draw in draws:
                 target = options.out / f"bench-{path.stem}-{draw.__name__}.png"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                draw(read(path)).savefig(target, dpi=110)
+                save(draw(read(path)), target)
                 written.append(target.name)
     print(f"written: {', '.join(written) or 'nothing: there are no results yet'}")
     return 0

@@ -13,8 +13,8 @@ from typing import Any
 
 from . import api
 from .harness import RESULTS, number
-from .pages import PAGES
-from .texts import markdown, read, spread, where
+from .pages import PAGES, unresolved
+from .texts import GOAL, by_dropout, how_taken, markdown, read, spread, where
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -23,6 +23,8 @@ BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 PEFT = ROOT / "docs" / "peft.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
 SUITE = RESULTS / "peft-suite.json"
+#: Where a file is not named after its command.
+COMMANDS = {"sweep": "lowrank --sweep"}
 KINDS = ("step", "lowrank", "penalty", "memory", "dispatch")
 
 
@@ -55,14 +57,13 @@ def step_section(results: dict[str, Any]) -> str:
         [name, f"{row['median']:.3f}", f"{row['spread']:.3f}", f"{row['times_frozen']:.2f}"]
         for name, row in results["seconds"].items()
     ]
-    shares = ", ".join(f"{number(share)} at dropout {p}" for p, share in results["overhead_over_peft"].items())
     batch = "×".join(map(str, results["batch"]))
     machine = results["machine"]
     text = (
         f"**One training step** (`{results.get('command', 'python -m bench step')}`), {results['model']}, "
         f"{batch} tokens, forward and "
-        f"backward, medians of {results['rounds']} interleaved rounds. Our overhead over the frozen model is {shares} "
-        "of PEFT's (its defaults: float32 adapters).\n\n"
+        f"backward, medians of {results['rounds']} interleaved rounds. Our overhead over the frozen model is "
+        f"{by_dropout(results)} of PEFT's ({how_taken(results)}; PEFT's defaults: float32 adapters).\n\n"
         + markdown(["provider", "seconds", "±", "× frozen"], rows)
         + f"\n{machine['processor']}, {machine['threads']} threads, torch {machine['packages']['torch']}, "
         f"PEFT {machine['packages'].get('peft', '-')}; `bench/results/step-cpu.json`."
@@ -77,35 +78,25 @@ def step_section(results: dict[str, Any]) -> str:
     return text + "\n"
 
 
-def unresolved(rows: list[dict[str, Any]]) -> set[str]:
-    """Cases of one layer, as the summary names them, where PEFT's overhead cannot be told from the spread."""
-    both: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row["method"] == "lora" and not row["graph"]:
-            name = f"{row['case']} M={row['M']} R={row['R']} {row['dtype']} dropout {row['dropout']:g}"
-            both.setdefault(name, {})[row["provider"]] = row["both"]
-    return {
-        name
-        for name, group in both.items()
-        if "PEFT" in group
-        and group["PEFT"]["median"] - group["frozen"]["median"] < max(group[p]["spread"] for p in ("PEFT", "frozen"))
-    }
-
-
 def rest_section(found: dict[str, dict[str, Any]]) -> str:
     """One row for each of the other benchmarks on the CPU."""
     rows: list[list[str]] = []
     lowrank, penalty, memory, dispatch = (found.get(name) for name in ("lowrank", "penalty", "memory", "dispatch"))
     if lowrank:
-        shares = {name: s for name, s in lowrank["summary"]["overhead_share"].items() if s is not None}
+        ours, floor = lowrank["summary"]["overhead_share"], lowrank["summary"].get("floor_share", {})
         lost = unresolved(lowrank["rows"])
-        for p in ("0", "0.1"):
+        for p, who, shares in (
+            ("0", "our overhead", ours),
+            ("0", "overhead of its matrix products alone", floor),
+            ("0.1", "our overhead", ours),
+        ):
             names = [name for name in shares if name.endswith(f" dropout {p}")]
-            values = [shares[name] for name in names if name not in lost]
+            values = [share for name in names if name not in lost and (share := shares[name]) is not None]
             if values:
                 told = f", {len(names) - len(values)} left out: PEFT's overhead is within the spread"
                 text = spread(values) + (told if len(values) < len(names) else "")
-                rows.append([f"one layer, dropout {p}: our overhead / PEFT's", text])
+                text += f"; above 1/3 in {sum(value > GOAL for value in values)}" if shares is floor else ""
+                rows.append([f"one layer, dropout {p}: {who} / PEFT's", text])
         for key, title in (
             ("curlora_speedup", "CURLoRA layer: times faster than the authors' formulation"),
             ("curlora_saved", "CURLoRA layer: bytes saved for backward / the authors'"),
@@ -225,7 +216,7 @@ def page() -> str:
         text += f"\n## {title}\n"
         paths = results_of(bench)
         if not paths:
-            text += f"\nNot measured yet: `python -m bench {bench}`.\n"
+            text += f"\nNot measured yet: `python -m bench {COMMANDS.get(bench, bench)}`.\n"
         for path in paths:
             data = read(path)
             command = data.get("command", f"python -m bench {bench}")

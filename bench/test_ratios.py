@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from forgetless_bench import dispatch, lowrank
+from forgetless_bench.cases import Case
 from forgetless_bench.harness import RESULTS, interleave, machine, tag
 
 WORSE = 1.3
@@ -53,7 +54,7 @@ def layer_cases() -> list[Any]:
 @pytest.mark.parametrize("row", layer_cases())
 def test_layer(benchmark: Any, row: dict[str, Any]) -> None:
     here(committed("lowrank"), "threads")
-    case = lowrank.Case(row["case"], row["M"], row["R"], getattr(torch, row["dtype"]), row["dropout"], row["method"])
+    case = Case(row["case"], row["M"], row["R"], getattr(torch, row["dtype"]), row["dropout"], row["method"])
     made, _ = lowrank.layers(case, DEVICE, compiled=False)
     runs = {name: made[name].both for name in ("frozen", "forgetless")}
     ratio = best(lambda: over(interleave(runs, 15, 2, None, DEVICE), "forgetless", "frozen"), row["ratio"])

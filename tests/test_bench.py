@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import forgetless as fl
 
 pytest.importorskip("transformers")
-from forgetless_bench import baselines, cli, dispatch, gpu, harness, lowrank, models, shapes, tables  # noqa: E402
+from forgetless_bench import baselines, cases, cli, dispatch, gpu, harness, lowrank, models, shapes, tables  # noqa: E402
 from forgetless_bench.bytes import peak_bytes, peak_rss, saved_bytes  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -74,6 +75,31 @@ def test_every_lora_provider_is_the_reference(bias):
         assert got.keys() == want.keys(), name
         for key, value in got.items():
             torch.testing.assert_close(value, want[key], rtol=1e-10, atol=1e-12, msg=f"{name}: {key}")
+
+
+def test_the_products_alone_are_the_reference_and_nothing_but_products():
+    base, down, up = layer(bias=False)
+    x, dy = torch.randn(M, K, dtype=torch.float64, requires_grad=True), torch.randn(M, N, dtype=torch.float64)
+    want = truth(base, down, up, x, dy)
+    made = baselines.Products(base, down, up, SCALE, x, dy)
+    made.forward()
+    y = made.y
+    dx, ddown, dup = made.backward()
+    for value, expected in zip((y, dx, ddown, dup * SCALE), want.values(), strict=True):
+        assert value.grad_fn is None
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    calls: list[str] = []
+
+    class Listed(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            calls.append(function.overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    with Listed():
+        made.both()
+    assert calls == ["mm", "mm", "addmm_", "mm", "mm", "mm", "addmm_", "t", "mm"]
+    with pytest.raises(ValueError, match="base: has a bias"):
+        baselines.Products(layer()[0], down, up, SCALE, x, dy)
 
 
 @pytest.mark.parametrize("name", ["eager PyTorch", "LoRAFusion-style", "PEFT", "PEFT's formula"])
@@ -194,7 +220,7 @@ def test_flops_are_those_that_torch_counts():
 
 
 def test_what_does_not_fit_is_left_out_with_a_note(monkeypatch):
-    monkeypatch.setattr(lowrank, "available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(cases, "available_bytes", lambda device: 1 << 20)
     options = types.SimpleNamespace(
         shapes=["tiny", "llama3.up"],
         dtypes=["float32"],
@@ -202,10 +228,9 @@ def test_what_does_not_fit_is_left_out_with_a_note(monkeypatch):
         dropout=[0.0],
         tokens=[8],
         ranks=[4],
-        sweep=False,
     )
     notes: list[str] = []
-    found = lowrank.cases(options, CPU, notes)
+    found = cases.fitting(cases.grid(options), CPU, notes)
     assert [case.shape for case in found] == ["tiny"]
     assert len(notes) == 1 and "14336" in notes[0] and "left out" in notes[0]
 
@@ -214,7 +239,9 @@ def test_what_does_not_fit_is_left_out_with_a_note(monkeypatch):
 
 
 def test_summary():
-    assert harness.summary([4.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "spread": 1.0, "rounds": 3}
+    found = harness.summary([4.0, 1.000049, 2.0])
+    assert found.pop("each") == [4.0, 1.0, 2.0]
+    assert found == {"median": 2.0, "low": 1.000049, "spread": 2.0 - 1.000049, "rounds": 3}
 
 
 def test_providers_take_turns_and_warm_up_is_not_counted():
@@ -303,6 +330,18 @@ def test_peak_rss_sees_a_large_buffer():
 def test_shares_and_peaks():
     assert harness.share(1.5, 3.0, 1.0) == 0.25
     assert harness.share(1.5, 0.9, 1.0) is None
+    # the machine gets slower from round to round: the share of every round is 1/4, that of the medians is not
+    floor, slow = [1.0, 2.0, 10.0, 3.0, 30.0], [1, 1, 1, 4, 4]
+    ours, theirs = ([f + s * part for f, s in zip(floor, slow, strict=True)] for part in (0.5, 2.0))
+    found = harness.shares(*(harness.summary(times) for times in (ours, theirs, floor)))
+    assert found == {"share": 0.25, "spread": 0.0, "rounds": 5, "of_medians": (5 - 3) / (11 - 3)}
+    # a round in which theirs is below the floor says nothing; half of all and there is no share
+    rows = [harness.summary(times) for times in ([1.5, 2.5, 2.0, 9.0], [3.0, 3.0, 4.0, 0.5], [1.0, 2.0, 1.0, 1.0])]
+    found = harness.shares(*rows)
+    assert found["rounds"] == 3 and found["share"] == pytest.approx(1 / 3)
+    assert found["spread"] == pytest.approx(1 / 3 - 1 / 4)
+    rows[1] = harness.summary([3.0, 1.0, 4.0, 0.5])
+    assert harness.shares(*rows)["share"] is None
     found = harness.peaks(CPU, [torch.float32], smoke=True)
     assert set(found) == {"tflops_float32", "gbs_copy"} and min(found.values()) > 0
 
@@ -318,6 +357,10 @@ def test_files_name_no_folder_and_hold_no_nan(tmp_path):
     with pytest.raises(ValueError):
         harness.write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
+    data = {"each": [1, -2.5e-05, 3.0], "words": ["[\n1,\n2\n]", "b"], "none": [], "deep": [[1, 2], {"a": [None, 1]}]}
+    harness.write_json(path, data)
+    text = path.read_text()
+    assert json.loads(text) == data and '"each": [1, -2.5e-05, 3.0]' in text
 
 
 # ------------------------------------------------------------------------------------ the commands
@@ -330,6 +373,15 @@ def smoke(tmp_path_factory) -> dict[str, dict[str, Any]]:
     assert cli.main(["all", "--smoke", "--device", "cpu", "--out", str(folder)]) == 0
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}-cpu.json" for name in FILES)
     return {name: json.loads((folder / f"{name}-cpu.json").read_text()) for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("sweep")
+    assert cli.main(["lowrank", "--sweep", "--smoke", "--device", "cpu", "--out", str(folder)]) == 0
+    (path,) = folder.iterdir()
+    assert path.name == "sweep-cpu.json"
+    return json.loads(path.read_text())
 
 
 def test_results_say_what_ran_and_where(smoke):
@@ -349,6 +401,7 @@ def test_rows_of_layers(smoke):
         "eager PyTorch",
         "Unsloth-style",
         "LoRAFusion-style",
+        "products alone",
         "authors' CURLoRA",
     } <= providers
     for row in data["rows"]:
@@ -356,11 +409,36 @@ def test_rows_of_layers(smoke):
             found = row[phase]
             assert set(found) >= {"median", "low", "spread", "rounds", "times_frozen", "times_peft", "overhead_share"}
             assert found["tflops"] > 0 and found["gbs"] > 0 and found["share_of_peak"] > 0
-        assert row["peak_bytes"] > 0
+        assert row.get("peak_bytes", 0) > 0 or row["provider"] == "products alone"
     frozen = [row for row in data["rows"] if row["provider"] == "frozen"]
     assert all(row["both"]["times_frozen"] == 1.0 and row["saved_bytes"] == 0 for row in frozen)
     assert any("torch.compile" in note for note in data["notes"])
-    assert len(data["summary"]["curlora_speedup"]) == 1 and len(data["summary"]["overhead_share"]) == 2
+    summary = data["summary"]
+    assert len(summary["curlora_speedup"]) == 1 and len(summary["overhead_share"]) == 2
+    assert list(summary["floor_share"]) == ["tiny M=8 R=4 bfloat16 dropout 0"]
+    assert summary["overhead_share_of_medians"].keys() == summary["overhead_share"].keys()
+    rows = {row["provider"]: row["both"] for row in data["rows"] if row["method"] == "lora" and not row["dropout"]}
+    rival = lowrank.rival("lora", list(rows))
+    for name, both in rows.items():  # what is reported can be had from the rounds in the file
+        found = harness.shares(both, rows[rival], rows["frozen"])
+        assert (both["overhead_share"], both["overhead_share_spread"]) == (found["share"], found["spread"]), name
+
+
+def test_the_sweeps_are_a_run_of_their_own(swept):
+    assert swept["benchmark"] == "sweep" and swept["command"].startswith("python -m bench lowrank --sweep")
+    found = [cases.rows_of(one, swept["rows"]) for one in swept["sweeps"]]
+    assert [[(r["M"], r["R"]) for r in rows if r["provider"] == "forgetless"] for rows in found] == [
+        [(8, 2), (8, 4)],
+        [(8, 4), (4, 4)],
+    ]
+    assert {r["dropout"] for r in swept["rows"]} == {0.0} and {r["method"] for r in swept["rows"]} == {"lora"}
+    options, notes = types.SimpleNamespace(smoke=False, tokens=[512], ranks=[16]), []
+    ranks, tokens = cases.sweeps(options, CPU, notes)
+    assert [case.R for case in cases.swept(ranks, ["float32"])] == list(shapes.RANKS)
+    assert [(case.M, case.R) for case in cases.swept(tokens, ["float32"])] == [(M, 16) for M in (512, 1024, 2048, 4096)]
+    assert len(notes) == 1 and "4096" in notes[0]
+    many = cases.sweeps(options, torch.device("cuda"), notes)[1]
+    assert many["values"] == list(shapes.TOKENS) and len(notes) == 1
 
 
 def test_rows_of_the_others(smoke):
@@ -370,13 +448,16 @@ def test_rows_of_the_others(smoke):
     assert {"Laplace", "SourceDeviation, diag", "OutputDeviation"} <= set(penalty["seconds"])
     assert step["seconds"]["frozen"]["times_frozen"] == 1.0
     assert {"forgetless, dropout 0.1", "forgetless CURLoRA", "authors' CURLoRA"} <= set(step["seconds"])
-    assert set(step) >= {"model", "batch", "rounds", "seconds", "overhead_over_peft"}
+    assert set(step) >= {"model", "batch", "rounds", "seconds", "overhead_over_peft", "overhead_over_peft_of_medians"}
+    for p, value in step["overhead_over_peft"].items():
+        rows = [step["seconds"][name] for name in (f"forgetless, dropout {p}", f"PEFT, dropout {p}", "frozen")]
+        assert value == harness.shares(*rows)["share"]
     assert memory["step"]["forgetless, dropout 0.1"]["saved_bytes"] > memory["step"]["frozen"]["saved_bytes"]
     assert found["seconds"][dispatch.BARE]["times_bare"] == 1.0
 
 
 def test_curlora_saves_a_fraction_of_what_the_authors_save():
-    case = lowrank.Case("smollm2.q", 64, 16, torch.bfloat16, 0.0, "curlora")
+    case = cases.Case("smollm2.q", 64, 16, torch.bfloat16, 0.0, "curlora")
     made, base = lowrank.layers(case, CPU, compiled=False)
     saved = {name: saved_bytes(lambda one=one: one.module(one.x), [one.module, base]) for name, one in made.items()}
     assert saved["forgetless"] <= saved["authors' CURLoRA"] / 4
@@ -388,14 +469,14 @@ def test_a_provider_that_fails_is_a_note_and_not_the_end(monkeypatch):
             raise RuntimeError("not today")
 
     monkeypatch.setattr(baselines, "UnslothStyle", Broken)
-    case = lowrank.Case("tiny", 8, 4, torch.float32, 0.0, "lora")
+    case = cases.Case("tiny", 8, 4, torch.float32, 0.0, "lora")
     roofs = {"tflops_float32": 1.0, "gbs_copy": 1.0}
     rows, notes = lowrank.measure(case, CPU, roofs, 1, None, False)
     assert "Unsloth-style" not in {row["provider"] for row in rows}
     assert len(notes) == 1 and "not today" in notes[0]
 
 
-def test_tables_and_plots_from_results(smoke, tmp_path, monkeypatch, capsys):
+def test_tables_and_plots_from_results(smoke, swept, tmp_path, monkeypatch, capsys):
     results, docs = tmp_path / "results", tmp_path / "docs"
     monkeypatch.setattr(tables, "RESULTS", results)
     monkeypatch.setattr(tables, "PAGE", docs / "benchmarks.md")
@@ -407,7 +488,7 @@ def test_tables_and_plots_from_results(smoke, tmp_path, monkeypatch, capsys):
         harness.write_json(results / f"{name}-cpu.json", data)
     with pytest.raises(ValueError, match="smoke run"):
         tables.main([])
-    for name, data in smoke.items():
+    for name, data in {**smoke, "sweep": swept}.items():
         harness.write_json(results / f"{name}-cpu.json", {**data, "smoke": False})
     from forgetless_bench import plots
 
@@ -416,14 +497,24 @@ def test_tables_and_plots_from_results(smoke, tmp_path, monkeypatch, capsys):
     assert drawn == {
         "bench-lowrank-cpu-overhead.png",
         "bench-lowrank-cpu-roofline.png",
+        "bench-sweep-cpu-sweep.png",
         "bench-memory-cpu-memory.png",
         "bench-step-cpu-step.png",
     }
+    assert max(path.stat().st_size for path in (docs / "images").iterdir()) < 80_000
     assert tables.main(["--check"]) == 1
     assert tables.main([]) == 0
     assert tables.main(["--check"]) == 0
     page, readme = tables.PAGE.read_text(), tables.README.read_text()
-    for text in ("One training step", "Unsloth-style", "authors' CURLoRA", "Dispatch", *(f"images/{n}" for n in drawn)):
+    told = ("median over rounds", "*products alone*", "| provider | R=2 | R=4 |", "| provider | M=4 | M=8 |")
+    for text in (
+        "One training step",
+        "Unsloth-style",
+        "authors' CURLoRA",
+        "Dispatch",
+        *told,
+        *(f"images/{n}" for n in drawn),
+    ):
         assert text in page
     assert readme.startswith("before\n") and readme.endswith("after\n") and "One training step" in readme
     tables.PAGE.write_text(page.replace("forgetless", "x", 1))
