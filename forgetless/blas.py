@@ -102,8 +102,7 @@ def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * a @ b, rounded once"""
     if scale == 1.0:
         return torch.mm(a, b)
-    out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+    return torch.addmm(_scalar(0, a.dtype, a.device), a, b, beta=0, alpha=scale)
 
 
 def matmul_lowrank(

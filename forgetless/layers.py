@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from . import blas
 from .methods.base import Adapter, Method, Site
-from .ops import autocasts, draw_mask, exact_products, gives_way, lowrank_linear, settled_module
+from .ops import as_rows, autocasts, draw_mask, exact_products, gives_way, lowrank_linear, settled_module
 from .packed import kind_of, stand_in
 from .penalties.base import whole
 from .shards import cut_of
@@ -76,6 +76,16 @@ class Trace:
     source: Callable[[], Tensor | None] | None  # weak reference to the x of the call
 
 
+def _sample(x: Tensor) -> Tensor:  # (..., K) -> (tokens, K)
+    """Every so many tokens of x, a copy."""
+    K = x.shape[-1]
+    M = x.numel() // max(K, 1)
+    step = max(1, -(-M // DRIFT_TOKENS))
+    if x.is_contiguous():
+        return torch.as_strided_copy(x.detach(), (-(-M // step), K), (step * K, 1))
+    return as_rows(x.detach())[::step].clone()
+
+
 class AdaptedLinear(nn.Module):
     """y = base(x) + scale * (drop(x) @ down.T) @ up.T, as one op.
 
@@ -125,18 +135,23 @@ class AdaptedLinear(nn.Module):
         return stored(self._modules["base"])
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        adapter: Any = self.adapter  # every lookup in a module costs a microsecond: take each thing once
-        weight, bias = self.held()
-        if self.transposed:
-            weight = weight.T
-        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-            self._check_whole(weight)
-        if torch._C._are_functorch_transforms_active():
-            return self._transformed(x, weight, bias)
-        found: Any = adapter.shortcut(x, weight, bias)
+        # every lookup in a module costs a microsecond: take each thing once, out of its table
+        adapter: Any = self.adapter
+        group = self.group
+        dropout = adapter.dropout if self.training else 0.0
+        made, found = False, None
+        if group is not None and not torch.compiler.is_compiling():
+            made, found = group.take(self, x, dropout)
         if found is None:
-            dropout = adapter.dropout if self.training else 0.0
-            if self.group is not None:
+            weight, bias = self.held()
+            if self.transposed:
+                weight = weight.T
+            if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+                self._check_whole(weight)
+            if torch._C._are_functorch_transforms_active():
+                return self._transformed(x, weight, bias)
+            found = adapter.shortcut(x, weight, bias)
+            if found is None and not made and self.group is not None:  # which may have changed
                 found = self._with_siblings(x, weight, dropout)
             if found is None:
                 down, up = adapter.factors()
@@ -163,25 +178,21 @@ class AdaptedLinear(nn.Module):
             )
 
     def _with_siblings(self, x: Tensor, weight: Tensor, dropout: float) -> Result | None:
-        """y and h, computed together with the siblings', or None where that is not to be had."""
+        """Compute for all of the group and leave the others' results there; None where this cannot be done together."""
         group = self.group
         assert group is not None
-        if x.dim() < 2 or x.shape[-1] != weight.shape[1] or torch.compiler.is_compiling() or x.is_inference():
-            return None  # nonsense is refused by the op; a change of an inference tensor could not be seen
-        made, result = group.take(self, x, dropout)
-        return result if made else self._for_siblings(self.group or group, x, weight, dropout)  # it may have changed
-
-    def _for_siblings(self, group: Group, x: Tensor, weight: Tensor, dropout: float) -> Result | None:
-        """Compute for all of the group and leave the others' results there; None if this cannot be done together."""
         members: list[AdaptedLinear] = group.members
         if len(members) < 2 or self not in members:
             return None
+        if x.dim() < 2 or x.shape[-1] != weight.shape[1] or torch.compiler.is_compiling() or x.is_inference():
+            return None  # nonsense is refused by the op; a change of an inference tensor could not be seen
         weights, biases, downs, ups = [], [], [], []
+        wants_h = False
         for member in members:
             other, bias = member.held()
             if member.transposed:
                 other = other.T
-            adapter = member.adapter
+            adapter: Any = member.adapter
             if not member._joins(self, weight, dropout, adapter, other, bias):
                 return None
             down, up = adapter.factors()
@@ -189,6 +200,7 @@ class AdaptedLinear(nn.Module):
             biases.append(bias)
             downs.append(down)
             ups.append(up)
+            wants_h |= member.needs_hidden
         device, dtype = x.device, x.dtype
         if autocasts(device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
@@ -203,46 +215,44 @@ class AdaptedLinear(nn.Module):
         if run is None:
             return None
         p, seed = draw_mask(dropout, device)
-        wants_h = any(member.needs_hidden for member in members)
-        given = (rows, weights, downs, ups, biases, self.adapter.scale, p, seed, wants_h)
+        scale = adapter.scale  # the same for all of a group
         try:
-            results = lowrank_linears(*given, run)
+            results = lowrank_linears(rows, weights, downs, ups, biases, scale, p, seed, wants_h, run)
         except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
             if not gives_way(run, "forward", rows, weights[0], downs[0], error):
                 raise
-            results = lowrank_linears(*given, blas)
-        waiting = dict(zip(members, results, strict=True))
-        mine = waiting.pop(self)
-        group.offer(x, dropout, waiting)
-        return mine
+            results = lowrank_linears(rows, weights, downs, ups, biases, scale, p, seed, wants_h, blas)
+        return group.share(self, x, dropout, results)
 
     def _joins(
         self, first: AdaptedLinear, like: Tensor, dropout: float, adapter: Any, weight: Tensor, bias: Tensor | None
     ) -> bool:
         """Whether this layer (its adapter, weight and bias) can be computed in the call of ``first``, with ``like``."""
-        return (
+        if self is not first and not (
             weight.dtype == like.dtype
             and weight.device == like.device
-            and type(weight) is type(like) in (nn.Parameter, Tensor)  # not a shard, nor packed
-            and not weight.requires_grad
-            and (bias is None or not bias.requires_grad)
+            and type(weight) is type(like)
             and (adapter.dropout if self.training else 0.0) == dropout
-            and not weight.is_inference()
-            and not any(p is not None and p.is_inference() for p in adapter._parameters.values())
-        )
+        ):
+            return False
+        if type(weight) is not nn.Parameter and type(weight) is not Tensor:  # a shard, or packed
+            return False
+        if weight.requires_grad or weight.is_inference() or bias is not None and bias.requires_grad:
+            return False
+        return not any([p is not None and p.is_inference() for p in adapter._parameters.values()])
 
     def _trace(self, x: Tensor, h: Tensor | None) -> Trace:
-        compiling = torch.compiler.is_compiling()  # no weak references there
-        M = x.numel() // max(x.shape[-1], 1)
-        hidden = h.reshape(M, h.shape[-1]) if self.needs_hidden and h is not None else None
-        first = None if compiling or self.group is None else self.group.members[0]
-        trace = None if first is None or first is self else first.trace  # its own is of an earlier pass
-        if trace is None or trace.source is None or trace.source() is not x:
-            rows = x.detach() if x.dim() == 2 else x.detach().reshape(M, x.shape[-1])
-            sample = rows.clone() if M <= DRIFT_TOKENS else rows[:: -(-M // DRIFT_TOKENS)].clone()
-        else:
-            sample = trace.x
-        return Trace(sample, hidden, None if compiling else weakref.ref(x))
+        hidden = None
+        if self.needs_hidden and h is not None:
+            hidden = h if h.dim() == 2 else as_rows(h)
+        if torch.compiler.is_compiling():  # no weak references there
+            return Trace(_sample(x), hidden, None)
+        first = None if self.group is None else self.group.members[0]
+        if first is not None and first is not self:  # its own is of an earlier pass
+            trace: Trace | None = first.__dict__["trace"]
+            if trace is not None and trace.source is not None and trace.source() is x:
+                return trace if hidden is None is trace.hidden else Trace(trace.x, hidden, trace.source)
+        return Trace(_sample(x), hidden, weakref.ref(x))
 
     def drift(self) -> float | None:
         """Mean over tokens of ||delta x|| / ||x|| in the last forward pass, CLoRA's F (Eq. 3); None before one."""

@@ -13,8 +13,7 @@ custom op over the same two bodies, because a custom op's dispatch costs more th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -332,16 +331,28 @@ def refuse_second_derivative() -> None:
 # ---------------------------------------------------------------------------------------- eager
 
 
-_unsafe_view = torch.ops.aten._unsafe_view.default
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply``, without the microseconds that it takes to look for tensors left over from ``torch.func``.
+
+    Within ``torch.func`` transforms ``function.apply`` itself, which says that it cannot be.
+    """
+    bare = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*arguments: Any) -> Any:
+        transformed = torch._C._are_functorch_transforms_active()
+        return function.apply(*arguments) if transformed else bare(*arguments)
+
+    return apply
 
 
 def as_rows(x: Tensor) -> Tensor:  # (..., K) -> (M, K)
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: x may be empty
+    dims = x.dim()
+    return x if dims == 2 else x.flatten(0, -2) if dims > 2 else x[None]
 
 
 def shaped(rows: Tensor, like: torch.Size) -> Tensor:  # (M, N) -> (*like[:-1], N)
     """No view to autograd, so that the result may be changed in place: nobody else holds ``rows``."""
-    return rows if len(like) == 2 else _unsafe_view(rows, (*like[:-1], rows.shape[1]))
+    return rows if len(like) == 2 else rows.view(*like[:-1], rows.shape[1]).data
 
 
 class _LowrankLinear(torch.autograd.Function):
@@ -353,20 +364,22 @@ class _LowrankLinear(torch.autograd.Function):
         dtypes = down.dtype, up.dtype
         need = ctx.needs_input_grad[1:6]
         kept = recompute.hold(ctx, x) if need[1] or need[2] else None
-        shape = ctx.shape = None if x.dim() == 2 else x.shape
-        if shape is not None:
+        shape = x.shape
+        if len(shape) == 2:
+            ctx.shape = None
+        else:
+            ctx.shape = shape
             x = as_rows(x)
             kept = None if kept is None else x
         if x.is_cpu:  # BLAS wants one dtype: cast the factors once for both passes
             down, up = blas.as_dtype(down, x.dtype), blas.as_dtype(up, x.dtype)
         y, h = _forward(x, weight, down, up, bias, seed, scale, p)
         _save(ctx, (kept, weight, down, up, bias, seed, scale, p), h, dtypes, need)
-        if shape is not None:
-            y, h = shaped(y, shape), shaped(h, shape)
+        y = shaped(y, shape)
         if not want_h:
             return y
         ctx.set_materialize_grads(False)
-        return y, h
+        return y, shaped(h, shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -386,6 +399,9 @@ class _LowrankLinear(torch.autograd.Function):
         if shape is not None and grads[0] is not None:
             grads[0] = grads[0].view(shape)
         return (None, *grads, None, None, None)
+
+
+_lowrank_linear = applied(_LowrankLinear)
 
 
 # -------------------------------------------------------------------------------------- compiled
@@ -510,7 +526,7 @@ def lowrank_linear(
         if dropout == 0.0:
             seed = None
     if not torch.compiler.is_compiling():
-        return _LowrankLinear.apply(return_h, x, weight, down, up, bias, seed, scale, dropout)
+        return _lowrank_linear(return_h, x, weight, down, up, bias, seed, scale, dropout)
     rows, lead = as_rows(x), x.shape[:-1]
     y, h = torch.ops.forgetless.lowrank_linear(rows, weight, down, up, bias, seed, float(scale), float(dropout))
     y = y.view(*lead, y.shape[-1])

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import blas, recompute
-from .ops import as_rows, autocasts, exact_products, gives_way, refuse_second_derivative, shaped
+from .ops import applied, as_rows, autocasts, exact_products, gives_way, refuse_second_derivative, shaped
 
 #: y (..., N) of one sibling, and h (M, R) if it is wanted
 Result = tuple[Tensor, Tensor | None]
@@ -89,15 +89,22 @@ class Group:
             return False, None
         return True, None
 
-    def offer(self, x: Tensor, dropout: float, results: dict[Any, Result]) -> None:
-        """Leave results of x for the other members."""
+    def share(self, first: Any, x: Tensor, dropout: float, results: list[Result]) -> Result:
+        """The result of ``first``, one of the members; those of the others, in the members' order, are left here."""
         late: _Waiting | None = self._local.__dict__.get("waiting")
+        members = self.members
         if late is not None:
             self.misses += 1
             if self.misses > MISSES:
-                self._leave([other for other in self.members if id(other) in late.results])
-        held = {id(member): (result, _state(member)) for member, result in results.items()}
+                self._leave([other for other in members if id(other) in late.results])
+        held = {}
+        for member, result in zip(members, results):  # noqa: B905 - strict costs time
+            if member is first:
+                mine = result
+            elif member.group is self:
+                held[id(member)] = result, _state(member)
         self._local.waiting = _Waiting(x, _call(x, dropout), held) if held else None
+        return mine
 
     def _leave(self, left: list[Any]) -> None:
         self.members = [other for other in self.members if all(other is not gone for gone in left)]
@@ -119,12 +126,15 @@ def _call(x: Tensor, dropout: float) -> Any:
     return x._version, torch.is_grad_enabled(), autocast, dropout
 
 
-def _state(member: Any) -> Any:
+def _state(member: Any) -> list[Any]:
     """What must be the same of the member."""
     adapter = member.adapter
     table = adapter._parameters
-    seen = [] if "down" in table else [id(adapter.down)]
-    for t in (member.held()[0], *table.values()):
+    weight = member.held()[0]
+    seen: list[Any] = [id(weight), weight._version, weight.requires_grad]
+    if "down" not in table:
+        seen.append(id(adapter.down))
+    for t in table.values():
         if t is not None:
             seen += id(t), t._version, t.requires_grad
     return seen
@@ -161,7 +171,7 @@ def lowrank_linears(
         RuntimeError: a second derivative is asked for.
     """
     # what has no gradient goes in one argument: autograd looks at every one
-    ys = _Siblings.apply((weights, biases, scale / (1.0 - p), p, seed, return_h, run), x, *downs, *ups)
+    ys = _siblings((weights, biases, scale / (1.0 - p), p, seed, return_h, run), x, *downs, *ups)
     if not return_h:
         return [(y, None) for y in ys]
     *ys, h = ys
@@ -218,6 +228,9 @@ class _Siblings(torch.autograd.Function):
         ddowns = [None] * n if ddown is None else ddown.split_with_sizes(ctx.ranks)
         ddowns = [ddowns[i] if ctx.need_downs[i] else None for i in range(n)]
         return (None, None if dx is None else dx.view(shape), *ddowns, *dups)
+
+
+_siblings = applied(_Siblings)
 
 
 def _or_blas(run: Any, dys: Sequence[Tensor | None], dh: Any, x: Any, weights: Any, down: Tensor, *rest: Any) -> Any:
