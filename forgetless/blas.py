@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, mix, siblings
+from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, mix
 
 # Hash words made at a time: both scratch arrays stay in a core's cache.
 _CHUNK = 1 << 18
@@ -88,12 +88,10 @@ def project(
     down: Tensor,  # (R, K)
     scale: float = 1.0,
     p: float = 0.0,
-    seed: Tensor | None = None,  # (2,) int32, or (S, 2): one per group of R / S ranks
+    seed: Tensor | None = None,  # (2,) int32
 ) -> Tensor:  # (M, R), dtype of x
     """h = scale * drop(x) @ down.T"""
     if seed is not None and p > 0.0:
-        if seed.dim() == 2:
-            return torch.cat([project(x, part, scale, p, one) for part, one in siblings(down, seed)], dim=1)
         x = _dropped(x, keep_bits(seed, p, *x.shape))
     return _product(x, as_dtype(down, x.dtype).t(), scale)
 
@@ -132,13 +130,11 @@ def outer(
     g: Tensor,  # (M, R)
     x: Tensor,  # (M, K), dtype of g
     p: float = 0.0,
-    seed: Tensor | None = None,  # (2,) int32, or (S, 2): one per group of R / S ranks
+    seed: Tensor | None = None,  # (2,) int32
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # (R, K), dtype given or that of x
     """g.T @ drop(x), summed over the M rows"""
     if seed is not None and p > 0.0:
-        if seed.dim() == 2:
-            return torch.cat([outer(part.t(), x, p, one, dtype) for part, one in siblings(g.t(), seed)])
         x = _dropped(x, keep_bits(seed, p, *x.shape))
     return as_dtype(torch.mm(g.t(), x), dtype or x.dtype)
 

@@ -12,19 +12,18 @@ Saved for backward: h alone; x is not read again.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .ops import refuse_second_derivative
+from .ops import applied, as_rows, refuse_second_derivative, shaped
 
 
 def gathered_linear(
     x: Tensor,  # (..., K)
-    weight: Tensor,  # (N, K)
+    weight: Tensor,  # (N, K), frozen
     core: Tensor,  # U (R, R)
     lift: Tensor,  # C = weight[:, columns] (N, R)
     down: Tensor,  # R = weight[rows] (R, K)
@@ -32,12 +31,14 @@ def gathered_linear(
     columns: Tensor,  # (R,) int64
     bias: Tensor | None,  # (N,)
     scale: float,
-) -> tuple[Tensor, Tensor]:  # y (..., N), h (..., R)
-    """y = x @ weight.T + bias + scale * x @ (C U R).T and h = scale * x @ R.T, differentiable in x, core and bias."""
-    lead = x.shape[:-1]
-    flat = x.reshape(math.prod(lead), x.shape[-1])
-    y, h = _Gathered.apply(flat, weight, core, lift, down, rows, columns, bias, scale)
-    return y.view(*lead, y.shape[-1]), h.view(*lead, h.shape[-1])
+    return_h: bool,
+) -> tuple[Tensor, Tensor | None]:  # y (..., N), h (..., R)
+    """y = x @ weight.T + bias + scale * x @ (C U R).T and h = scale * x @ R.T, differentiable in x, core and bias.
+
+    h is None unless ``return_h``.
+    """
+    found = _gathered((weight, lift, down, rows, columns, scale, return_h), x, core, bias)
+    return found if return_h else (found, None)
 
 
 def _gather(t: Tensor, columns: Tensor) -> Tensor:  # (M, n), (R,) -> (M, R)
@@ -48,49 +49,47 @@ def _gather(t: Tensor, columns: Tensor) -> Tensor:  # (M, n), (R,) -> (M, R)
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        core: Tensor,
-        lift: Tensor,
-        down: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        bias: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        y = linear(x, weight)
+    def forward(ctx: Any, given: tuple[Any, ...], x: Tensor, core: Tensor, bias: Tensor | None) -> Any:
+        weight, lift, down, rows, columns, scale, return_h = given
+        shape = x.shape
+        y = linear(as_rows(x), weight)
         h = _gather(y, rows)
         if scale != 1.0:
             h.mul_(scale)
         small = core.to(x.dtype)
-        y.addmm_(torch.mm(h, small.t()), lift.t())
+        y.addmm_(linear(h, small), lift.t())
         if bias is not None:
             y.add_(bias)
         ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, weight, small, lift, down, columns)
-        ctx.scale, ctx.core_dtype = scale, core.dtype
+        ctx.rest = scale, core.dtype, return_h, shape
         ctx.set_materialize_grads(False)
-        return y, h
+        y = shaped(y, shape)
+        return (y, shaped(h, shape)) if return_h else y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         h, weight, small, lift, down, columns = ctx.saved_tensors
-        need_x, _, need_core = ctx.needs_input_grad[:3]
-        need_bias = ctx.needs_input_grad[7]
+        scale, core_dtype, _, shape = ctx.rest
+        _, need_x, need_core, need_bias = ctx.needs_input_grad
         dx = dcore = dbias = g = None
+        if dh is not None:
+            dh = as_rows(dh)
         if dy is not None:
+            dy = as_rows(dy)
             dx = dy @ weight if need_x else None
             q = dy @ lift if dx is None else _gather(dx, columns)
             g = q @ small if need_x else None
             if need_core:
-                dcore = (q.to(ctx.core_dtype).T @ h.to(ctx.core_dtype)).to(ctx.core_dtype)
+                dcore = q.to(core_dtype).t() @ h.to(core_dtype)
             dbias = dy.sum(0) if need_bias else None
         if need_x:
             g = dh if g is None else g if dh is None else g.add_(dh)
             if g is not None and dx is not None:
-                dx = dx.addmm_(g, down, alpha=ctx.scale)
+                dx = dx.addmm_(g, down, alpha=scale)
             elif g is not None:
-                dx = torch.mm(g, down).mul_(ctx.scale)
-        return dx, None, dcore, None, None, None, None, dbias, None
+                dx = torch.mm(g, down).mul_(scale)
+        return None, None if dx is None else dx.view(shape), dcore, dbias
+
+
+_gathered = applied(_Gathered)

@@ -150,7 +150,7 @@ class AdaptedLinear(nn.Module):
                 self._check_whole(weight)
             if torch._C._are_functorch_transforms_active():
                 return self._transformed(x, weight, bias)
-            found = adapter.shortcut(x, weight, bias)
+            found = adapter.shortcut(x, weight, bias, self.needs_hidden)
             if found is None and not made and self.group is not None:  # which may have changed
                 found = self._with_siblings(x, weight, dropout)
             if found is None:

@@ -120,8 +120,10 @@ class Adapter(nn.Module):
         """Gradients of the parameters from those of the factors: ddown (S, R, K), dup (S, N, R), any S."""
         raise NotImplementedError
 
-    def shortcut(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """A cheaper way to y (..., N) and h (..., R), where the method knows one; None: go by the factors."""
+    def shortcut(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, return_h: bool = True
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """A cheaper way to y (..., N) and, if wanted, h (..., R), where the method knows one; None: by the factors."""
         return None
 
     def shortcut_reason(self, weight: Tensor) -> str | None:

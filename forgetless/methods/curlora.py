@@ -135,14 +135,17 @@ class CURLoRAAdapter(Adapter):
             return None
         return "both skinny products are gathered from the frozen ones; x is not kept"
 
-    def shortcut(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def shortcut(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, return_h: bool = True
+    ) -> tuple[Tensor, Tensor | None] | None:
         plain = x.dim() > 0 and x.dtype == weight.dtype and x.shape[-1] == weight.shape[1] and not weight.requires_grad
         if not plain or torch.compiler.is_compiling() or autocasts(x.device.type):
             return None
         if self.shortcut_reason(weight) is None:
             return None
         core = self.core.T if self.transposed else self.core
-        return gathered_linear(x, weight, core, self.lift, self.down, self.into, self.out_of, bias, self.scale)
+        rows, columns = self.into, self.out_of
+        return gathered_linear(x, weight, core, self.lift, self.down, rows, columns, bias, self.scale, return_h)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matches": None}  # a copy's weight counts its changes anew
