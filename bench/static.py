@@ -39,7 +39,7 @@ def cdiv(a: int, b: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A layer and its element sizes, activations and factors; ``siblings`` stacked on one x have R ranks each"""
+    """A layer and its element sizes, activations and factors"""
 
     M: int
     N: int
@@ -49,7 +49,6 @@ class Sizes:
     factor: int = 4
     bias: bool = False
     dropout: bool = False
-    siblings: int = 1
 
 
 Bytes = dict[str, int]  # by tensor: what one launch loads or stores of it
@@ -59,12 +58,12 @@ SEED = 4  # bytes of the one number that each block of rows, or of columns, read
 def project_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     """Loads and stores of project; x comes once for each block of ranks, down once for each block of rows"""
     R = pad_rank(s.R)
-    rows, blocks_r = cdiv(s.M, tile.BLOCK_M), cdiv(s.R, R) * s.siblings
+    rows, blocks_r = cdiv(s.M, tile.BLOCK_M), cdiv(s.R, R)
     x = rows * tile.BLOCK_M * s.K * s.element * blocks_r
     loads = {"x": x, "down": rows * blocks_r * R * s.K * s.factor}
     if s.dropout:
         loads["seed"] = rows * blocks_r * (1 + cdiv(s.K, tile.BLOCK_K)) * SEED
-    return loads, {"h": s.M * s.R * s.siblings * s.element}
+    return loads, {"h": s.M * s.R * s.element}
 
 
 def matmul_lowrank_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
@@ -96,7 +95,7 @@ def matmul_lowrank_descriptor_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes
 def outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     """Loads and stores of outer, its second kernel included"""
     R = pad_rank(s.R)
-    columns, blocks_r = cdiv(s.K, tile.BLOCK_K), cdiv(s.R, R) * s.siblings
+    columns, blocks_r = cdiv(s.K, tile.BLOCK_K), cdiv(s.R, R)
     strips, steps = strips_of(s.M, tile.BLOCK_M, columns * blocks_r)
     loads = {
         "g": columns * blocks_r * R * s.M * s.element,
@@ -104,9 +103,9 @@ def outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     }
     if s.dropout:
         loads["seed"] = columns * blocks_r * strips * (1 + steps) * SEED
-    stores = {"out": s.R * s.siblings * s.K * s.factor}
+    stores = {"out": s.R * s.K * s.factor}
     if strips > 1:
-        loads["part"] = stores["part"] = 4 * strips * s.R * s.siblings * s.K
+        loads["part"] = stores["part"] = 4 * strips * s.R * s.K
     return loads, stores
 
 

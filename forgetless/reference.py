@@ -14,8 +14,6 @@ Products are taken in float32 (float64 for float64 inputs) and rounded once, to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -70,15 +68,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def siblings(
-    t: Tensor,  # (S R, ..)
-    seeds: Tensor,  # (S, 2) int32
-) -> Iterator[tuple[Tensor, Tensor]]:  # S times (R, ..) and (2,)
-    """The parts of stacked factors, each with the seed of its own mask"""
-    assert t.shape[0] % len(seeds) == 0
-    return zip(t.split(t.shape[0] // len(seeds)), seeds, strict=True)
-
-
 def _drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x if seed is None or p == 0.0 else x * keep_mask(seed, p, *x.shape)
 
@@ -88,7 +77,7 @@ def project(
     down: Tensor,  # (R, K)
     scale: float = 1.0,
     p: float = 0.0,
-    seed: Tensor | None = None,  # (2,) int32, or (S, 2): one per group of R / S ranks
+    seed: Tensor | None = None,  # (2,) int32
 ) -> Tensor:  # (M, R), dtype of x
     """h = scale * drop(x) @ down.T
 
@@ -101,8 +90,6 @@ def project(
     Raises:
         RuntimeError: shapes do not fit. What users pass is checked before, by ``fl.ops.lowrank_linear``.
     """
-    if seed is not None and seed.dim() == 2:
-        return torch.cat([project(x, part, scale, p, one) for part, one in siblings(down, seed)], dim=1)
     wide = _wide(x.dtype)
     down = down.to(x.dtype).to(wide)
     return (scale * (_drop(x, p, seed).to(wide) @ down.T)).to(x.dtype)
@@ -133,15 +120,13 @@ def outer(
     g: Tensor,  # (M, R)
     x: Tensor,  # (M, K), dtype of g
     p: float = 0.0,
-    seed: Tensor | None = None,  # (2,) int32, or (S, 2): one per group of R / S ranks
+    seed: Tensor | None = None,  # (2,) int32
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # (R, K), dtype given or that of x
     """g.T @ drop(x), summed over the M rows: the gradients of both factors
 
     Mask, dtypes and errors as of ``project``; ``dtype`` is that of the result, the sum's own is at least float32.
     """
-    if seed is not None and seed.dim() == 2:
-        return torch.cat([outer(part.T, x, p, one, dtype) for part, one in siblings(g.T, seed)])
     wide = _wide(x.dtype)
     return (g.to(wide).T @ _drop(x, p, seed).to(wide)).to(dtype or x.dtype)
 

@@ -33,39 +33,29 @@ def pad_rank(R: int, most: int = 128) -> int:
     return min(most, max(16, triton.next_power_of_2(R)))
 
 
-def groups_of(p: float, seed: Tensor | None, total: int) -> tuple[int, int]:
-    """(groups, ranks per group): seeds (S, 2) cut the ranks into S siblings, each with a mask of its own"""
-    if seed is None or p == 0.0 or seed.dim() == 1:
-        return 1, total
-    assert total % len(seed) == 0
-    return len(seed), total // len(seed)
-
-
 @triton.jit(do_not_specialize=["threshold"])
 def _project_kernel(
     x_ptr, M, K, stride_xm, stride_xk,
     down_ptr, stride_dr, stride_dk,
     h_ptr, stride_hm, stride_hr,
     seed_ptr, threshold, scale,
-    R: tl.constexpr, GROUPS: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h (M, GROUPS R) = scale * drop(x (M, K)) @ down (GROUPS R, K).T, a block of rows a program"""
+    """h (M, R) = scale * drop(x (M, K)) @ down (R, K).T, a block of rows a program"""
     # programs of the same rows are neighbours, so that all but the first find them in L2
     blocks_r: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    pid_m = tl.program_id(0) // (GROUPS * blocks_r)
+    pid_m = tl.program_id(0) // blocks_r
     pid_r = tl.program_id(0) % blocks_r
-    group = tl.program_id(0) // blocks_r % GROUPS
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     # rows and ranks past the end wrap around: they are computed from real data and never stored
     x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[:, None] * stride_xm
     x_ptrs += offs_k.to(tl.int64)[None, :] * stride_xk
-    down_ptrs = down_ptr + (group * R + offs_r % R).to(tl.int64)[None, :] * stride_dr
+    down_ptrs = down_ptr + (offs_r % R).to(tl.int64)[None, :] * stride_dr
     down_ptrs += offs_k.to(tl.int64)[:, None] * stride_dk
     if HAS_DROP:
-        seed_ptr += 2 * group
         rows = row_key(seed_ptr, offs_m)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
@@ -83,7 +73,7 @@ def _project_kernel(
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         down_ptrs += BLOCK_K * tl.cast(stride_dk, tl.int64)
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
-    h_ptrs += (group * R + offs_r).to(tl.int64)[None, :] * stride_hr
+    h_ptrs += offs_r.to(tl.int64)[None, :] * stride_hr
     h = narrow(acc * scale, h_ptr.dtype.element_ty)
     tl.store(h_ptrs, h, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
 
@@ -93,24 +83,23 @@ def project(
     down: Tensor,  # (R, K)
     scale: float = 1.0,
     p: float = 0.0,
-    seed: Tensor | None = None,  # (2,) int32, or (S, 2): one per group of R / S ranks
+    seed: Tensor | None = None,  # (2,) int32
 ) -> Tensor:  # (M, R), dtype of x
     """h = scale * drop(x) @ down.T"""
-    (M, K), (total, _) = x.shape, down.shape
-    assert down.shape == (total, K) and x.dtype in FLOATS and x.device == down.device
-    h = tl_utils.empty((M, total), x.dtype, x)
+    (M, K), (R, _) = x.shape, down.shape
+    assert down.shape == (R, K) and x.dtype in FLOATS and x.device == down.device
+    h = tl_utils.empty((M, R), x.dtype, x)
     if M == 0:
         return h
-    GROUPS, R = groups_of(p, seed, total)
     BLOCK_R = pad_rank(R)
     tile = tile_for("project", x.device, x.element_size(), BLOCK_R)
-    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, BLOCK_R) * GROUPS,)
+    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, BLOCK_R),)
     with torch.cuda.device_of(x):
         _project_kernel[grid](
             x, M, K, *x.stride(),
             down, *down.stride(),
             h, *h.stride(),
-            scale=float(scale), R=R, GROUPS=GROUPS, EVEN_K=K % tile["BLOCK_K"] == 0,
+            scale=float(scale), R=R, EVEN_K=K % tile["BLOCK_K"] == 0,
             PRECISION=dot_precision(x.dtype), BLOCK_R=BLOCK_R, **drop_args(p, seed), **tile,
         )  # fmt: skip
     return h
@@ -214,24 +203,21 @@ def _outer_kernel(
     x_ptr, K, stride_xm, stride_xk,
     out_ptr, stride_os, stride_or, stride_ok,
     seed_ptr, threshold, steps,
-    R: tl.constexpr, GROUPS: tl.constexpr, HAS_DROP: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (S, GROUPS R, K): g (M, GROUPS R).T @ drop(x (M, K)) over each strip of rows"""
+    """out (S, R, K): g (M, R).T @ drop(x (M, K)) over each strip of rows"""
     # programs of the same part of x are neighbours, as in project
     blocks_r: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    pid_k = tl.program_id(0) // (GROUPS * blocks_r)
-    group = tl.program_id(0) // blocks_r % GROUPS
+    pid_k = tl.program_id(0) // blocks_r
     strip = tl.program_id(1)
     offs_r = (tl.program_id(0) % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_m = strip * steps * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = (group * R + offs_r % R).to(tl.int64)
-    g_ptrs = g_ptr + offs_m.to(tl.int64)[None, :] * stride_gm + ranks[:, None] * stride_gr
+    g_ptrs = g_ptr + offs_m.to(tl.int64)[None, :] * stride_gm + (offs_r % R).to(tl.int64)[:, None] * stride_gr
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     x_ptrs += (offs_k % K).to(tl.int64)[None, :] * stride_xk
     if HAS_DROP:
-        seed_ptr += 2 * group
         pairs = pair_key(seed_ptr, pid_k * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2))
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for _ in range(0, steps):
@@ -245,7 +231,7 @@ def _outer_kernel(
         g_ptrs += BLOCK_M * tl.cast(stride_gm, tl.int64)
         x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
     out_ptrs = out_ptr + strip * tl.cast(stride_os, tl.int64) + offs_k.to(tl.int64)[None, :] * stride_ok
-    out_ptrs += (group * R + offs_r).to(tl.int64)[:, None] * stride_or
+    out_ptrs += offs_r.to(tl.int64)[:, None] * stride_or
     out = narrow(acc, out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
 
@@ -286,27 +272,25 @@ def outer(
     g: Tensor,  # (M, R)
     x: Tensor,  # (M, K), dtype of g
     p: float = 0.0,
-    seed: Tensor | None = None,  # (2,) int32, or (S, 2): one per group of R / S ranks
+    seed: Tensor | None = None,  # (2,) int32
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # (R, K), dtype given or that of x
     """g.T @ drop(x), summed over the M rows"""
-    (M, total), (_, K) = g.shape, x.shape
+    (M, R), (_, K) = g.shape, x.shape
     assert x.shape == (M, K) and x.dtype in FLOATS and g.dtype == x.dtype
-    out = tl_utils.empty((total, K), dtype or x.dtype, x)
+    out = tl_utils.empty((R, K), dtype or x.dtype, x)
     if M == 0:
         return out.zero_()
-    GROUPS, R = groups_of(p, seed, total)
     BLOCK_R = pad_rank(R)
     tile = tile_for("outer", x.device, x.element_size(), BLOCK_R)
-    columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R) * GROUPS
+    columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
     strips, steps = strips_of(M, tile["BLOCK_M"], columns)
-    part = out[None] if strips == 1 else tl_utils.empty((strips, total, K), torch.float32, x)
+    part = out[None] if strips == 1 else tl_utils.empty((strips, R, K), torch.float32, x)
     with torch.cuda.device_of(x):
         _outer_kernel[columns, strips](
             g, M, *g.stride(),
             x, K, *x.stride(),
             part, *part.stride(),
-            steps=steps, R=R, GROUPS=GROUPS, PRECISION=dot_precision(x.dtype), BLOCK_R=BLOCK_R,
-            **drop_args(p, seed), **tile,
+            steps=steps, R=R, PRECISION=dot_precision(x.dtype), BLOCK_R=BLOCK_R, **drop_args(p, seed), **tile,
         )  # fmt: skip
         return out if strips == 1 else sum_strips(part, out)

@@ -32,7 +32,7 @@ def drop_args(p: float, seed: torch.Tensor | None) -> dict:
     """Dropout as kernel arguments; without it the seed is None and its code is not compiled."""
     if seed is None or p == 0.0:
         return {"seed_ptr": None, "threshold": 0, "HAS_DROP": False}
-    assert seed.dtype == torch.int32 and seed.is_contiguous() and seed.shape[-1] == 2
+    assert seed.dtype == torch.int32 and seed.is_contiguous() and seed.shape == (2,)
     return {"seed_ptr": seed, "threshold": round(p * LEVELS), "HAS_DROP": True}
 
 

@@ -11,7 +11,7 @@ import torch
 from helpers import assert_as_good_as_eager
 from kernel_plans import PLANS, on_kernels
 
-from forgetless import blas, ops, reference
+from forgetless import ops, reference
 from forgetless_kernels import backend, backward, descriptors, lowrank, plans, tiles, tl_utils
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,21 +175,6 @@ def test_masks_are_bit_exact(p, M, K):
         col = torch.ones(M, 1, device=DEVICE), torch.ones(K, 1, device=DEVICE)
         zero = torch.zeros(M, 3, device=DEVICE), torch.zeros(K, 3, device=DEVICE)
         assert torch.equal(lowrank.matmul_lowrank(*zero, *col, p=p, seed=seed), want)
-
-
-@pytest.mark.parametrize("module", [reference, blas, lowrank], ids=lambda module: module.__name__)
-def test_siblings_keep_their_own_masks(module):
-    """Stacked projections of one x: a seed per group of ranks gives what separate calls give, on every backend."""
-    x, down, g = draw(33, 65), draw(30, 65), draw(33, 30)
-    stacked = seeds(1, 2, -3, 4, 5, -6).view(3, 2)
-    h = module.project(x, down, 0.5, P, stacked)
-    ddown = module.outer(g, x, P, stacked)
-    for i, seed in enumerate(stacked):
-        part = slice(10 * i, 10 * i + 10)
-        torch.testing.assert_close(h[:, part], reference.project(x, down[part], 0.5, P, seed))
-        torch.testing.assert_close(ddown[part], reference.outer(g[:, part], x, P, seed))
-    with pytest.raises(AssertionError):
-        module.project(x, down[:29], 0.5, P, stacked)
 
 
 def test_low_precision_factors_gradients_come_in_the_dtype_asked_for():
