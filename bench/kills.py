@@ -21,17 +21,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+
+from .whole import Broken, opened, seen
 
 #: So often one run is killed at most; then it may come to its end.
 MOST = 4
 POLL = 0.001
-
-
-class Broken(AssertionError):
-    """A promise that was not kept."""
 
 
 @dataclass
@@ -69,69 +66,6 @@ class Tally:
     with_files: int = 0  # kills that found files in the folder
     half_written: int = 0  # kills that left something unfinished beside them
     delays: list[float] = field(default_factory=list)
-
-
-# ------------------------------------------------------------------------------------------ files
-
-
-def opened(folder: Path) -> int:
-    """How many files the folder shows; each is read to its end.
-
-    Raises:
-        Broken: one is not whole.
-    """
-    count = 0
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or not path.is_file():
-            continue
-        try:
-            READERS[path.suffix](path)
-        except KeyError:
-            raise Broken(f"{path.name}: a kind of file that is not known here") from None
-        except Exception as error:
-            raise Broken(f"{path.name} cannot be read: {error}") from error
-        count += 1
-    return count
-
-
-def read_json(path: Path) -> None:
-    json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_tensors(path: Path) -> None:
-    from safetensors.torch import load_file
-
-    load_file(path)
-
-
-def read_html(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    HTMLParser().feed(text)
-    if not text.rstrip().endswith("</html>"):
-        raise ValueError("has no end")
-
-
-def read_png(path: Path) -> None:
-    data = path.read_bytes()
-    if not data.startswith(b"\x89PNG") or b"IEND" not in data[-12:]:
-        raise ValueError("is cut short")
-
-
-READERS: dict[str, Callable[[Path], None]] = {
-    ".json": read_json, ".safetensors": read_tensors, ".html": read_html, ".png": read_png,
-}  # fmt: skip
-
-
-def seen(folder: Path) -> frozenset[tuple[str, int, int]]:
-    """What can be seen of the folder: names, times, sizes."""
-    found = set()
-    for place, _, names in os.walk(folder):
-        for name in [".", *names]:
-            with suppress(OSError):
-                about = os.stat(os.path.join(place, name))
-                found.add((os.path.join(place, name), about.st_mtime_ns, about.st_size))
-    return frozenset(found)
 
 
 # ------------------------------------------------------------------------------------------ kills

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from . import kills
+from . import kills, whole
 from .harness import RESULTS, finish, machine, parser, start, tag, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +129,7 @@ def _killed(name: str) -> Callable[[Namespace], dict[str, Any]]:
                     study = _tests("tiny_study")
                     jobs = kills.jobs(study.write_model(folder / "model"), study.write_texts(folder / "texts"))
                     found = kills.series(jobs[name], options.kills, options.seed, folder / name)
-            except kills.Broken as error:
+            except whole.Broken as error:
                 return {"failed": 1, "failures": [str(error)]}
         return {**found, "failed": 0, "failures": [], "seconds": round(time.perf_counter() - began, 1)}
 

@@ -17,6 +17,7 @@ from forgetless.study import finetune
 from forgetless.study.cli import main
 from forgetless.study.options import half_written, writable, write_atomically
 from forgetless_bench import kept, kills, reliability, tables
+from forgetless_bench.whole import Broken, opened
 
 
 def dead_process() -> int:
@@ -112,9 +113,9 @@ while len(numbers) < 5:
         time.sleep(0.02)
         file.write(text[-1])
     os.replace(beside, path)
-    for name in os.listdir(out):
-        if name.startswith(".writing") and fault != "leaves":
-            os.remove(os.path.join(out, name))
+for name in os.listdir(out):
+    if name.startswith(".writing") and fault != "leaves":
+        os.remove(os.path.join(out, name))
 """
 
 
@@ -144,7 +145,7 @@ def test_a_program_that_keeps_its_promises_survives(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_promise_is_found(fault: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(kills.Broken, match=said):
+    with pytest.raises(Broken, match=said):
         kills.series(job(fault), 30, 0, tmp_path, lambda text: None)
 
 
@@ -162,11 +163,11 @@ def test_every_kind_of_file_is_read_to_its_end(name: str, data: bytes, whole: by
     (tmp_path / ".hidden").mkdir()
     for place in (tmp_path, tmp_path / ".hidden"):
         (place / name).write_bytes(data)
-    with pytest.raises(kills.Broken, match=name):
-        kills.opened(tmp_path)
+    with pytest.raises(Broken, match=name):
+        opened(tmp_path)
     if whole is not None:
         (tmp_path / name).write_bytes(whole)
-        assert kills.opened(tmp_path) == 1
+        assert opened(tmp_path) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -178,7 +179,7 @@ def test_saves_are_killed_and_one_of_two_adapters_is_there(tmp_path: Path, monke
     def dead() -> int:
         return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]).pid
 
-    with pytest.raises(kills.Broken, match="does not load|neither"):
+    with pytest.raises(Broken, match="does not load|neither"):
         kills.saves(1, 0, tmp_path / "b")
 
 
