@@ -24,17 +24,18 @@ def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16
     """``reference.keep_mask`` as all-ones or all-zeros words, so that one bitwise AND drops a 16-bit number."""
     device = seed.device
     width = (K + 1) // 2
-    row = _mixed(_numbers(M, 0, device) ^ seed[0])[:, None]
-    pair = _mixed(_numbers(width, PAIRS, device) ^ seed[1])[None, :]
-    low, keep = _scalar(LEVELS - 1, torch.int16, device), _scalar(drop_threshold(p) - 1, torch.int16, device)
-    by_fifteen = _scalar(15, torch.int16, device)
+    constants = _constants(device)
+    keys = torch.bitwise_xor(_numbers(M, width, device), seed[:, None])
+    _mixed(keys, torch.empty_like(keys), constants)
+    row, pair = keys[0, :M, None], keys[1, :width]
+    low, by_fifteen, keep = constants[4], constants[5], _scalar(drop_threshold(p) - 1, torch.int16, device)
     bits = torch.empty(M, width, dtype=torch.int32, device=device)
     step = max(1, _CHUNK // max(width, 1))
     scratch = torch.empty(min(step, M), width, dtype=torch.int32, device=device)
     for start in range(0, M, step):
-        word = bits[start : start + step]
+        word, left = (bits, scratch) if step >= M else (bits[start : start + step], scratch[: M - start])
         torch.add(row[start : start + step], pair, out=word)
-        _mixed(word, scratch[: word.shape[0]])
+        _mixed(word, left, constants)
         half = word.view(torch.int16)
         # kept iff half >= threshold, i.e. threshold - 1 - half is negative: its sign, spread over the word
         half.bitwise_and_(low)
@@ -42,14 +43,18 @@ def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16
     return bits.view(torch.int16)[:, :K]
 
 
-def _mixed(v: Tensor, scratch: Tensor | None = None) -> Tensor:
+def _mixed(v: Tensor, scratch: Tensor, constants: tuple[Tensor, ...]) -> None:
     """``reference.mix`` in place, the scalars in the dtype of v: a Python number would be converted every time."""
-    device, dtype = v.device, torch.int32
-    sixteen, fifteen = _scalar(16, dtype, device), _scalar(15, dtype, device)
-    scratch = torch.empty_like(v) if scratch is None else scratch
-    v.bitwise_xor_(torch.bitwise_right_shift(v, sixteen, out=scratch)).mul_(_scalar(MIX_1, dtype, device))
-    v.bitwise_xor_(torch.bitwise_right_shift(v, fifteen, out=scratch)).mul_(_scalar(MIX_2, dtype, device))
-    return v.bitwise_xor_(torch.bitwise_right_shift(v, sixteen, out=scratch))
+    sixteen, mix_1, fifteen, mix_2 = constants[:4]
+    v.bitwise_xor_(torch.bitwise_right_shift(v, sixteen, out=scratch)).mul_(mix_1)
+    v.bitwise_xor_(torch.bitwise_right_shift(v, fifteen, out=scratch)).mul_(mix_2)
+    v.bitwise_xor_(torch.bitwise_right_shift(v, sixteen, out=scratch))
+
+
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, ...]:
+    words = [_scalar(value, torch.int32, device) for value in (16, MIX_1, 15, MIX_2)]
+    return (*words, _scalar(LEVELS - 1, torch.int16, device), _scalar(15, torch.int16, device))
 
 
 @functools.cache
@@ -58,9 +63,10 @@ def _scalar(value: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(count: int, salt: int, device: torch.device) -> Tensor:
-    """mix(0 ^ salt), mix(1 ^ salt), ..: what of the keys does not depend on the seed."""
-    return mix(torch.arange(count, dtype=torch.int32, device=device) ^ salt)
+def _numbers(M: int, width: int, device: torch.device) -> Tensor:  # (2, max(M, width)) int32
+    """mix(0), mix(1), .. for rows; mix(0 ^ PAIRS), .. for pairs: what of the keys the seed does not change."""
+    count = torch.arange(max(M, width), dtype=torch.int32, device=device)
+    return torch.stack([mix(count), mix(count ^ PAIRS)])
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
