@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from forgetless import ops
-from forgetless_bench import static
+from forgetless_bench import traffic
 from forgetless_kernels import backward, lowrank, plans, tiles, tl_utils
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
 TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
-EVEN = static.Sizes(M=32, N=64, K=64, R=16)
-RAGGED = static.Sizes(M=21, N=50, K=40, R=10)
+EVEN = traffic.Sizes(M=32, N=64, K=64, R=16)
+RAGGED = traffic.Sizes(M=21, N=50, K=40, R=10)
 P = 0.25
 
 
@@ -107,11 +107,11 @@ def bf16(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.bfloat16)
 
 
-def drop(s: static.Sizes) -> dict[str, Any]:
+def drop(s: traffic.Sizes) -> dict[str, Any]:
     return {"p": P, "seed": torch.ones(2, dtype=torch.int32)} if s.dropout else {}
 
 
-def operands_of(s: static.Sizes, *names: str) -> dict[str, torch.Tensor]:
+def operands_of(s: traffic.Sizes, *names: str) -> dict[str, torch.Tensor]:
     shapes = {"x": (s.M, s.K), "weight": (s.N, s.K), "h": (s.M, s.R), "g": (s.M, s.R), "bias": (s.N,)}
     factors = {"down": (s.R, s.K), "up": (s.N, s.R)}
     return {name: torch.ones(factors[name]) if name in factors else bf16(*shapes[name]) for name in names}
@@ -121,7 +121,7 @@ def with_seed(operands: dict[str, torch.Tensor], options: dict[str, Any]) -> dic
     return {**operands, "seed": options["seed"]} if options else operands
 
 
-def variants(*changes: dict[str, Any]) -> list[static.Sizes]:
+def variants(*changes: dict[str, Any]) -> list[traffic.Sizes]:
     return [dataclasses.replace(s, **change) for s in (EVEN, RAGGED) for change in ({}, *changes)]
 
 
@@ -130,7 +130,7 @@ def test_project(s, meter):
     operands, options = operands_of(s, "x", "down"), drop(s)
     with tiles.forced("project", **TILE):
         lowrank.project(*operands.values(), **options)
-    want = static.project_traffic(s, tiles.Tile(**TILE))
+    want = traffic.project_traffic(s, tiles.Tile(**TILE))
     assert meter.total(with_seed(operands, options), ["h"]) == want
     if s == EVEN:
         assert want == ({"x": s.M * s.K * 2, "down": s.M // 16 * s.R * s.K * 4}, {"h": s.M * s.R * 2})
@@ -141,7 +141,7 @@ def test_matmul_lowrank(s, meter):
     operands, options = operands_of(s, "x", "weight", "h", "up", *(["bias"] if s.bias else [])), drop(s)
     with tiles.forced("matmul_lowrank", **TILE):
         lowrank.matmul_lowrank(*operands.values(), **options)
-    want = static.matmul_lowrank_traffic(s, tiles.Tile(**TILE))
+    want = traffic.matmul_lowrank_traffic(s, tiles.Tile(**TILE))
     assert meter.total(with_seed(operands, options), ["y"]) == want
     if s == EVEN:  # x through the cache for each column of tiles, y once
         assert want[0]["x"] == s.N // 32 * s.M * s.K * 2 and want[1] == {"y": s.M * s.N * 2}
@@ -151,7 +151,7 @@ def test_matmul_lowrank(s, meter):
 @pytest.mark.parametrize("change", [{}, {"dropout": True}, {"bias": True, "R": 128}], ids=str)
 @pytest.mark.parametrize("sizes", [(32, 64, 64), (21, 72, 40)])
 def test_matmul_lowrank_on_descriptors(sizes, change, transposed, meter):
-    s = static.Sizes(*sizes, **{"R": 16, **change})
+    s = traffic.Sizes(*sizes, **{"R": 16, **change})
     operands, options = operands_of(s, "x", "weight", "h", "up", *(["bias"] if s.bias else [])), drop(s)
     if transposed:
         operands["weight"] = operands["weight"].T.contiguous().T
@@ -159,7 +159,7 @@ def test_matmul_lowrank_on_descriptors(sizes, change, transposed, meter):
     with tiles.forced("matmul_lowrank_t_descriptor" if transposed else "matmul_lowrank_descriptor", **tile):
         lowrank.matmul_lowrank(*operands.values(), **options)
     assert meter.launches == ["matmul_lowrank_descriptor"]
-    want = static.matmul_lowrank_descriptor_traffic(s, tiles.Tile(**tile))
+    want = traffic.matmul_lowrank_descriptor_traffic(s, tiles.Tile(**tile))
     assert meter.total(with_seed(operands, options), ["y"]) == want
 
 
@@ -171,7 +171,7 @@ def test_outer(s, M, meter):
     with tiles.forced("outer", BLOCK_M=16 if M < 64 else 64, BLOCK_K=64):
         lowrank.outer(*operands.values(), **options, dtype=torch.float32)
         tile = tiles.Tile(16 if M < 64 else 64, 0, 64)
-    want = static.outer_traffic(s, tile)
+    want = traffic.outer_traffic(s, tile)
     assert meter.total(with_seed(operands, options), ["out", "part"] if M > 64 else ["out"]) == want
 
 
@@ -181,7 +181,7 @@ def test_one_sweep(s, meter, monkeypatch):
     operands = operands_of(s, "x", "down", "h")
     with tiles.forced("project_outer", **TILE):
         backward.project_outer(*operands.values(), dtype=torch.float32)
-    want = static.project_outer_traffic(s, tiles.Tile(**TILE))
+    want = traffic.project_outer_traffic(s, tiles.Tile(**TILE))
     assert meter.total(operands, ["g", "out", "g_part", "out_part"]) == want
     assert want[0]["x"] == s.M * s.K * 2  # once, though two products are made of it
 
@@ -193,7 +193,7 @@ def test_whole_forward_in_one_kernel(s, plan, drop_output, meter):
     operands, options = operands_of(s, "x", "weight", "down", "up", *(["bias"] if s.bias else [])), drop(s)
     with tiles.forced(plan, **TILE):
         plans.linear_lowrank(*operands.values(), **options, drop_output=drop_output, plan=plan)
-    want = static.TRAFFIC[plan](s, tiles.Tile(**TILE), drop_output)
+    want = traffic.TRAFFIC[plan](s, tiles.Tile(**TILE), drop_output)
     made = ["y", "h", "flags"] if plan == "once" else ["y", "h"]
     assert meter.total(with_seed(operands, options), made) == want
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from forgetless_bench import static
+from forgetless_bench import static, traffic
 
-S = static.Sizes(M=8192, N=4096, K=4096, R=16)
+S = traffic.Sizes(M=8192, N=4096, K=4096, R=16)
 
 
 @pytest.mark.parametrize("arch", static.CARDS)
@@ -17,7 +17,7 @@ def test_nothing_the_size_of_an_activation_is_written_but_the_outputs(arch, drop
     s = dataclasses.replace(S, dropout=dropout)
     for kernel in ("project", "outer", "project_outer", "matmul_lowrank", "full", "once"):
         name, tile = static.on_card(kernel, arch, s.R)
-        _, stores = static.TRAFFIC[name](s, tile)
+        _, stores = traffic.TRAFFIC[name](s, tile)
         result = stores.pop("y", 0)
         assert result in (0, s.M * s.N * s.element)
         assert max(stores.values(), default=0) <= s.M * s.K * s.element / 8  # partial sums, in float32
@@ -26,15 +26,15 @@ def test_nothing_the_size_of_an_activation_is_written_but_the_outputs(arch, drop
 @pytest.mark.parametrize("arch", static.CARDS)
 def test_every_kernel_of_a_step_has_a_row(arch):
     """Bytes over the bus are no more than what programs load and store, FLOPs no fewer than the formula's."""
-    for kernel in static.TRAFFIC:
+    for kernel in traffic.TRAFFIC:
         tile = static.on_card(kernel.removesuffix("_descriptor"), arch, S.R)[1]
-        loads, stores = static.TRAFFIC[kernel](S, tile)
-        assert 0 < static.memory(kernel, S, tile) <= sum(loads.values()) + sum(stores.values())
-        assert static.flops(kernel, S, tile) >= 2 * S.M * S.K * S.R
+        loads, stores = traffic.TRAFFIC[kernel](S, tile)
+        assert 0 < traffic.memory(kernel, S, tile) <= sum(loads.values()) + sum(stores.values())
+        assert traffic.flops(kernel, S, tile) >= 2 * S.M * S.K * S.R
 
 
 def test_the_best_plan_is_predicted_within_eight_percent():
-    over = static.overhead(static.Sizes(8192, 4096, 4096, 16), 90)
+    over = static.overhead(traffic.Sizes(8192, 4096, 4096, 16), 90)
     ours = {name: value for name, value in over.items() if name.startswith("forgetless")}
     assert min(ours.values()) <= 8.0
     assert over["forgetless once"] <= 8.0
