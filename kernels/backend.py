@@ -13,7 +13,7 @@ there: run the layer once before capturing, as torch asks of every graph.
 
 Two runs give the same bits: no float is ever added atomically, and partial sums are added in the order of rows. How
 rows are cut into strips depends on sizes and tiles, never on the card or on what it does beside. Offsets are 64 bits
-wide. Byte counts of every kernel are in closed form in ``bench/static.py`` and asserted in ``tests/test_bytes.py``.
+wide. Byte counts of every kernel are in closed form in ``bench/traffic.py`` and asserted in ``tests/test_bytes.py``.
 """
 
 from .backward import project_outer
