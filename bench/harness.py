@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import random
 import re
 import shlex
 import statistics
@@ -91,6 +92,9 @@ def interleave(
 ) -> dict[str, Any]:
     """Seconds per call of each provider, one call of each per round, so that a noisy machine is noisy for all.
 
+    Every round has an order of its own, the same in every run: what a provider finds in caches and in the allocator is
+    left there by its predecessor, and a fixed order would always give it the same one.
+
     On CUDA the time is that between two events on the stream, after a write that empties the L2 cache, within an NVTX
     range of the provider's name. Nothing is collected by Python's garbage collector meanwhile.
 
@@ -109,6 +113,7 @@ def interleave(
     times: dict[str, list[list[float]]] = {name: [] for name in parts}
     clock = _cuda_times if device.type == "cuda" else _cpu_times
     flush = _l2_flush(device) if device.type == "cuda" else None
+    order, draw = list(parts.items()), random.Random(0)
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -117,7 +122,8 @@ def interleave(
         for index in range(warmup + rounds):
             if index == warmup:
                 begin = time.perf_counter()
-            for name, runs in parts.items():
+            draw.shuffle(order)
+            for name, runs in order:
                 if before is not None:
                     before()
                 if flush is not None:

@@ -203,7 +203,8 @@ PAGES_TOO: dict[Path, Callable[[str], str]] = {
 HEAD = """# Benchmarks
 
 Written by `python -m bench tables` from the JSON in `bench/results`; change nothing here by hand. Providers of one
-table ran interleaved in one process, one call of each per round: times are medians, ± the median absolute deviation.
+table ran interleaved in one process, one call of each per round in an order drawn anew: times are medians, ± the median
+absolute deviation.
 Compare within a table, never across machines. "-style" rows are our own rewriting of that project's schedule, on this
 machine's BLAS; each provider is proved equal to the reference in `tests/test_bench.py`.
 """

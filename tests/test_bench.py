@@ -248,10 +248,21 @@ def test_providers_take_turns_and_warm_up_is_not_counted():
     calls: list[str] = []
     runs = {"a": lambda: calls.append("a"), "b": [lambda: calls.append("b1"), lambda: calls.append("b2")]}
     found = harness.interleave(runs, 2, 1, lambda: calls.append("-"))
-    assert calls == ["-", "a", "-", "b1", "b2"] * 3
+    turns = "".join(calls).split("-")
+    assert not turns.pop(0) and all(sorted(turns[i : i + 2]) == ["a", "b1b2"] for i in (0, 2, 4))
     assert found["a"]["rounds"] == 2 and "parts" not in found["a"]
     assert len(found["b"]["parts"]) == 2
     assert gc.isenabled()
+
+
+def test_every_round_has_an_order_of_its_own():
+    calls: list[str] = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in "abcd"}
+    harness.interleave(runs, 20, 0)
+    orders = {"".join(calls[i : i + 4]) for i in range(0, 80, 4)}
+    assert len(orders) > 5 and all(sorted(order) == list("abcd") for order in orders)
+    harness.interleave(runs, 20, 0)
+    assert calls[:80] == calls[80:]
 
 
 def test_a_time_budget_ends_a_comparison_but_not_before_three_rounds(monkeypatch):
