@@ -73,8 +73,9 @@ def _floor(results: dict[str, Any]) -> str:
     return (
         "\n*products alone*: the eight matrix products of the layer's forward and backward by straight calls, in the "
         "layer's dtype, scale folded into a factor beforehand; no autograd (for which even the frozen layer pays), no "
-        "module, no checks. No implementation that makes these products on this BLAS can be faster than it. So where "
-        "its own overhead is above 1/3 of PEFT's, the goal of 1/3 cannot be met by any path of BLAS calls there: "
+        "module, no checks. Whoever makes these products on this BLAS takes as long, but for noise (a row that is "
+        "faster here shows how much) and another order of them. So where their own overhead is above 1/3 of PEFT's, "
+        "the goal of 1/3 is out of reach of BLAS calls there, by these figures: "
         f"{len(over)} of {len(shares)} cases here{': ' + '; '.join(over) if over else ''}. Cases in which PEFT's own "
         "overhead is within the spread are not counted.\n"
     )
