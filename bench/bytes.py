@@ -25,12 +25,10 @@ def saved_bytes(forward: Callable[[], Any], modules: Sequence[nn.Module] = ()) -
     own = {t.untyped_storage().data_ptr() for t in state}
     out = forward()
     kept: dict[int, int] = {}
-    left = [t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor)]
+    left = list({t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor)} - {None})
     seen = {None, *left}
     while left:
         node = left.pop()
-        if node is None:
-            continue
         for t in _saved(node):
             storage = t.untyped_storage()
             if storage.data_ptr() not in own:

@@ -28,7 +28,7 @@ def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16
     keys = torch.bitwise_xor(_numbers(M, width, device), seed[:, None])
     _mixed(keys, torch.empty_like(keys), constants)
     row, pair = keys[0, :M, None], keys[1, :width]
-    low, by_fifteen, keep = constants[4], constants[5], _scalar(drop_threshold(p) - 1, torch.int16, device)
+    (low, by_fifteen), keep = constants[4:], _scalar(drop_threshold(p) - 1, torch.int16, device)
     bits = torch.empty(M, width, dtype=torch.int32, device=device)
     step = max(1, _CHUNK // max(width, 1))
     scratch = torch.empty(min(step, M), width, dtype=torch.int32, device=device)

@@ -61,7 +61,7 @@ class _Gathered(torch.autograd.Function):
         if bias is not None:
             y.add_(bias)
         ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, weight, small, lift, down, columns)
-        ctx.rest = scale, core.dtype, return_h, shape
+        ctx.rest = scale, core.dtype, shape
         ctx.set_materialize_grads(False)
         y = shaped(y, shape)
         return (y, shaped(h, shape)) if return_h else y
@@ -70,7 +70,7 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         h, weight, small, lift, down, columns = ctx.saved_tensors
-        scale, core_dtype, _, shape = ctx.rest
+        scale, core_dtype, shape = ctx.rest
         _, need_x, need_core, need_bias = ctx.needs_input_grad
         dx = dcore = dbias = g = None
         if dh is not None:

@@ -242,9 +242,7 @@ class AdaptedLinear(nn.Module):
         return not any([p is not None and p.is_inference() for p in adapter._parameters.values()])
 
     def _trace(self, x: Tensor, h: Tensor | None) -> Trace:
-        hidden = None
-        if self.needs_hidden and h is not None:
-            hidden = h if h.dim() == 2 else as_rows(h)
+        hidden = as_rows(h) if self.needs_hidden and h is not None else None
         if torch.compiler.is_compiling():  # no weak references there
             return Trace(_sample(x), hidden, None)
         first = None if self.group is None else self.group.members[0]

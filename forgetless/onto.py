@@ -13,7 +13,6 @@ the sum is written out, in one pass.
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -70,7 +69,7 @@ def add_terms(
     for term in terms:
         if plainly:
             dropped = x.to(dtype) if not term.dropout else torch.dropout(x.to(dtype), term.dropout, True)
-            projected.append(_flat(dropped) @ term.down.to(dtype).T * term.scale)
+            projected.append(ops.as_rows(dropped) @ term.down.to(dtype).T * term.scale)
             continue
         p, seed = ops.draw_mask(term.dropout, x.device)
         seed = seed if cut is None else cut.seed(seed)
@@ -125,10 +124,6 @@ def _base_references() -> int:
     return sys.getrefcount(base)
 
 
-def _flat(t: Tensor) -> Tensor:  # (..., D) -> (M, D)
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-
-
 class _Project(torch.autograd.Function):
     """Hands x through, so that the layer's gradient of x and the low-rank one meet here."""
 
@@ -141,7 +136,7 @@ class _Project(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         small = blas.as_dtype(down, dtype)
         with ops.exact_products(x.device.type):
-            h = ctx.run.project(blas.as_dtype(_flat(x), dtype), small, s, p, seed)
+            h = ctx.run.project(blas.as_dtype(ops.as_rows(x), dtype), small, s, p, seed)
         ctx.save_for_backward(recompute.hold(ctx, x) if ctx.needs_input_grad[1] else None, small, seed)
         return x, h
 
@@ -167,12 +162,12 @@ class _Project(torch.autograd.Function):
             else:
                 g_wide, down_wide = blas.as_dtype(g, dx.dtype), blas.as_dtype(down, dx.dtype)
                 if alone:
-                    _flat(dx).addmm_(g_wide, down_wide)  # contiguous: a view
+                    ops.as_rows(dx).addmm_(g_wide, down_wide)  # contiguous: a view
                 else:
-                    dx = torch.addmm(_flat(dx), g_wide, down_wide).view(ctx.shape)
+                    dx = torch.addmm(ops.as_rows(dx), g_wide, down_wide).view(ctx.shape)
             ddown = None
             if x is not None:
-                rows = blas.as_dtype(_flat(x), ctx.dtype)
+                rows = blas.as_dtype(ops.as_rows(x), ctx.dtype)
                 if bits is not None and ctx.run is blas:
                     rows, p, seed = blas._dropped(rows, bits), 0.0, None
                 ddown = ctx.run.outer(g, rows, p, seed, ctx.down_dtype)
@@ -215,9 +210,9 @@ class _Add(torch.autograd.Function):
             # A tensor of its own over the same memory: autograd sees neither a view nor a change of y, and there is
             # nobody to whom either would matter.
             out = y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
-            _flat(out).addmm_(h, small.T)  # contiguous: a view
+            ops.as_rows(out).addmm_(h, small.T)  # contiguous: a view
         else:
-            out = torch.addmm(_flat(y), h, small.T).view(y.shape)
+            out = torch.addmm(ops.as_rows(y), h, small.T).view(y.shape)
         if bias is not None:
             out.add_(bias)
         ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, small)
@@ -228,7 +223,7 @@ class _Add(torch.autograd.Function):
         ops.refuse_second_derivative()
         h, up = ctx.saved_tensors
         _, need_h, need_up, need_bias = ctx.needs_input_grad[:4]
-        rows = _flat(dy)
+        rows = ops.as_rows(dy)
         dh = dup = None
         with ops.exact_products(dy.device.type):
             if need_up:

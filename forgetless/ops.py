@@ -393,7 +393,7 @@ class _LowrankLinear(torch.autograd.Function):
         if shape is not None:
             dy, dh = as_rows(dy), None if dh is None else as_rows(dh)
         x = recompute.held(ctx, x)
-        if x is not None and x.dim() != 2:
+        if x is not None:
             x = as_rows(x)
         grads = _backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
         if shape is not None and grads[0] is not None:

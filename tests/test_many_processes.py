@@ -22,10 +22,15 @@ import forgetless as fl
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+@pytest.fixture(scope="module")
+def gloo() -> None:
+    """The processes talk through it; some builds of torch come without."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def done(request: pytest.FixtureRequest, gloo: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "ddp":
         write_model(folder / "model")
@@ -104,10 +109,8 @@ def test_tensor_parallelism_is_the_step_of_one_process(done: tuple[str, Path], n
 
 
 @pytest.fixture
-def one_rank() -> Iterator[Any]:
+def one_rank(gloo: None) -> Iterator[Any]:
     """A mesh of this process alone."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
