@@ -37,31 +37,31 @@ SECTIONS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
         "fl.",
         ("NullSpace", "Laplace", "SourceDeviation", "OutputDeviation", "WeightDeviation", "Decay"),
     ),
-    "What the calls return": ("forgetless.model", "", ("Report", "LayerReport")),
+    "What the calls return": ("forgetless.report", "", ("Report", "LayerReport")),
     "Consolidation": ("forgetless.consolidate", "", ("Consolidation",)),
     "An adapted layer": ("forgetless.layers", "", ("AdaptedLinear",)),
     "Your own method": ("forgetless.methods", "fl.methods.", ("Method", "Adapter", "Site", "register")),
     "Your own penalty": ("forgetless.penalties", "fl.penalties.", ("Penalty", "PenaltyState", "register")),
-    "Packed weights": ("forgetless.packed", "fl.packed.", ("register", "Kind")),
+    "Packed weights": ("forgetless.layers.quantized", "fl.packed.", ("register", "Kind")),
     "The op": ("forgetless.ops", "fl.ops.", ("lowrank_linear", "backend", "explain_path")),
-    "The op for siblings": ("forgetless.siblings", "forgetless.siblings.", ("lowrank_linears",)),
-    "Plans": ("forgetless.plans", "forgetless.plans.", ("plan_for", "Choice", "forget")),
+    "The op for siblings": ("forgetless.layers.groups", "forgetless.layers.groups.", ("lowrank_linears",)),
+    "Plans": ("forgetless.ops.dispatch", "forgetless.ops.dispatch.", ("plan_for", "Choice", "forget")),
     "Backends": (
-        "forgetless.reference",
-        "forgetless.reference.",
+        "forgetless.ops.reference",
+        "forgetless.ops.reference.",
         ("project", "matmul_lowrank", "outer", "project_outer", "linear_lowrank", "keep_mask"),
     ),
-    "Kernels": ("forgetless_kernels.backend", "forgetless_kernels.backend.", None),
+    "Kernels": ("forgetless_kernels.fused", "forgetless_kernels.fused.", None),
     "Tiles": ("forgetless_kernels.tiles", "forgetless_kernels.tiles.", ("Tile", "forced", "tile_for")),
 }
 #: Modules whose own docstring opens their section.
 INTRODUCED = (
     "forgetless.training",
-    "forgetless.packed",
+    "forgetless.layers.quantized",
     "forgetless.ops",
-    "forgetless.plans",
-    "forgetless.reference",
-    "forgetless_kernels.backend",
+    "forgetless.ops.dispatch",
+    "forgetless.ops.reference",
+    "forgetless_kernels.fused",
 )
 #: Every environment variable that the sources read: a test compares the names.
 SWITCHES = {
@@ -266,8 +266,8 @@ def commands() -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
     """(command line, what it does, its options with their meaning)."""
     import typer
 
-    from forgetless.study import cli
-    from forgetless.study.commands import app
+    from forgetless.cli import main as cli
+    from forgetless.cli.commands import app
 
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         if name not in cli.TOOLS:

@@ -78,8 +78,8 @@ class Fork:
         import matplotlib.pyplot  # noqa: F401
         import torch
 
-        from forgetless.study import commands  # noqa: F401 - imported once, here
-        from forgetless.study.cli import main
+        from forgetless.cli import commands  # noqa: F401 - imported once, here
+        from forgetless.cli.main import main
 
         torch.set_num_threads(1)  # a fork has none of the others
         self.code: int | None = None

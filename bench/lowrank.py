@@ -25,19 +25,7 @@ import forgetless as fl
 from . import baselines
 from .bytes import peak_bytes, saved_bytes
 from .cases import METHODS, Case, fitting, grid, sweeps, swept
-from .harness import (
-    compiler_missing,
-    finish,
-    graphed,
-    interleave,
-    number,
-    parser,
-    peaks,
-    shares,
-    short,
-    start,
-    table,
-)
+from .harness import compiler_missing, finish, graphed, interleave, number, parser, peaks, shares, short, start, table
 from .shapes import CPU, GPU, SHAPES, work
 
 PHASES = ("forward", "backward", "both")

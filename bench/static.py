@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from forgetless_kernels import tiles
-from forgetless_kernels.lowrank import pad_rank
+from forgetless_kernels.tl_utils import pad_rank
 
 from .traffic import TRAFFIC, Sizes, flops, memory
 

@@ -53,7 +53,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from forgetless_kernels import backward, descriptors, lowrank, plans, tiles  # noqa: E402
+from forgetless_kernels import fused, matmul_lowrank, project, tiles  # noqa: E402
 
 from .compiled import problems, usage  # noqa: E402
 
@@ -93,8 +93,8 @@ def compiling_for(arch: int) -> Iterator[list]:
     patches = [
         (JITFunction, "run", warm),
         (tiles, "arch_of", lambda device: arch),
-        (descriptors, "programs_of", lambda device: PROCESSORS[arch]),
-        (backward, "sweep_pays", lambda *sizes: True),
+        (matmul_lowrank, "programs_of", lambda device: PROCESSORS[arch]),
+        (project, "sweep_pays", lambda *sizes: True),
     ]
     before = [getattr(where, name) for where, name, _ in patches]
     active = driver._active
@@ -134,23 +134,23 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
     odd_x, odd_weight = on(M, K + 4)[:, 1 : K - 3], on(N, K + 4)[:, 1 : K - 3]  # not 16-byte aligned, K not even
     odd_down, bias = on(R, K - 4, dtype=factor), on(N)
     return {
-        "project": ("project", lambda: lowrank.project(x, down)),
-        "project dropout": ("project", lambda: lowrank.project(x, down, 1.0, 0.1, seed)),
-        "project ragged": ("project", lambda: lowrank.project(odd_x, odd_down)),
-        "project dy": ("project", lambda: lowrank.project(dy, up.T)),
-        "forward": ("matmul_lowrank", lambda: lowrank.matmul_lowrank(x, weight, h, up)),
-        "forward bias": ("matmul_lowrank", lambda: lowrank.matmul_lowrank(x, weight, h, up, bias)),
-        "forward ragged": ("matmul_lowrank", lambda: lowrank.matmul_lowrank(odd_x, odd_weight, h, up)),
-        "dx": ("matmul_lowrank_t", lambda: lowrank.matmul_lowrank(dy, weight.T, h, down.T)),
-        "dx dropout": ("matmul_lowrank_t", lambda: lowrank.matmul_lowrank(dy, weight.T, h, down.T, None, 0.1, seed)),
-        "dx ragged": ("matmul_lowrank_t", lambda: lowrank.matmul_lowrank(dy, odd_weight.T, h, odd_down.T)),
-        "outer": ("outer", lambda: lowrank.outer(h, x, dtype=factor)),
-        "outer dropout": ("outer", lambda: lowrank.outer(h, x, 0.1, seed, factor)),
-        "sweep": ("project_outer", lambda: backward.project_outer(dy, up.T, h, 1.0, factor)),
+        "project": ("project", lambda: fused.project(x, down)),
+        "project dropout": ("project", lambda: fused.project(x, down, 1.0, 0.1, seed)),
+        "project ragged": ("project", lambda: fused.project(odd_x, odd_down)),
+        "project dy": ("project", lambda: fused.project(dy, up.T)),
+        "forward": ("matmul_lowrank", lambda: fused.matmul_lowrank(x, weight, h, up)),
+        "forward bias": ("matmul_lowrank", lambda: fused.matmul_lowrank(x, weight, h, up, bias)),
+        "forward ragged": ("matmul_lowrank", lambda: fused.matmul_lowrank(odd_x, odd_weight, h, up)),
+        "dx": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, weight.T, h, down.T)),
+        "dx dropout": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, weight.T, h, down.T, None, 0.1, seed)),
+        "dx ragged": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, odd_weight.T, h, odd_down.T)),
+        "outer": ("outer", lambda: fused.outer(h, x, dtype=factor)),
+        "outer dropout": ("outer", lambda: fused.outer(h, x, 0.1, seed, factor)),
+        "sweep": ("project_outer", lambda: fused.project_outer(dy, up.T, h, 1.0, factor)),
         **{
             f"{plan}{' dropout' if p else ''}": (
                 plan,
-                functools.partial(plans.linear_lowrank, x, weight, down, up, None, 1.0, p, seed, False, plan),
+                functools.partial(fused.linear_lowrank, x, weight, down, up, None, 1.0, p, seed, False, plan),
             )
             for plan in ("full", "once")
             for p in (0.0, 0.1)
@@ -158,7 +158,7 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
         **{
             f"{plan} dx dropout": (
                 plan,
-                functools.partial(plans.linear_lowrank, dy, weight.T, up.T, down.T, None, 1.0, 0.1, seed, True, plan),
+                functools.partial(fused.linear_lowrank, dy, weight.T, up.T, down.T, None, 1.0, 0.1, seed, True, plan),
             )
             for plan in ("full", "once")
         },
@@ -200,11 +200,11 @@ def measure(case: Case, arch: int) -> list[dict]:
 
 @contextlib.contextmanager
 def _without_descriptors() -> Iterator[None]:
-    before, lowrank.has_row = lowrank.has_row, lambda kernel, device: False
+    before, matmul_lowrank.has_row = matmul_lowrank.has_row, lambda kernel, device: False
     try:
         yield
     finally:
-        lowrank.has_row = before
+        matmul_lowrank.has_row = before
 
 
 def attempt(case: Case, arch: int) -> list[dict]:

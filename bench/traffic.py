@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from forgetless_kernels import tiles
-from forgetless_kernels.lowrank import pad_rank, strips_of
-from forgetless_kernels.tl_utils import parts_of
+from forgetless_kernels.project import strips_of
+from forgetless_kernels.tl_utils import pad_rank, parts_of
 
 
 def cdiv(a: int, b: int) -> int:

@@ -2,7 +2,7 @@
 
 import sys
 
-from forgetless.study.cli import main
+from forgetless.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

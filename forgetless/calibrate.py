@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .layers import AdaptedLinear
-from .methods.base import Adapter
+from .adapter import Adapter
+from .layers.groups import families
+from .layers.linear import AdaptedLinear
 from .model import _running
-from .siblings import families
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import LossFunction, calibrate, share_statistics
-from .layers import AdaptedLinear, site_of
+from .layers.linear import AdaptedLinear, site_of
 from .methods.curlora import CURLoRAAdapter, weight_hash
 from .model import check_foldable
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .around import AdaptedAround, AdaptedPacked, AdaptedSharded, put_on
-from .layers import AdaptedLinear, form_groups, site_of
-from .methods.base import Adapter, Method, Site
+from .adapter import Adapter, Site
+from .layers.linear import AdaptedLinear, form_groups, site_of
+from .layers.wrapped import AdaptedAround, AdaptedPacked, AdaptedSharded, put_on
+from .methods.base import Method
+from .ops import autograd as ops
 from .penalties.base import Item
+from .report import LayerReport, Report
 from .targets import ALL_LINEAR, find_layers
 
 
@@ -89,7 +90,7 @@ def running(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> layer on our op: those of ``adapters``, and the active adapters of PEFT layers that are swapped in."""
     found = adapters(model)
     if "peft" in sys.modules:
-        from .swap import views
+        from .peft.swap import views
 
         found |= views(model)
     return found
@@ -179,42 +180,6 @@ def drift(model: nn.Module) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """How one adapted layer runs.
-
-    Attributes:
-        method: its name, "lora".
-        in_features, out_features, rank: K, N and R.
-        trainable: numbers that are trained.
-        path: "blas", "split", "full", "once", "reference", or as ``explain`` says "onto", "base", "peft".
-        reason: why, in words.
-    """
-
-    method: str
-    in_features: int
-    out_features: int
-    rank: int
-    trainable: int
-    path: str
-    reason: str
-
-
-class Report(dict[str, LayerReport]):
-    """Layer name -> LayerReport; prints as a table with like layers in one row."""
-
-    def __str__(self) -> str:
-        rows: dict[tuple[str, LayerReport], int] = {}
-        for name, report in self.items():
-            key = (name.rpartition(".")[2], report)
-            rows[key] = rows.get(key, 0) + 1
-        lines = [f"{'layers':>6}  {'name':<14} {'method':<9} {'in -> out':<15} {'rank':>4}  path   why"]
-        for (name, r), count in rows.items():
-            shape = f"{r.in_features} -> {r.out_features}"
-            lines.append(f"{count:>6}  {name:<14} {r.method:<9} {shape:<15} {r.rank:>4}  {r.path:<6} {r.reason}")
-        return "\n".join(lines)
-
-
 def explain(model: nn.Module) -> Report:
     """Per layer: method, shape, rank, the path its op takes here, and why. ``print`` it for a table.
 
@@ -224,7 +189,7 @@ def explain(model: nn.Module) -> Report:
     Raises:
         ValueError: the model has no adapters.
     """
-    from .swap import reports
+    from .peft.swap import reports
 
     report = Report(reports(model))
     for name, layer in (adapters(model) if report else _adapters(model)).items():

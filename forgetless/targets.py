@@ -9,9 +9,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from . import shards, versions
-from .layers import AdaptedLinear, is_conv1d
-from .packed import KINDS, kind_of
+from . import versions
+from .layers import tensor_parallel as shards
+from .layers.linear import AdaptedLinear, is_conv1d
+from .layers.quantized import KINDS, kind_of
 
 ALL_LINEAR = "all-linear"
 

@@ -9,18 +9,25 @@ import triton.language as tl
 # The interpreter keeps bfloat16 as raw uint16: products and roundings of it have to be spelt out.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-# The hash of ``forgetless.reference``: same constants, same arithmetic shifts.
+# The hash of ``forgetless.ops.reference``: same constants, same arithmetic shifts.
 MIX_1 = tl.constexpr(0x7FEB352D)
 MIX_2 = tl.constexpr(0x846CA68B - (1 << 32))
 PAIRS = tl.constexpr(0x9E3779B9 - (1 << 32))
 LEVELS = 1 << 15
 LOW_BITS = tl.constexpr(LEVELS - 1)
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
 
 def dot_precision(dtype: torch.dtype) -> str:
     """The input precision of float32 dots: exact, unless torch itself may use TF32."""
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if tf32 else "ieee"
+
+
+def pad_rank(R: int, most: int = 128) -> int:
+    """The rank as a block size: tensor cores want 16 at least, registers ``most`` at most"""
+    return min(most, max(16, triton.next_power_of_2(R)))
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:

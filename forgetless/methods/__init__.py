@@ -1,6 +1,7 @@
 """Methods: one file each. A new one subclasses ``Method`` and ``Adapter``, takes ``@register`` and is done."""
 
-from .base import METHODS, Adapter, Method, Site, register
+from ..adapter import Adapter, Site
+from .base import METHODS, Method, register
 from .clora import CLoRA
 from .curlora import CURLoRA
 from .lalora import LaLoRA

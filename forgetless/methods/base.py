@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from ..penalties import Penalty, PenaltyState
+from ..adapter import Adapter, Site
+from ..penalties import Penalty
 
 #: Every method by its name, filled by ``register``.
 METHODS: dict[str, type[Method]] = {}
@@ -19,21 +17,6 @@ def register(cls: type[Method]) -> type[Method]:
     """Class decorator: make a method known by its ``name`` to ``fl.load`` and to the command line."""
     METHODS[cls.name] = cls
     return cls
-
-
-@dataclass(frozen=True)
-class Site:
-    """A layer about to be adapted.
-
-    Attributes:
-        name: its path in the model, "model.layers.0.self_attn.q_proj".
-        weight: its frozen weight as (out_features N, in_features K), a view: writing to it changes the layer.
-        transposed: True for a Conv1D (GPT-2), which stores (in_features, out_features).
-    """
-
-    name: str
-    weight: Tensor
-    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,59 +81,6 @@ class Method:
             raise ValueError(f"method {name!r}: {error}") from None
 
 
-class Adapter(nn.Module):
-    """The low-rank update of one layer: delta = scale * up @ down.
-
-    Subclasses set ``scale`` (and ``dropout`` if they have one), hold their parameters and supply ``factors``; the
-    penalties that need gradients of the factors want ``pullback``, ``fl.consolidate`` wants ``restart``.
-    """
-
-    scale: float = 1.0
-    dropout: float = 0.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.penalties = nn.ModuleList()
-
-    def factors(self) -> tuple[Tensor, Tensor]:  # down (R, K), up (N, R)
-        """The two factors, down (R, K) and up (N, R) of any floating dtype, differentiable in the parameters."""
-        raise NotImplementedError
-
-    def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
-        """Gradients of the parameters from those of the factors: ddown (S, R, K), dup (S, N, R), any S."""
-        raise NotImplementedError
-
-    def shortcut(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, return_h: bool = True
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """A cheaper way to y (..., N) and, if wanted, h (..., R), where the method knows one; None: by the factors."""
-        return None
-
-    def shortcut_reason(self, weight: Tensor) -> str | None:
-        """For ``fl.explain``: what the shortcut is, if it would be taken."""
-        return None
-
-    def restart(self, site: Site) -> None:
-        """Start again from no update, as ``fl.consolidate`` wants after folding; ``site`` has the new weight."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how to start again")
-
-    def attach(self, penalties: tuple[Penalty, ...], site: Site) -> None:
-        """Hold a state of each of these, beside those it holds.
-
-        Raises:
-            ValueError: a penalty makes no sense for this adapter.
-        """
-        for penalty in penalties:
-            self.penalties.append(penalty.attach(self, site))
-
-    def penalty_states(self) -> list[PenaltyState]:
-        """The states of the attached penalties, in their order."""
-        return list(self.penalties)  # type: ignore[arg-type]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))
-
-
 def check_fields(method: Method) -> None:
     """Refuse nonsense in the fields that most methods share; called from ``__post_init__``."""
     title = type(method).__name__
@@ -178,8 +108,3 @@ def check_fields(method: Method) -> None:
     for penalty in getattr(method, "penalties", ()):
         if not isinstance(penalty, Penalty):
             raise ValueError(f"{title}.penalties holds {penalty!r}, wants Penalty instances such as fl.NullSpace()")
-
-
-def adapter_dtype(weight: Tensor) -> torch.dtype:
-    """float32 (float64 beside float64): half-precision parameters lose small optimiser steps."""
-    return torch.promote_types(weight.dtype, torch.float32)

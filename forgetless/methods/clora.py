@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..adapter import Adapter, Site
 from ..penalties import NullSpace, Penalty
-from .base import Adapter, Method, Site, check_fields, register
+from .base import Method, check_fields, register
 from .lora import LoRAAdapter
 
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import blas
-from ..gathered import gathered_linear
-from ..ops import autocasts, module_for
+from ..adapter import Adapter, Site, adapter_dtype, whole
+from ..ops import blas
+from ..ops.autograd import autocasts, module_for
+from ..ops.curlora_blas import gathered_linear
 from ..penalties import Penalty
-from ..penalties.base import whole
-from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
+from .base import Method, check_fields, register
 
 
 @register

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter, Site, adapter_dtype, whole
 from ..penalties import Penalty
-from ..penalties.base import whole
-from .base import Adapter, Method, Site, adapter_dtype, check_fields, register
+from .base import Method, check_fields, register
 
 
 @register

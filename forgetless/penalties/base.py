@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ..methods.base import Adapter, Site
+from ..adapter import Adapter, Site
 
 #: Every penalty by its name, filled by ``register``.
 PENALTIES: dict[str, type[Penalty]] = {}
@@ -167,29 +166,6 @@ class Item(NamedTuple):
     state: Any
     adapter: Adapter
     hidden: Tensor | None
-
-
-def wide(t: Tensor) -> Tensor:
-    """float32, or float64 where it already is: penalties are summed in this."""
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def whole(t: Tensor) -> Tensor:
-    """t itself, or all of a parameter that is sharded over processes: between forward passes FSDP leaves its shards.
-
-    Gathered differentiably: each shard gets the mean of all processes' gradients, as those of the data. A collective
-    call.
-    """
-    if type(t) in _HERE or not hasattr(t, "full_tensor"):
-        return t
-    from torch.distributed.tensor import Partial
-
-    shards: Any = t
-    gathered: Tensor = shards.full_tensor(grad_placements=[Partial("avg")] * shards.device_mesh.ndim)
-    return gathered
-
-
-_HERE = (Tensor, nn.Parameter)
 
 
 def gram_product(down: Tensor, up: Tensor, scale: float) -> Tensor:

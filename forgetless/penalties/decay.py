@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Item, Penalty, PenaltyState, register, whole, wide
-from .grouped import buckets, closed_form, like, scatter
-
-if TYPE_CHECKING:
-    from ..methods.base import Adapter, Site
+from ..adapter import Adapter, Site, whole, wide
+from .base import Item, Penalty, PenaltyState, register
+from .batched import buckets, closed_form, like, scatter
 
 
 @register

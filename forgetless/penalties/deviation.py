@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Item, Penalty, PenaltyState, gram_product, register, wide
+from ..adapter import Adapter, Site, wide
+from .base import Item, Penalty, PenaltyState, gram_product, register
+from .batched import closed_form, gram_form
 from .covariance import Covariance
-from .grouped import closed_form, gram_form
-
-if TYPE_CHECKING:
-    from ..methods.base import Adapter, Site
 
 
 @register

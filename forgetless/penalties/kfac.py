@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Item, PenaltyState, wide
+from ..adapter import Adapter, Site, wide
+from .base import Item, PenaltyState
+from .batched import applied, buckets, closed_form, like, one_storage, scatter
 from .covariance import Covariance
-from .grouped import applied, buckets, closed_form, like, one_storage, scatter
 from .laplace import Laplace, trains_factors
-
-if TYPE_CHECKING:
-    from ..methods.base import Adapter, Site
 
 
 class Kron(PenaltyState):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Item, Penalty, PenaltyState, register, whole, wide
-from .grouped import buckets, closed_form, like, one_storage, scatter
-
-if TYPE_CHECKING:
-    from ..methods.base import Adapter, Site
+from ..adapter import Adapter, Site, whole, wide
+from .base import Item, Penalty, PenaltyState, register
+from .batched import buckets, closed_form, like, one_storage, scatter
 
 CURVATURES = ("diag", "kfac", "tri_kfac")
 FISHERS = ("empirical", "true", "batch")

@@ -7,16 +7,14 @@ import hashlib
 import math
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import Item, Penalty, PenaltyState, register, wide
-from .grouped import Scratch, buckets, closed_form, like, one_storage, scatter
-
-if TYPE_CHECKING:
-    from ..methods.base import Adapter, Site
+from ..adapter import Adapter, Site, wide
+from .base import Item, Penalty, PenaltyState, register
+from .batched import Scratch, buckets, closed_form, like, one_storage, scatter
 
 
 @register

@@ -20,8 +20,8 @@ from transformers import set_seed
 
 import forgetless as fl
 
+from ..cli.console import Ui
 from . import results as book
-from .console import Ui
 from .data import Collator, Domain, encode_domain
 from .evaluate import facts, nll
 from .machine import commit

@@ -13,15 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import (
-    FACTS,
-    IGNORED,
-    Collator,
-    FactProbe,
-    padding_id,
-    start_tokens,
-    text_tokens,
-)
+from .data import FACTS, IGNORED, Collator, FactProbe, padding_id, start_tokens, text_tokens
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import forgetless as fl
 
+from ..cli.console import Ui
 from . import processes
 from . import results as book
 from .batches import Encoded, encode_for_training
-from .console import Ui
 from .data import Collator, Domain, encode_domain, load_domain
 from .evaluate import nll
 from .models import load_model

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from forgetless.layers import DRIFT_TOKENS, AdaptedLinear, is_conv1d
+from forgetless.layers.linear import DRIFT_TOKENS, AdaptedLinear, is_conv1d
 from forgetless.targets import find_layers
 
 

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..cli.console import Ui
 from . import results as book
-from .console import Ui
 from .machine import commit
 from .options import Plan
 from .session import Session

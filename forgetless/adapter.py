@@ -1,0 +1,105 @@
+"""What methods and penalties share: the layer that is adapted, and the adapter that is put on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer about to be adapted.
+
+    Attributes:
+        name: its path in the model, "model.layers.0.self_attn.q_proj".
+        weight: its frozen weight as (out_features N, in_features K), a view: writing to it changes the layer.
+        transposed: True for a Conv1D (GPT-2), which stores (in_features, out_features).
+    """
+
+    name: str
+    weight: Tensor
+    transposed: bool = False
+
+
+class Adapter(nn.Module):
+    """The low-rank update of one layer: delta = scale * up @ down.
+
+    Subclasses set ``scale`` (and ``dropout`` if they have one), hold their parameters and supply ``factors``; the
+    penalties that need gradients of the factors want ``pullback``, ``fl.consolidate`` wants ``restart``.
+    """
+
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.penalties = nn.ModuleList()
+
+    def factors(self) -> tuple[Tensor, Tensor]:  # down (R, K), up (N, R)
+        """The two factors, down (R, K) and up (N, R) of any floating dtype, differentiable in the parameters."""
+        raise NotImplementedError
+
+    def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
+        """Gradients of the parameters from those of the factors: ddown (S, R, K), dup (S, N, R), any S."""
+        raise NotImplementedError
+
+    def shortcut(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, return_h: bool = True
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """A cheaper way to y (..., N) and, if wanted, h (..., R), where the method knows one; None: by the factors."""
+        return None
+
+    def shortcut_reason(self, weight: Tensor) -> str | None:
+        """For ``fl.explain``: what the shortcut is, if it would be taken."""
+        return None
+
+    def restart(self, site: Site) -> None:
+        """Start again from no update, as ``fl.consolidate`` wants after folding; ``site`` has the new weight."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to start again")
+
+    def attach(self, penalties: tuple[Any, ...], site: Site) -> None:
+        """Hold a state of each of these, beside those it holds.
+
+        Raises:
+            ValueError: a penalty makes no sense for this adapter.
+        """
+        for penalty in penalties:
+            self.penalties.append(penalty.attach(self, site))
+
+    def penalty_states(self) -> list[Any]:
+        """The states of the attached penalties, in their order."""
+        return list(self.penalties)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))
+
+
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """float32 (float64 beside float64): half-precision parameters lose small optimiser steps."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def wide(t: Tensor) -> Tensor:
+    """float32, or float64 where it already is: penalties are summed in this."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def whole(t: Tensor) -> Tensor:
+    """t itself, or all of a parameter that is sharded over processes: between forward passes FSDP leaves its shards.
+
+    Gathered differentiably: each shard gets the mean of all processes' gradients, as those of the data. A collective
+    call.
+    """
+    if type(t) in _HERE or not hasattr(t, "full_tensor"):
+        return t
+    from torch.distributed.tensor import Partial
+
+    shards: Any = t
+    gathered: Tensor = shards.full_tensor(grad_placements=[Partial("avg")] * shards.device_mesh.ndim)
+    return gathered
+
+
+_HERE = (Tensor, nn.Parameter)

@@ -1,0 +1,208 @@
+"""Measure which plan and which tiles run each layer fastest on this card, and store the winners.
+
+    forgetless tune                                     # the shapes of common models
+    forgetless tune --shape 4096x4096 --rank 16 --tokens 8192 --dtype bfloat16
+    forgetless tune --toy                               # tiny sizes in Triton's interpreter, without a GPU
+
+Every candidate is verified against the float64 reference before it may win; one that fails or disagrees is left out
+with one line. The table (JSON under FORGETLESS_CACHE or ~/.cache/forgetless, or the file FORGETLESS_TUNE names) is
+written after every problem, so an interrupted run loses nothing: run the command again and it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forgetless.ops import autograd as ops
+from forgetless.ops import blas, reference
+from forgetless.ops import dispatch as plans
+
+#: out_features x in_features of Llama-3-8B, Qwen2.5-7B and Mistral-7B, most frequent first.
+SHAPES = ["4096x4096", "1024x4096", "14336x4096", "4096x14336", "3584x3584", "512x3584", "18944x3584", "3584x18944"]
+TOY_SHAPES = ["48x40"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, with the tile fields that it is tried with; none is the table's own row."""
+
+    plan: str
+    tile: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        return self.plan + "".join(f" {name}={value}" for name, value in self.tile)
+
+
+def candidates(sweep: str, tiles: bool) -> list[Candidate]:
+    """All that is tried for one problem; ``blas`` first, it is what the others must beat."""
+    found = [Candidate(plan) for plan in plans.PLANS]
+    if tiles:
+        fields = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+        for values in (
+            (128, 256, 64, 8, 3),
+            (128, 128, 64, 8, 4),
+            (128, 128, 64, 4, 4),
+            (64, 256, 64, 8, 4),
+            (256, 128, 64, 8, 3),
+        ):
+            found.append(Candidate("split", tuple(zip(fields, values, strict=True))))
+    return found
+
+
+def operands(wanted: plans.Problem, device: torch.device) -> dict[str, Tensor]:
+    """Inputs whose results are not noise: unit-variance outputs, a low-rank term as large as the frozen one."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, wanted.dtype)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    M, N, K, R = wanted.M, wanted.N, wanted.K, wanted.R
+    return {
+        "x": normal(M, K),
+        "dy": normal(M, N),
+        "weight": normal(N, K, scale=K**-0.5),
+        "down": normal(R, K, scale=K**-0.5),
+        "up": normal(N, R, scale=R**-0.5),
+        "h": normal(M, R),
+    }
+
+
+def runner(wanted: plans.Problem, module: Any, plan: str, t: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
+    """One call of the sweep by one module and plan."""
+    if wanted.sweep == "forward":
+        return lambda: list(module.linear_lowrank(t["x"], t["weight"], t["down"], t["up"], scale=1.0, plan=plan))
+    need = [True, False, True, True, False]
+    dtype = t["x"].dtype
+    arguments = (t["dy"], None, t["x"], t["weight"], t["down"], t["up"], t["h"], None, 1.0, 0.0, need, dtype, dtype)
+
+    def run() -> list[Tensor]:
+        return [grad for grad in ops._gradients(module, plan, *arguments) if grad is not None]
+
+    return run
+
+
+def truth(wanted: plans.Problem, t: dict[str, Tensor]) -> list[Tensor]:
+    """The sweep by the reference in float64, rounded once."""
+    wide = {name: tensor.double() for name, tensor in t.items()}
+    return [result.to(t["x"].dtype) for result in runner(wanted, reference, "split", wide)()]
+
+
+def with_tile(candidate: Candidate, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    def forced() -> list[Tensor]:
+        with ops.tile_forced(candidate.tile):
+            return run()
+
+    return forced if candidate.tile else run
+
+
+def measure(
+    wanted: plans.Problem,
+    tried: Iterable[Candidate],
+    device: torch.device,
+    say: Callable[[str], None],
+    seconds: Callable[..., list[float]] = plans.time_interleaved,
+) -> dict[str, Any]:
+    """The row of one problem: the winner, and the milliseconds of everything that was right."""
+    kernels = ops._kernels
+    t = operands(wanted, device)
+    right = truth(wanted, t)
+    runs: dict[Candidate, Callable[[], list[Tensor]]] = {}
+    for candidate in tried:
+        module = blas if candidate.plan == "blas" else kernels
+        run = with_tile(candidate, runner(wanted, module, candidate.plan, t))
+        try:
+            wrong = plans.disagreement(run(), right)
+        except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
+            wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        if wrong is None:
+            runs[candidate] = run
+        else:
+            say(f"  {candidate}: left out: {wrong}")
+    if not runs:
+        raise RuntimeError(f"no candidate computes {wanted.key} right on {wanted.gpu}")
+    times = dict(zip(runs, seconds(list(runs.values()), device), strict=True))
+    best = min(times, key=lambda candidate: times[candidate])
+    row: dict[str, Any] = {"plan": best.plan, "ms": {str(c): round(1e3 * s, 6) for c, s in times.items()}}
+    if best.tile:
+        row["tile"] = dict(best.tile)
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="forgetless tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", action="append", metavar="NxK", help="out_features x in_features; repeatable")
+    parser.add_argument("--rank", type=int, action="append", help="repeatable; default 16")
+    parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 1024 and 8192")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--tiles", action="store_true", help="try several tiles of the split plan as well")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the table holds already")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes; runs in the interpreter without a GPU")
+    parser.add_argument("--out", type=Path, help="the table's file")
+    options = parser.parse_args(argv)
+    try:
+        problems = list(wanted_problems(options))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    path = options.out or plans.table_path()
+    if options.out is not None:
+        os.environ["FORGETLESS_TUNE"] = str(options.out)
+    plans.forget()
+    rows = {gpu: dict(found) for gpu, found in plans.measured().items()}
+    todo = [p for p in problems if options.fresh or p.key not in rows.get(p.gpu, {})]
+    print(f"{len(problems)} problems, {len(problems) - len(todo)} measured before; table: {path}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        for index, wanted in enumerate(todo, 1):
+            print(f"[{index}/{len(todo)}] {wanted.key}", flush=True)
+            row = measure(wanted, candidates(wanted.sweep, options.tiles), device, lambda text: print(text, flush=True))
+            rows.setdefault(wanted.gpu, {})[wanted.key] = row
+            plans.store(rows, path)
+            times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in row["ms"].items())
+            print(f"  {row['plan']} wins: {times}", flush=True)
+    except KeyboardInterrupt:
+        print(f"interrupted; what was measured is in {path}, run the same command to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def wanted_problems(options: argparse.Namespace) -> Iterable[plans.Problem]:
+    """What to measure, forward and backward of every combination.
+
+    Raises:
+        ValueError: no GPU or no Triton, or an option that makes no sense.
+    """
+    if ops._kernels is None:
+        raise ValueError("Triton is not installed; there is nothing to choose between")
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not (options.toy and interpreting):
+        raise ValueError("no CUDA device here; TRITON_INTERPRET=1 forgetless tune --toy shows how it works")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = options.shape or (TOY_SHAPES if options.toy else SHAPES)
+    tokens = options.tokens or ([32] if options.toy else [1024, 8192])
+    for text, M, R in itertools.product(shapes, tokens, options.rank or [4 if options.toy else 16]):
+        try:
+            N, K = (int(part) for part in text.lower().split("x"))
+        except ValueError:
+            raise ValueError(f"--shape is {text!r}, wants out_features x in_features, for example 4096x4096") from None
+        if min(N, K, M, R) < 1:
+            raise ValueError(f"--shape {text}, --tokens {M}, --rank {R}: all must be at least 1")
+        for sweep in ("forward", "backward"):
+            yield plans.problem(device, sweep, M, N, K, R, getattr(torch, options.dtype))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

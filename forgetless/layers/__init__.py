@@ -1,0 +1,1 @@
+"""Adapted layers: the modules that run the op in a model."""

@@ -1,0 +1,119 @@
+"""Adapted layers whose base runs itself, the low-rank product added onto what it returns.
+
+For weights that cannot be read as a matrix here: packed ones (``forgetless.layers.quantized``), those cut over
+processes (``forgetless.layers.tensor_parallel``), and layers with hooks, which do more than multiply.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..methods.base import Method
+from ..ops.add_lowrank import Term, add_terms
+from .linear import AdaptedLinear, Trace
+from .quantized import Kind, kind_of, stand_in
+from .tensor_parallel import Cut, cut_of, gathered_columns, made_alike
+
+
+class AdaptedAround(AdaptedLinear):
+    """An adapted layer that runs its base as it is: hooks and all."""
+
+    around = True
+    reason = "the frozen layer has hooks and runs itself"
+    cut: Cut | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        adapter, cut = self.adapter, self.cut
+        down, up = adapter.factors()
+        if cut is not None:
+            down, up = cut.local(down, up)
+        term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0)
+        y, (h,) = add_terms(self.base, x, [term], cut)
+        self.__dict__["trace"] = None if torch._C._are_functorch_transforms_active() else self._trace(x, h)
+        return y
+
+
+class AdaptedPacked(AdaptedAround):
+    """``weight`` is a stand-in: its shape, dtype and device are true, the numbers are NaN."""
+
+    kind: Kind
+
+    def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
+        super().__init__(base, adapter, method, name)
+        self.kind = kind_of(base)  # type: ignore[assignment]
+        self.reason = f"{self.kind.title} makes x W^T itself"
+
+    @property
+    def weight(self) -> Tensor:
+        return stand_in(self.base, self.kind.dtype(self.base))
+
+    def fold(self, factors: tuple[Tensor, Tensor] | None = None) -> float:
+        raise ValueError(f"the weight of {self.name} is packed ({self.kind.title}): nothing can be added to it")
+
+    @torch.no_grad()
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The layer unpacked, in its own dtype or in this, with the update added in float32 and rounded once."""
+        weight = self.kind.unpack(self.base)
+        dtype = self.kind.dtype(self.base) or dtype
+        bias = self.bias
+        made = nn.Linear(self.in_features, self.out_features, bias is not None, weight.device, dtype)
+        delta = self.delta()
+        made.weight.copy_(weight.to(delta.dtype) + delta)
+        if bias is not None:
+            made.bias.copy_(bias)
+        return made.requires_grad_(False).train(self.training)
+
+
+class AdaptedSharded(AdaptedAround):
+    """Tensor parallel: ``weight`` is a DTensor, x or y this rank's columns."""
+
+    cut: Cut
+
+    def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
+        super().__init__(base, adapter, method, name)
+        self.cut = cut_of(base)  # type: ignore[assignment]
+        self.reason = (
+            f"its weight is cut {'row' if self.cut.dim else 'column'}-wise over {self.cut.mesh.size()} processes"
+        )
+        made_alike(adapter, self.cut)
+
+    def drift(self) -> float | None:
+        """As of AdaptedLinear; a collective call where the weight is cut row-wise."""
+        trace = self.trace
+        if trace is None or self.cut.dim == 0:
+            return super().drift()
+        self.trace = Trace(gathered_columns(trace.x, self.cut), None, None)
+        try:
+            return super().drift()
+        finally:
+            self.trace = trace
+
+    def _parts(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight.to_local(), *self.cut.local(down, up)  # type: ignore[attr-defined]
+
+    def _of_all(self, norms: Tensor) -> Tensor:
+        squares = norms.square()
+        torch.distributed.all_reduce(squares, group=self.cut.group)
+        return squares.sqrt()
+
+
+def put_on(base: nn.Module, adapter: Adapter, method: Method, name: str) -> AdaptedLinear:
+    """The adapted layer that fits the base as it is now."""
+    if kind_of(base) is not None:
+        return AdaptedPacked(base, adapter, method, name)
+    if cut_of(base) is not None:
+        return AdaptedSharded(base, adapter, method, name)
+    return (AdaptedAround if hooked(base) else AdaptedLinear)(base, adapter, method, name)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

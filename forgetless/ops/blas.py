@@ -1,0 +1,235 @@
+"""The low-rank linear layer on the machine's own BLAS, by in-place accumulation.
+
+Same names and signatures as ``forgetless.ops.reference``. This is the CPU path, and on other devices the path wherever
+the fused kernels do not run. Nothing of size (M, N) or (M, K) is written beside the results and, under dropout, one
+bit mask that is rebuilt from the seed and thrown away.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, mix
+
+# Hash words made at a time: both scratch arrays stay in a core's cache.
+_CHUNK = 1 << 18
+
+
+def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16, -1 keep, 0 drop
+    """``reference.keep_mask`` as all-ones or all-zeros words, so that one bitwise AND drops a 16-bit number."""
+    device = seed.device
+    width = (K + 1) // 2
+    constants = _constants(device)
+    keys = torch.bitwise_xor(_numbers(M, width, device), seed[:, None])
+    _mixed(keys, torch.empty_like(keys), constants)
+    row, pair = keys[0, :M, None], keys[1, :width]
+    (low, by_fifteen), keep = constants[4:], _scalar(drop_threshold(p) - 1, torch.int16, device)
+    bits = torch.empty(M, width, dtype=torch.int32, device=device)
+    step = max(1, _CHUNK // max(width, 1))
+    scratch = torch.empty(min(step, M), width, dtype=torch.int32, device=device)
+    for start in range(0, M, step):
+        word, left = (bits, scratch) if step >= M else (bits[start : start + step], scratch[: M - start])
+        torch.add(row[start : start + step], pair, out=word)
+        _mixed(word, left, constants)
+        half = word.view(torch.int16)
+        # kept iff half >= threshold, i.e. threshold - 1 - half is negative: its sign, spread over the word
+        half.bitwise_and_(low)
+        torch.sub(keep, half, out=half).bitwise_right_shift_(by_fifteen)
+    return bits.view(torch.int16)[:, :K]
+
+
+def _mixed(v: Tensor, scratch: Tensor, constants: tuple[Tensor, ...]) -> None:
+    """``reference.mix`` in place, the scalars in the dtype of v: a Python number would be converted every time."""
+    sixteen, mix_1, fifteen, mix_2 = constants[:4]
+    v.bitwise_xor_(torch.bitwise_right_shift(v, sixteen, out=scratch)).mul_(mix_1)
+    v.bitwise_xor_(torch.bitwise_right_shift(v, fifteen, out=scratch)).mul_(mix_2)
+    v.bitwise_xor_(torch.bitwise_right_shift(v, sixteen, out=scratch))
+
+
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, ...]:
+    words = [_scalar(value, torch.int32, device) for value in (16, MIX_1, 15, MIX_2)]
+    return (*words, _scalar(LEVELS - 1, torch.int16, device), _scalar(15, torch.int16, device))
+
+
+@functools.cache
+def _scalar(value: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(M: int, width: int, device: torch.device) -> Tensor:  # (2, max(M, width)) int32
+    """mix(0), mix(1), .. for rows; mix(0 ^ PAIRS), .. for pairs: what of the keys the seed does not change."""
+    count = torch.arange(max(M, width), dtype=torch.int32, device=device)
+    return torch.stack([mix(count), mix(count ^ PAIRS)])
+
+
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), without the microseconds that it takes to find out that there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _drop_(x: Tensor, bits: Tensor) -> Tensor:
+    """Zero the dropped elements of x in place."""
+    if x.element_size() == 2 and x.is_contiguous():
+        x.view(torch.int16).bitwise_and_(bits)
+    else:
+        x.mul_(bits.to(x.dtype).neg_())
+    return x
+
+
+def _dropped(x: Tensor, bits: Tensor) -> Tensor:
+    if x.element_size() == 2 and x.is_contiguous():
+        return torch.bitwise_and(x.view(torch.int16), bits).view(x.dtype)
+    return _drop_(x.clone(memory_format=torch.contiguous_format), bits)
+
+
+def project(
+    x: Tensor,  # (M, K)
+    down: Tensor,  # (R, K)
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+) -> Tensor:  # (M, R), dtype of x
+    """h = scale * drop(x) @ down.T"""
+    if seed is not None and p > 0.0:
+        x = _dropped(x, keep_bits(seed, p, *x.shape))
+    return _product(x, as_dtype(down, x.dtype).t(), scale)
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b, rounded once"""
+    if scale == 1.0:
+        return torch.mm(a, b)
+    return torch.addmm(_scalar(0, a.dtype, a.device), a, b, beta=0, alpha=scale)
+
+
+def matmul_lowrank(
+    x: Tensor,  # (M, K)
+    weight: Tensor,  # (N, K), dtype of x
+    h: Tensor,  # (M, R), dtype of x
+    up: Tensor,  # (N, R)
+    bias: Tensor | None = None,  # (N,)
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+) -> Tensor:  # (M, N), dtype of x
+    """y = x @ weight.T + bias + drop(h @ up.T)"""
+    up = as_dtype(up, x.dtype)
+    plain = seed is None or p == 0.0
+    if plain and bias is not None:  # which the large product adds for nothing
+        return linear(x, weight, bias).addmm_(h, up.t())
+    # the low-rank term first: it is the smaller one, and what the large product rounds is the sum
+    y = torch.mm(h, up.t())
+    if not plain:
+        _drop_(y, keep_bits(seed, p, x.shape[0], weight.shape[0]))  # type: ignore[arg-type]
+        if bias is not None:
+            y.add_(bias)
+    return y.addmm_(x, weight.t())
+
+
+def outer(
+    g: Tensor,  # (M, R)
+    x: Tensor,  # (M, K), dtype of g
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # (R, K), dtype given or that of x
+    """g.T @ drop(x), summed over the M rows"""
+    if seed is not None and p > 0.0:
+        x = _dropped(x, keep_bits(seed, p, *x.shape))
+    return as_dtype(torch.mm(g.t(), x), dtype or x.dtype)
+
+
+def project_outer(
+    x: Tensor,  # (M, K)
+    down: Tensor,  # (R, K)
+    h: Tensor,  # (M, R), dtype of x
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
+    """g = scale * x @ down.T and out = h.T @ x.
+
+    The second is laid out as the transpose of a
+    contiguous (K, R), the layout of the factor whose gradient it is.
+    """
+    return project(x, down, scale), as_dtype(torch.mm(x.t(), h), dtype or x.dtype).t()
+
+
+def linear_lowrank(
+    x: Tensor,  # (M, K)
+    weight: Tensor,  # (N, K), dtype of x
+    down: Tensor,  # (R, K)
+    up: Tensor,  # (N, R)
+    bias: Tensor | None = None,  # (N,)
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+    drop_output: bool = False,
+    plan: str = "split",
+) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
+    """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x"""
+    h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
+    return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h
+
+
+def gradients(
+    dys: Sequence[Tensor | None],  # (M, N_i) each
+    dh: Tensor | None,  # (M, sum of R_i)
+    x: Tensor | None,  # (M, K), only for ddown
+    weights: Sequence[Tensor],  # (N_i, K)
+    down: Tensor,  # (sum of R_i, K), dtype of x
+    ups: Sequence[Tensor],  # (N_i, R_i), dtype of x
+    h: Tensor | None,  # (M, sum of R_i), only for dups
+    seed: Tensor | None,  # (2,) int32
+    scale: float,
+    p: float,
+    need_x: bool,
+    need_down: bool,
+    need_ups: Sequence[bool],
+    down_dtype: torch.dtype,
+    up_dtypes: Sequence[torch.dtype],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:  # dx (M, K), ddown (sum of R_i, K), dups (N_i, R_i)
+    """Backward of layers that share x, y_i = x @ weight_i.T + h_i @ up_i.T with h = scale * drop(x) @ down.T, at once.
+
+    One mask serves all of it; dx is written once and added to in place. At least one of ``dys`` is given.
+    """
+    need_g = need_x or need_down
+    dups: list[Tensor | None] = []
+    parts: list[Tensor] = []
+    start = 0
+    for dy, up, need_up, up_dtype in zip(dys, ups, need_ups, up_dtypes):  # noqa: B905 - strict costs time
+        rank = up.shape[1]
+        dup = None
+        if dy is None:
+            rows = next(t for t in dys if t is not None)
+            parts.append(rows.new_zeros(rows.shape[0], rank))
+        else:
+            if need_g:
+                parts.append(_product(dy, up, scale))
+            if need_up:
+                part = h if len(ups) == 1 else h[:, start : start + rank]  # type: ignore[index]
+                dup = as_dtype(torch.mm(dy.t(), part), up_dtype)  # type: ignore[arg-type]
+        dups.append(dup)
+        start += rank
+    if not need_g:
+        return None, None, dups
+    g = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if dh is not None:
+        g.add_(dh, alpha=scale)
+    bits = None if seed is None or p == 0.0 else keep_bits(seed, p, g.shape[0], down.shape[1])
+    dx = ddown = None
+    if need_x:
+        dx = torch.mm(g, down)  # first, alone, to be masked
+        if bits is not None:
+            _drop_(dx, bits)
+        for dy, weight in zip(dys, weights):  # noqa: B905
+            if dy is not None:
+                dx.addmm_(dy, weight)
+    if need_down:
+        ddown = as_dtype(torch.mm(g.t(), x if bits is None else _dropped(x, bits)), down_dtype)  # type: ignore[arg-type]
+    return dx, ddown, dups

@@ -1,0 +1,165 @@
+"""The low-rank linear layer in plain torch: the truth every fast path is measured against.
+
+Three products carry the forward and the backward of every method (see ``forgetless.ops`` for how they compose):
+
+    h  = scale * drop(x) @ down.T             project
+    y  = x @ weight.T + bias + drop(h @ up.T) matmul_lowrank
+    dW = g.T @ drop(x)                        outer
+
+``drop`` zeroes the elements that ``keep_mask`` says; it does not rescale, callers fold 1 / (1 - p) into ``scale``.
+Products are taken in float32 (float64 for float64 inputs) and rounded once, to the dtype of the first argument.
+``project_outer`` and ``linear_lowrank`` are pairs of them, which a kernel may do in one launch. The modules
+``forgetless.ops.blas`` and ``forgetless_kernels.fused`` offer the same names with the same signatures.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Multipliers of the two-round 32-bit integer hash "lowbias32" (C. Wellons, hash-prospector), as signed integers.
+MIX_1 = 0x7FEB352D
+MIX_2 = 0x846CA68B - (1 << 32)
+# Sets the numbers of column pairs apart from those of rows: 2**32 over the golden ratio, as a signed integer.
+PAIRS = 0x9E3779B9 - (1 << 32)
+#: Keep probabilities are quantised to multiples of 2**-15: the hash gives 15 usable bits per element.
+LEVELS = 1 << 15
+
+
+def mix(v: Tensor) -> Tensor:
+    """Hash int32 to int32. Shifts are arithmetic, as int32 shifts are in torch and in Triton: so mix(~v) == mix(v)."""
+    v = (v ^ (v >> 16)) * MIX_1
+    v = (v ^ (v >> 15)) * MIX_2
+    return v ^ (v >> 16)
+
+
+def drop_threshold(p: float) -> int:
+    """The 15-bit hash value below which an element is dropped."""
+    return round(p * LEVELS)
+
+
+def keep_mask(
+    seed: Tensor,  # (2,) int32
+    p: float,
+    M: int,
+    K: int,
+) -> Tensor:  # (M, K) bool
+    """True where an element of an (M, K) matrix survives: it is dropped with probability ``p``.
+
+    A pure function of (seed, row, column), so that the backward pass and every backend rebuild the same mask from
+    eight bytes. One 32-bit hash serves two neighbouring columns: the low half the even one, the high half the odd one.
+    """
+    row, pair = mask_keys(seed, M, K)
+    word = mix(row + pair)
+    half = torch.stack((word, word >> 16), dim=-1).flatten(1)[:, :K]
+    return (half & (LEVELS - 1)) >= drop_threshold(p)
+
+
+def mask_keys(seed: Tensor, M: int, K: int) -> tuple[Tensor, Tensor]:  # (M, 1) and (1, ceil(K / 2)) int32
+    """Well mixed keys of the rows and of the column pairs; their sum is hashed once more per element."""
+    rows = torch.arange(M, dtype=torch.int32, device=seed.device)
+    pairs = torch.arange((K + 1) // 2, dtype=torch.int32, device=seed.device)
+    row = mix(mix(rows) ^ seed[0])
+    pair = mix(mix(pairs ^ PAIRS) ^ seed[1])
+    return row[:, None], pair[None, :]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    return x if seed is None or p == 0.0 else x * keep_mask(seed, p, *x.shape)
+
+
+def project(
+    x: Tensor,  # (M, K)
+    down: Tensor,  # (R, K)
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+) -> Tensor:  # (M, R), dtype of x
+    """h = scale * drop(x) @ down.T
+
+    Args:
+        x: bfloat16, float16, float32 or float64, as in all of these; ``down`` is used in the dtype of ``x``.
+        scale: a factor of the result, which ``drop`` does not rescale.
+        p: probability of dropout, a multiple of 2**-15 below 1; 0 drops nothing.
+        seed: of the mask of x, see ``keep_mask``; None drops nothing.
+
+    Raises:
+        RuntimeError: shapes do not fit. What users pass is checked before, by ``fl.ops.lowrank_linear``.
+    """
+    wide = _wide(x.dtype)
+    down = down.to(x.dtype).to(wide)
+    return (scale * (_drop(x, p, seed).to(wide) @ down.T)).to(x.dtype)
+
+
+def matmul_lowrank(
+    x: Tensor,  # (M, K)
+    weight: Tensor,  # (N, K), dtype of x
+    h: Tensor,  # (M, R), dtype of x
+    up: Tensor,  # (N, R)
+    bias: Tensor | None = None,  # (N,)
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+) -> Tensor:  # (M, N), dtype of x
+    """y = x @ weight.T + bias + drop(h @ up.T), rounded once
+
+    Forward of the layer with ``h`` of ``project``; of dy, weight.T, g and down.T it is its dx. The mask is one of the
+    result. Dtypes and errors as of ``project``.
+    """
+    wide = _wide(x.dtype)
+    y = x.to(wide) @ weight.to(wide).T
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (y + _drop(h.to(wide) @ up.to(x.dtype).to(wide).T, p, seed)).to(x.dtype)
+
+
+def outer(
+    g: Tensor,  # (M, R)
+    x: Tensor,  # (M, K), dtype of g
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # (R, K), dtype given or that of x
+    """g.T @ drop(x), summed over the M rows: the gradients of both factors
+
+    Mask, dtypes and errors as of ``project``; ``dtype`` is that of the result, the sum's own is at least float32.
+    """
+    wide = _wide(x.dtype)
+    return (g.to(wide).T @ _drop(x, p, seed).to(wide)).to(dtype or x.dtype)
+
+
+def project_outer(
+    x: Tensor,  # (M, K)
+    down: Tensor,  # (R, K)
+    h: Tensor,  # (M, R), dtype of x
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
+    """g = scale * x @ down.T and out = h.T @ x
+
+    ``project`` and ``outer`` of one matrix, in the backward pass dy, which a kernel then reads once.
+    """
+    return project(x, down, scale), outer(h, x, dtype=dtype)
+
+
+def linear_lowrank(
+    x: Tensor,  # (M, K)
+    weight: Tensor,  # (N, K), dtype of x
+    down: Tensor,  # (R, K)
+    up: Tensor,  # (N, R)
+    bias: Tensor | None = None,  # (N,)
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+    drop_output: bool = False,
+    plan: str = "split",
+) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
+    """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x
+
+    ``project`` and ``matmul_lowrank``; ``plan`` says which way a kernel goes, see ``forgetless.ops.dispatch``.
+    """
+    h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
+    return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h

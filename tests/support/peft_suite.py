@@ -1,0 +1,134 @@
+"""Run PEFT's own tests with every LoRA layer swapped in: a pytest plugin.
+
+    git clone --branch v0.21.2 https://github.com/huggingface/peft    # the installed version's tag
+    cd peft && pip install diffusers datasets                         # imported by its tests
+    export PYTHONPATH=/path/to/forgetless:/path/to/forgetless/tests
+    for swap in 1 0; do
+        FORGETLESS_SWAP=$swap FORGETLESS_SWAP_OUT=$swap.json pytest -p peft_suite --no-cov tests/test_custom_models.py
+    done
+    python -m peft_suite 1.json 0.json                                # bench/results/peft-suite.json
+
+Whatever makes a model with LoRA layers swaps it in: ``get_peft_model``, ``PeftModel.from_pretrained`` and
+``inject_adapter_in_model``. Tests that are parametrised with the configuration of another tuner are deselected.
+``FORGETLESS_SWAP=0`` leaves everything as it is, for the outcomes to compare with. The last line says how many forward
+passes of LoRA layers ran on our op, so that a pass with nothing swapped in is seen. ``FORGETLESS_SWAP_OUT`` names a
+file for the outcome of every test.
+"""
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import peft
+from peft.tuners.lora.layer import LoraLayer
+
+import forgetless as fl
+from forgetless.peft import swap
+
+ROUTES: Counter[str] = Counter()
+REASONS: Counter[str] = Counter()  # of forward passes that were PEFT's own
+OUTCOMES: dict[str, tuple[str, str]] = {}  # test -> outcome, reason
+SWAP = os.environ.get("FORGETLESS_SWAP", "1") != "0"
+
+
+def swapped(model):
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        fl.swap_in(model)
+    return model
+
+
+def counted(route):
+    def wrapper(self, x):
+        found = route(self, x)
+        layer, keys = self.layer, self.keys()
+        alone = layer.disable_adapters or layer.merged_adapters or not keys
+        way = "onto" if found and found[1] else "op" if found else "base" if alone else "peft"
+        ROUTES[way] += 1
+        if way == "peft":
+            reason = next(filter(None, (swap._adapter_reason(layer, key) for key in keys)), "this call, or its dtype")
+            REASONS[re.sub(r"'.*?'", "..", reason)] += 1
+        return found
+
+    return wrapper
+
+
+def pytest_configure(config):
+    if not SWAP:
+        return
+    swap._Taker.route = counted(swap._Taker.route)
+    make, inject, load = peft.get_peft_model, peft.inject_adapter_in_model, peft.PeftModel.from_pretrained.__func__
+    peft.get_peft_model = lambda *args, **kwargs: swapped(make(*args, **kwargs))
+    peft.inject_adapter_in_model = lambda *args, **kwargs: swapped(inject(*args, **kwargs))
+    peft.PeftModel.from_pretrained = classmethod(lambda cls, *args, **kwargs: swapped(load(cls, *args, **kwargs)))
+
+
+def of_lora(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("config_cls", peft.LoraConfig) is peft.LoraConfig
+
+
+def pytest_collection_modifyitems(config, items):
+    others = [item for item in items if not of_lora(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if of_lora(item)]
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome != "passed":
+        reason = ""
+        if report.skipped and isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+        elif report.failed:
+            reason = report.longrepr.reprcrash.message if hasattr(report.longrepr, "reprcrash") else "no setup"
+        outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
+        OUTCOMES[report.nodeid] = outcome, " ".join(reason.split())
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"forward passes of swapped-in layers: {dict(ROUTES)}")
+    if out := os.environ.get("FORGETLESS_SWAP_OUT"):
+        from bench.harness import machine
+
+        data = {"swap": SWAP, "machine": machine(), "outcomes": OUTCOMES}
+        data |= {"routes": dict(ROUTES), "reasons": dict(REASONS.most_common())}
+        Path(out).write_text(json.dumps(data), encoding="utf-8")
+
+
+def reasons(outcomes, wanted):
+    """How many tests had that outcome, by the first sentence of the reason."""
+    texts = [re.split(r"(?<=\w)\. |(?<=\.)\s", reason)[0] for outcome, reason in outcomes.values() if outcome == wanted]
+    return dict(Counter(texts).most_common())
+
+
+def result(ours, theirs):
+    """What bench/results/peft-suite.json holds, from the outcomes with and without swap-in."""
+    if (ours["swap"], theirs["swap"]) != (True, False):
+        raise SystemExit("wants the outcomes with swap-in first, those of FORGETLESS_SWAP=0 second")
+    files = {}
+    for name in sorted({test.partition("::")[0] for test in ours["outcomes"]}):
+        files[name] = {
+            key: dict(Counter(v[0] for test, v in run["outcomes"].items() if test.startswith(f"{name}::")))
+            for key, run in (("swapped in", ours), ("PEFT", theirs))
+        }
+    names = sorted({*ours["outcomes"], *theirs["outcomes"]})
+    first = [[run["outcomes"].get(name, ["missing"])[0] for run in (ours, theirs)] for name in names]
+    return {
+        "schema": 1,
+        "machine": ours["machine"],
+        "files": files,
+        "differ": {name: pair for name, pair in zip(names, first, strict=True) if pair[0] != pair[1]},
+        "skipped": reasons(ours["outcomes"], "skipped"),
+        "failed": reasons(ours["outcomes"], "failed"),
+        "failed_tests": sorted(name for name, (outcome, _) in ours["outcomes"].items() if outcome == "failed"),
+        "forward_passes": ours["routes"],
+        "own_forward": ours["reasons"],
+    }
+
+
+if __name__ == "__main__":
+    from bench.harness import RESULTS, write_json
+
+    write_json(RESULTS / "peft-suite.json", result(*(json.loads(Path(p).read_text()) for p in sys.argv[1:3])))

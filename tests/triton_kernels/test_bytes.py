@@ -1,0 +1,259 @@
+"""The cost model's bytes against the kernels' own, counted in Triton's interpreter; and what a whole plan moves."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_plans import PLANS, on_kernels
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from forgetless.ops import autograd as ops
+from forgetless_bench import traffic
+from forgetless_kernels import fused, project, tiles, tl_utils
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
+TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
+EVEN = traffic.Sizes(M=32, N=64, K=64, R=16)
+RAGGED = traffic.Sizes(M=21, N=50, K=40, R=10)
+P = 0.25
+
+
+class Meter:
+    """Loads and stores of every launch, by address; what the kernels' own memory is for"""
+
+    def __init__(self) -> None:
+        self.launches: list[str] = []
+        self.traffic: list[tuple[int, str, int, int]] = []  # launch, kind, first address, bytes
+        self.made: list[torch.Tensor] = []
+
+    def note(self, kind: str, ptrs: Any, mask: Any) -> None:
+        size = max(1, ptrs.dtype.element_ty.primitive_bitwidth // 8)
+        mask = mask if isinstance(mask, np.ndarray) else mask.data  # an array where a descriptor was
+        active = ptrs.data.ravel()[mask.ravel().astype(bool)]
+        if len(active):
+            self.traffic.append((len(self.launches) - 1, kind, int(active[0]), len(active) * size))
+
+    def by_launch(self, tensors: dict[str, torch.Tensor]) -> list[tuple[dict[str, int], dict[str, int]]]:
+        """(loads, stores) of each launch, by tensor; an address that belongs to none of them is an error"""
+        ranges = [(name, t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes()) for name, t in tensors.items()]
+        sums = [{"load": collections.Counter(), "store": collections.Counter()} for _ in self.launches]
+        for launch, kind, address, size in self.traffic:
+            owner = next(name for name, start, end in ranges if start <= address < end)
+            sums[launch][kind][owner] += size
+        return [(dict(each["load"]), dict(each["store"])) for each in sums]
+
+    def total(self, operands: dict[str, torch.Tensor], names: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """(loads, stores) by tensor, of all launches; ``names`` are those of the memory made, in order"""
+        loads: collections.Counter = collections.Counter()
+        stores: collections.Counter = collections.Counter()
+        for some_loads, some_stores in self.by_launch({**operands, **dict(zip(names, self.made, strict=True))}):
+            loads.update(some_loads)
+            stores.update(some_stores)
+        return dict(loads), dict(stores)
+
+    def streams(self, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+        """How many launches read each of x, dy and W"""
+        made = {f"made {i}": t for i, t in enumerate(self.made)}
+        launches = self.by_launch({**tensors, **made})
+        return dict(collections.Counter(name for loads, _ in launches for name in loads if name in ("x", "dy", "W")))
+
+
+@pytest.fixture
+def meter(monkeypatch):
+    """Every load, store, descriptor access (they become masked ones) and atomic operation of the kernels"""
+    from triton.runtime import interpreter
+
+    meter, builder = Meter(), interpreter.InterpreterBuilder
+    load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+    call = interpreter.GridExecutor.__call__
+
+    def masked_load(self, ptrs, mask, *rest, **options):
+        meter.note("load", ptrs, mask)
+        return load(self, ptrs, mask, *rest, **options)
+
+    def masked_store(self, ptrs, value, mask, *rest, **options):
+        meter.note("store", ptrs, mask)
+        return store(self, ptrs, value, mask, *rest, **options)
+
+    def atomic_rmw(self, operation, ptr, value, mask, *rest, **options):
+        meter.note("load", ptr, mask)
+        meter.note("store", ptr, mask)
+        return atomic(self, operation, ptr, value, mask, *rest, **options)
+
+    def launch(self, *args, **options):
+        meter.launches.append(self.fn.__name__.strip("_").removesuffix("_kernel"))
+        return call(self, *args, **options)
+
+    def empty(shape, dtype, like):
+        meter.made.append(torch.empty(shape, dtype=dtype))
+        return meter.made[-1]
+
+    monkeypatch.setattr(builder, "create_masked_load", masked_load)
+    monkeypatch.setattr(builder, "create_masked_store", masked_store)
+    monkeypatch.setattr(builder, "create_atomic_rmw", atomic_rmw)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    monkeypatch.setattr(tl_utils, "empty", empty)
+    return meter
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bfloat16)
+
+
+def drop(s: traffic.Sizes) -> dict[str, Any]:
+    return {"p": P, "seed": torch.ones(2, dtype=torch.int32)} if s.dropout else {}
+
+
+def operands_of(s: traffic.Sizes, *names: str) -> dict[str, torch.Tensor]:
+    shapes = {"x": (s.M, s.K), "weight": (s.N, s.K), "h": (s.M, s.R), "g": (s.M, s.R), "bias": (s.N,)}
+    factors = {"down": (s.R, s.K), "up": (s.N, s.R)}
+    return {name: torch.ones(factors[name]) if name in factors else bf16(*shapes[name]) for name in names}
+
+
+def with_seed(operands: dict[str, torch.Tensor], options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {**operands, "seed": options["seed"]} if options else operands
+
+
+def variants(*changes: dict[str, Any]) -> list[traffic.Sizes]:
+    return [dataclasses.replace(s, **change) for s in (EVEN, RAGGED) for change in ({}, *changes)]
+
+
+@pytest.mark.parametrize("s", variants({"dropout": True}, {"R": 256}, {"dropout": True, "R": 144}), ids=str)
+def test_project(s, meter):
+    operands, options = operands_of(s, "x", "down"), drop(s)
+    with tiles.forced("project", **TILE):
+        fused.project(*operands.values(), **options)
+    want = traffic.project_traffic(s, tiles.Tile(**TILE))
+    assert meter.total(with_seed(operands, options), ["h"]) == want
+    if s == EVEN:
+        assert want == ({"x": s.M * s.K * 2, "down": s.M // 16 * s.R * s.K * 4}, {"h": s.M * s.R * 2})
+
+
+@pytest.mark.parametrize("s", variants({"dropout": True}, {"bias": True, "R": 200}), ids=str)
+def test_matmul_lowrank(s, meter):
+    operands, options = operands_of(s, "x", "weight", "h", "up", *(["bias"] if s.bias else [])), drop(s)
+    with tiles.forced("matmul_lowrank", **TILE):
+        fused.matmul_lowrank(*operands.values(), **options)
+    want = traffic.matmul_lowrank_traffic(s, tiles.Tile(**TILE))
+    assert meter.total(with_seed(operands, options), ["y"]) == want
+    if s == EVEN:  # x through the cache for each column of tiles, y once
+        assert want[0]["x"] == s.N // 32 * s.M * s.K * 2 and want[1] == {"y": s.M * s.N * 2}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("change", [{}, {"dropout": True}, {"bias": True, "R": 128}], ids=str)
+@pytest.mark.parametrize("sizes", [(32, 64, 64), (21, 72, 40)])
+def test_matmul_lowrank_on_descriptors(sizes, change, transposed, meter):
+    s = traffic.Sizes(*sizes, **{"R": 16, **change})
+    operands, options = operands_of(s, "x", "weight", "h", "up", *(["bias"] if s.bias else [])), drop(s)
+    if transposed:
+        operands["weight"] = operands["weight"].T.contiguous().T
+    tile = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32}
+    with tiles.forced("matmul_lowrank_t_descriptor" if transposed else "matmul_lowrank_descriptor", **tile):
+        fused.matmul_lowrank(*operands.values(), **options)
+    assert meter.launches == ["matmul_lowrank_descriptor"]
+    want = traffic.matmul_lowrank_descriptor_traffic(s, tiles.Tile(**tile))
+    assert meter.total(with_seed(operands, options), ["y"]) == want
+
+
+@pytest.mark.parametrize("M", [32, 1024])
+@pytest.mark.parametrize("s", variants({"dropout": True}, {"dropout": True, "R": 144}), ids=str)
+def test_outer(s, M, meter):
+    s = dataclasses.replace(s, M=M + s.M % 2)
+    operands, options = operands_of(s, "g", "x"), drop(s)
+    with tiles.forced("outer", BLOCK_M=16 if M < 64 else 64, BLOCK_K=64):
+        fused.outer(*operands.values(), **options, dtype=torch.float32)
+        tile = tiles.Tile(16 if M < 64 else 64, 0, 64)
+    want = traffic.outer_traffic(s, tile)
+    assert meter.total(with_seed(operands, options), ["out", "part"] if M > 64 else ["out"]) == want
+
+
+@pytest.mark.parametrize("s", variants({"R": 64}), ids=str)
+def test_one_sweep(s, meter, monkeypatch):
+    monkeypatch.setattr(project, "sweep_pays", lambda *sizes: True)
+    operands = operands_of(s, "x", "down", "h")
+    with tiles.forced("project_outer", **TILE):
+        fused.project_outer(*operands.values(), dtype=torch.float32)
+    want = traffic.project_outer_traffic(s, tiles.Tile(**TILE))
+    assert meter.total(operands, ["g", "out", "g_part", "out_part"]) == want
+    assert want[0]["x"] == s.M * s.K * 2  # once, though two products are made of it
+
+
+@pytest.mark.parametrize("plan", ["full", "once"])
+@pytest.mark.parametrize("drop_output", [False, True])
+@pytest.mark.parametrize("s", variants({"dropout": True}, {"bias": True, "R": 64}, {"N": 20}), ids=str)
+def test_whole_forward_in_one_kernel(s, plan, drop_output, meter):
+    operands, options = operands_of(s, "x", "weight", "down", "up", *(["bias"] if s.bias else [])), drop(s)
+    with tiles.forced(plan, **TILE):
+        fused.linear_lowrank(*operands.values(), **options, drop_output=drop_output, plan=plan)
+    want = traffic.TRAFFIC[plan](s, tiles.Tile(**TILE), drop_output)
+    made = ["y", "h", "flags"] if plan == "once" else ["y", "h"]
+    assert meter.total(with_seed(operands, options), made) == want
+
+
+# ------------------------------------------------------------------------------------- whole plans
+
+
+class Large(TorchDispatchMode):
+    """The results of torch's own operations that have memory of their own and at least so many elements"""
+
+    def __init__(self, numel: int, given: list[torch.Tensor]):
+        super().__init__()
+        self.numel, self.found = numel, []
+        self.known = {t.untyped_storage().data_ptr() for t in given}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.numel() >= self.numel:
+                address = t.untyped_storage().data_ptr()
+                if address not in self.known:
+                    self.found.append((str(function), tuple(t.shape)))
+                    self.known.add(address)
+        return result
+
+
+FORWARD = {
+    "split": ["project", "matmul_lowrank"],
+    "descriptors": ["project", "matmul_lowrank_descriptor"],
+    "full": ["linear_lowrank"],
+    "once": ["linear_lowrank"],
+}
+BACKWARD = {
+    "split": ["project_outer", "sum_both", "matmul_lowrank", "outer", "sum_strips"],
+    "descriptors": ["project_outer", "sum_both", "matmul_lowrank_descriptor", "outer", "sum_strips"],
+    "full": ["linear_lowrank", "outer", "sum_strips", "outer", "sum_strips"],
+    "once": ["linear_lowrank", "outer", "sum_strips", "outer", "sum_strips"],
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, P])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_writes_nothing_large_but_its_results_and_reads_no_more_than_it_must(plan, dropout, meter, monkeypatch):
+    M, N, K, R = 80, 48, 40, 4
+    x, weight = bf16(M, K).requires_grad_(), bf16(N, K)
+    down, up, dy = bf16(R, K).requires_grad_(), bf16(N, R).requires_grad_(), bf16(M, N)
+    seed = torch.ones(2, dtype=torch.int32) if dropout else None
+    named = {"x": x, "W": weight, "A": down, "B": up, "dy": dy, **({} if seed is None else {"seed": seed})}
+    with on_kernels(plan, monkeypatch, BLOCK_K=64):
+        with Large(M * min(N, K), [*named.values()]) as large:
+            y = ops.lowrank_linear(x, weight, down, up, None, 0.5, dropout, seed)
+        assert [t.shape for t in meter.made if t.numel() >= M * K] == [(M, N)]
+        assert meter.launches == FORWARD[plan]
+        assert meter.streams(named) == {"x": len(FORWARD[plan]), "W": 1}
+        assert large.found == [("aten.empty.memory_format", (M, N))]
+        del meter.launches[:], meter.traffic[:]
+        forward = len(meter.made)
+        with Large(M * min(N, K), [*named.values(), y]) as large:
+            torch.autograd.grad(y, (x, down, up), dy)
+    assert [t.shape for t in meter.made[forward:] if t.numel() >= M * K] == [(M, K)]
+    assert large.found == [("aten.empty.memory_format", (M, K))]
+    assert meter.launches == BACKWARD[plan]
+    assert meter.streams(named) == {"dy": 2, "x": 1, "W": 1}
