@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,149 +47,195 @@ def calibrate(
             fisher="true" draws labels from them, or two Laplace penalties of which one does (statistics are then
             reset); or weights are cut over processes by tensor parallelism.
     """
-    found = _running(model)
-    wanting = {name: layer for name, layer in found.items() if _states(layer)}
-    if not wanting:
-        raise ValueError("no attached penalty asks for statistics; only Laplace (LaLoRA) and SourceDeviation do")
-    cut = next((name for name, layer in wanting.items() if getattr(layer, "cut", None) is not None), None)
-    if cut is not None:
-        raise ValueError(
-            f"the weight of {cut} is cut over processes: calibrate the model whole and fl.save; fl.load after cutting"
-        )
-    states = [state for layer in wanting.values() for state in _states(layer)]
-    learning = [state for state in states if state.statistics != "inputs"]
-    draws = {getattr(state.spec, "fisher", None) == "true" for state in learning}
-    if len(draws) > 1:
-        raise ValueError("one Laplace penalty has fisher='true', another has not; calibrate wants one kind of labels")
-    if draws == {True} and loss is not None:
-        raise ValueError("loss is given, but fisher='true' draws labels from the model's own logits; leave it out")
-    generator = torch.Generator().manual_seed(0) if draws == {True} else None
-    for layer in wanting.values():
-        for state in _states(layer):
-            state.begin_statistics(layer.adapter)
-            state.known_calibrated = False
-    kin = _families(wanting)
-    modes = {module: module.training for module in model.modules()}
-    trained = [p for layer in found.values() for p in layer.adapter.parameters() if p.requires_grad]
-    done = sequences = 0
-    model.eval()
+    running = _running(model)
+    layers = {name: layer for name, layer in running.items() if _states(layer)}
+    measured = _Measured(model, layers, loss)
+    states = [state for layer in layers.values() for state in _states(layer)]
+    counts = {"layers": len(layers), "batches": 0, "sequences": 0}
     try:
-        for p in trained:  # gradients of the layers' outputs are all that is needed
-            p.requires_grad_(not learning)
-        for batch in batches:
-            with ExitStack() as hooks:
-                window = _Window(batch, next(iter(wanting.values())).weight.device)
-                for layer in wanting.values():
-                    if learning:
-                        hooks.callback(layer.register_forward_pre_hook(window.start_graph).remove)
-                    hooks.callback(layer.register_forward_hook(_observer(window, kin)).remove)
-                with torch.set_grad_enabled(bool(learning)):
-                    if generator is not None:
-                        value = window.drawn_loss(model, generator)
-                    else:
-                        value = _loss(model, window.batch, loss, bool(learning))
-                    if learning:
-                        if not torch.isfinite(value).all():
-                            raise ValueError(f"batch {done + 1} has a loss of {value.item()}; has it any label?")
-                        torch.autograd.grad(value, window.leaves, allow_unused=True)
-                for family in {id(f): f for f in kin.values()}.values():
-                    family.close()
-            done += 1
-            sequences += window.sequences
-            if on_batch is not None:
-                on_batch(done)
+        with _measuring(model, list(running.values()), measured.needs_gradients):
+            measured.begin()
+            for batch in batches:
+                counts["sequences"] += measured.take(batch, counts["batches"] + 1)
+                counts["batches"] += 1
+                if on_batch is not None:
+                    on_batch(counts["batches"])
+            if counts["batches"] == 0:
+                raise ValueError("batches is empty, wants at least one batch of source-domain data")
+            for state in {state.shared(): state for state in states}.values():
+                state.end_statistics()
     except BaseException:  # sums that were never divided must not be taken for statistics
-        for layer in wanting.values():
-            for state in _states(layer):
-                state.begin_statistics(layer.adapter)
+        measured.reset()
         raise
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
-        for module, training in modes.items():
-            module.training = training
-        for layer in found.values():
-            layer.trace = None
-    if done == 0:
-        raise ValueError("batches is empty, wants at least one batch of source-domain data")
-    for state in {id(state.shared()): state for state in states}.values():
-        state.end_statistics()
-    return {"layers": len(wanting), "batches": done, "sequences": sequences}
+    return counts
 
 
 def _states(layer: AdaptedLinear) -> list[Any]:
     return [state for state in layer.adapter.penalty_states() if state.statistics]
 
 
+@contextmanager
+def _measuring(model: nn.Module, layers: list[AdaptedLinear], needs_gradients: bool) -> Iterator[None]:
+    """Evaluation mode, and no parameter that asks for a gradient; all is put back, and the layers' traces dropped.
+
+    Gradients of the layers' outputs are all that is measured. Inference mode is left: its tensors have no graph.
+    """
+    modes = {module: module.training for module in model.modules()}
+    trained = [p for layer in layers for p in layer.adapter.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for p in trained:
+            p.requires_grad_(not needs_gradients)
+        with torch.inference_mode(False), torch.set_grad_enabled(needs_gradients):
+            yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+        for module, training in modes.items():
+            module.training = training
+        for layer in layers:
+            layer.trace = None
+
+
+class _Measured:
+    """The layers that are measured, and what is measured on them, batch by batch.
+
+    Raises:
+        ValueError: see ``calibrate``.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, AdaptedLinear], loss: LossFunction | None):
+        self.model, self.layers, self.loss = model, layers, loss
+        if not layers:
+            raise ValueError("no attached penalty asks for statistics; only Laplace (LaLoRA) and SourceDeviation do")
+        cut = next((name for name, layer in layers.items() if getattr(layer, "cut", None) is not None), None)
+        if cut is not None:
+            raise ValueError(
+                f"the weight of {cut} is cut over processes: calibrate the model whole and fl.save; "
+                "fl.load after cutting"
+            )
+        states = [state for layer in layers.values() for state in _states(layer)]
+        draws = {getattr(state.spec, "fisher", None) == "true" for state in states if state.statistics != "inputs"}
+        if len(draws) > 1:
+            raise ValueError(
+                "one Laplace penalty has fisher='true', another has not; calibrate wants one kind of labels"
+            )
+        if draws == {True} and loss is not None:
+            raise ValueError("loss is given, but fisher='true' draws labels from the model's own logits; leave it out")
+        self.needs_gradients = bool(draws)
+        self.generator = torch.Generator().manual_seed(0) if draws == {True} else None
+        self.families: dict[nn.Module, _Family] = {}
+
+    def begin(self) -> None:
+        """Forget earlier statistics; siblings share what is to come."""
+        self.reset()
+        for members in _siblings(self.layers):
+            self.families.update(dict.fromkeys(members, _Family(members)))
+
+    def reset(self) -> None:
+        """No statistics, and no tensor of a batch is kept."""
+        for family in self.families.values():
+            family.drop()
+        for layer in self.layers.values():
+            for state in _states(layer):
+                state.reset_caches()
+                state.begin_statistics(layer.adapter)
+
+    def take(self, batch: Any, number: int) -> int:
+        """Run the model on one batch, the ``number``-th; returns its sequences."""
+        window = _Window(batch, next(iter(self.layers.values())).weight.device)
+        value: Any = None
+        try:
+            with ExitStack() as hooks:
+                for layer in self.layers.values():
+                    if self.needs_gradients:
+                        hooks.callback(layer.register_forward_pre_hook(window.start_graph).remove)
+                    hooks.callback(layer.register_forward_hook(_observer(window, self.families)).remove)
+                if self.generator is not None:
+                    value = window.drawn_loss(self.model, self.generator)
+                else:
+                    value = _loss(self.model, window.batch, self.loss, self.needs_gradients)
+                if self.needs_gradients:
+                    if not torch.isfinite(value).all():
+                        raise ValueError(f"batch {number} has a loss of {value.item()}; has it any label?")
+                    torch.autograd.grad(value, window.leaves, allow_unused=True)
+            for family in self.families.values():
+                family.close()
+            return window.sequences
+        finally:  # an exception that is kept keeps this frame: it must not keep the graph
+            value = None
+            window.drop()
+
+
 # ---------------------------------------------------------------------------------------- siblings
 
 
 class _Family:
-    """Siblings' states that hold one set of statistics for as long as they are given the very same x."""
+    """Siblings' states that have one set of statistics for as long as they are given the very same x.
+
+    The same tensor, unchanged since the first of them was called with it: an x that was written to in between is
+    another x. Holds x while a round of calls lasts, within one batch.
+    """
 
     def __init__(self, members: list[Any]):
         self.members = members
-        self.came: list[Any] = []
-        self.x: Tensor | None = None
+        self.drop()
         for member in members[1:]:
             member.share(members[0])
 
-    def take(self, state: Any, x: Tensor, rows: Callable[[], Tensor]) -> None:
-        """``state`` is given x, whose real tokens are ``rows()``."""
-        if all(member is not state for member in self.members):
-            state.add_inputs(rows())
+    def drop(self) -> None:
+        """End the round; what it came with is not taken in."""
+        self.called: list[Any] = []
+        self.x: Tensor | None = None
+        self.rows: Tensor | None = None
+
+    def take(self, state: Any, x: Tensor, rows: Tensor) -> None:
+        """``state`` is called with x (.., K), whose real tokens are rows (tokens, K)."""
+        if state not in self.members:
+            state.add_inputs(rows)
             return
-        if any(member is state for member in self.came):
+        if state in self.called:
             self.close()  # called again: a round is over
-        if not self.came:
-            self.x, self.rows = x, rows
-        elif x is not self.x:
+        if not self.called:
+            # a copy, since members that part must not have taken it in, and x may be written to before they do
+            self.x, self.version, self.rows = x, x._version, rows.clone()
+        elif x is not self.x or x._version != self.version:
             self._leave(state)
-            state.add_inputs(rows())
+            state.add_inputs(rows)
             return
-        self.came.append(state)
-        if len(self.came) == len(self.members):
+        self.called.append(state)
+        if len(self.called) == len(self.members):
             self.close()
 
     def close(self) -> None:
-        """Take in what the members have come with; who has not come has not seen it and goes its own way."""
-        came, self.came = self.came, []
-        if came:
+        """Take in what the members were called with; who was not called has not seen it and goes its own way."""
+        if self.called:
             for member in list(self.members):
-                if all(member is not other for other in came):
+                if member not in self.called:
                     self._leave(member)
-            came[0].add_inputs(self.rows())
-        self.x = None
+            self.called[0].add_inputs(self.rows)
+        self.drop()
 
     def _leave(self, state: Any) -> None:
         state.separate()
-        self.members = [member for member in self.members if member is not state]
-        if self.members and state.shared() is self.members[0].shared():
-            raise AssertionError("a state that leaves must hold statistics of its own")
+        self.members.remove(state)
 
 
-def _kin(layers: dict[str, AdaptedLinear]) -> Iterator[list[Any]]:
-    """States of siblings that may hold one set of statistics, by names alone."""
+def _siblings(layers: dict[str, AdaptedLinear]) -> Iterator[list[Any]]:
+    """States of siblings that may have one set of statistics, by names alone."""
     for names in families(list(layers)):
-        found: dict[Any, list[Any]] = {}
+        alike: dict[Any, list[Any]] = {}
         for name in names:
             for index, state in enumerate(_states(layers[name])):
                 if state.shareable() is not None:
-                    found.setdefault((index, state.shareable()), []).append(state)
-        yield from (members for members in found.values() if len(members) > 1)
-
-
-def _families(layers: dict[str, AdaptedLinear]) -> dict[int, _Family]:
-    made: dict[int, _Family] = {}
-    for members in _kin(layers):
-        made.update(dict.fromkeys(map(id, members), _Family(members)))
-    return made
+                    alike.setdefault((index, state.shareable()), []).append(state)
+        yield from (members for members in alike.values() if len(members) > 1)
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Siblings that hold the same statistics hold them once: after loading, which gives each its own."""
+    """Siblings with equal statistics have them once: after loading, which gives each its own."""
     layers = {name: layer for name, layer in _running(model).items() if _states(layer)}
-    for members in _kin(layers):
+    for members in _siblings(layers):
         for member in members[1:]:
             if member.shared() is not members[0].shared() and member.shared().same_as(members[0].shared()):
                 member.share(members[0])
@@ -208,10 +253,12 @@ class _Window:
         self.share: Tensor | None = None  # (sequences,) share of each sequence in the batch's mean loss
         self.sequences = 0
         self.leaves: list[Tensor] = []  # where the graph starts
-        self._begun: tuple[Callable[[], Tensor | None], Tensor] | None = None
+        self._start: tuple[Tensor, int] | None = None  # the x of the last leaf, and its version
+        if isinstance(batch, Tensor):
+            self.batch = _normal(batch)
         if not isinstance(batch, Mapping):
             return
-        self.batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        self.batch = {k: _normal(v.to(device)) if isinstance(v, Tensor) else v for k, v in batch.items()}
         leading = next((v for v in self.batch.values() if isinstance(v, Tensor) and v.dim() >= 1), None)
         self.sequences = 0 if leading is None else leading.shape[0]
         mask = self.batch.get("attention_mask")
@@ -220,6 +267,11 @@ class _Window:
         labels = self.batch.get("labels")
         if isinstance(labels, Tensor) and labels.dim() == 2:
             self._count(labels[:, 1:] != -100)  # a causal model predicts all but the first token
+
+    def drop(self) -> None:
+        """Let go of the batch and of the graph."""
+        self.batch = self.mask = self.share = self._start = None
+        self.leaves = []
 
     def _count(self, counted: Tensor) -> None:  # (sequences, ..) bool
         counts = counted.flatten(1).sum(1).double()
@@ -230,11 +282,10 @@ class _Window:
         x = args[0]
         if x.requires_grad:
             return None
-        if self._begun is None or self._begun[0]() is not x:
-            leaf = x.detach().requires_grad_(True)
-            self.leaves.append(leaf)
-            self._begun = weakref.ref(x), leaf
-        return self._begun[1], *args[1:]
+        if self._start is None or self._start[0] is not x or self._start[1] != x._version:
+            self._start = x, x._version
+            self.leaves.append(x.detach().requires_grad_(True))
+        return self.leaves[-1], *args[1:]
 
     def drawn_loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
         """Mean loss of labels drawn from the model's own prediction, where the batch has labels (or tokens)."""
@@ -281,21 +332,34 @@ def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:  # (rows,
     return torch.searchsorted(summed, spots * summed[:, -1:]).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
-def _observer(window: _Window, kin: dict[int, _Family]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+def _normal(t: Tensor) -> Tensor:
+    """t, or a copy that may be part of a graph: tensors of inference mode may not."""
+    return t.clone() if t.is_inference() else t
+
+
+def _observer(
+    window: _Window, families: dict[nn.Module, _Family]
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         assert isinstance(layer, AdaptedLinear)
         x = window.split(args[0].detach())
+        version = x._version
         if window.sequences == 0:
             window.sequences = x.shape[0]
         for state in _states(layer):
             if state.statistics == "inputs":
-                family = kin.get(id(state))
-                if family is None:
-                    state.add_inputs(window.real(x))
+                if state in families:
+                    families[state].take(state, args[0], window.real(x))
                 else:
-                    family.take(state, args[0], lambda: window.real(x))
+                    state.add_inputs(window.real(x))
+
+        def take_gradient(dy: Tensor) -> None:
+            if x._version != version:
+                raise ValueError(f"the input of {layer.name} was changed in place after the layer had run on it")
+            _add_gradients(layer, window, x, window.split(dy))
+
         if any(state.statistics != "inputs" for state in _states(layer)) and y.requires_grad:
-            y.register_hook(lambda dy: _add_gradients(layer, window, x, window.split(dy)))
+            y.register_hook(take_gradient)
 
     return hook
 
@@ -339,11 +403,11 @@ def _add_gradients(layer: AdaptedLinear, window: _Window, x: Tensor, dy: Tensor)
     x, dy = x.to(dtype), dy.to(dtype)
     mask = window.mask if window.mask is not None and window.mask.shape == x.shape[:2] else None
     states = [state for state in _states(layer) if state.statistics != "inputs"]
-    for whole in (False, True):
-        mine = [state for state in states if (getattr(state.spec, "fisher", None) == "batch") == whole]
-        if not mine:
+    for by_batch in (False, True):
+        alike = [state for state in states if (getattr(state.spec, "fisher", None) == "batch") == by_batch]
+        if not alike:
             continue
-        if whole:
+        if by_batch:
             joint = None if mask is None else mask.flatten()[None]
             tokens = Tokens(layer.adapter, x.flatten(0, 1)[None], dy.flatten(0, 1)[None], joint, None, 1)
         else:
@@ -352,8 +416,8 @@ def _add_gradients(layer: AdaptedLinear, window: _Window, x: Tensor, dy: Tensor)
                 share = x.new_full((x.shape[0],), 1.0 / x.shape[0], dtype=torch.float64)
             factor = torch.where(share > 0, 1.0 / share, 0.0)
             tokens = Tokens(layer.adapter, x, dy, mask, factor, (share > 0).sum())
-        grads = tokens.gradients() if any(state.statistics == "gradients" for state in mine) else {}
-        for state in mine:
+        grads = tokens.gradients() if any(state.statistics == "gradients" for state in alike) else {}
+        for state in alike:
             if state.statistics == "gradients":
                 state.add_gradients(grads, tokens.count)
             if state.wants_tokens:

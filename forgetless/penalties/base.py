@@ -84,7 +84,8 @@ class PenaltyState(nn.Module):
 
     def __init__(self, spec: Penalty):
         super().__init__()
-        self.spec = spec
+        self.spec: Any = spec
+        self._known_calibrated = False
 
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
         """The weighted penalty, a scalar in float32 (float64 for float64 parameters), differentiable.
@@ -105,7 +106,7 @@ class PenaltyState(nn.Module):
         return torch.stack([item.state.value(item.adapter, item.hidden) for item in items]).sum()
 
     def begin_statistics(self, adapter: Adapter) -> None:
-        """Forget earlier statistics; centre at the adapter's present parameters."""
+        """Forget earlier statistics; centre at the adapter's present parameters. ``fl.calibrate`` calls it first."""
 
     def add_inputs(self, x: Tensor) -> None:
         """Take in x (tokens, K) of source-domain text."""
@@ -133,31 +134,53 @@ class PenaltyState(nn.Module):
         """Copies of what has been measured, for ``add_statistics`` after another calibration."""
         return {}
 
-    def add_statistics(self, held: dict[str, Tensor]) -> None:
+    def add_statistics(self, earlier: dict[str, Tensor]) -> None:
         """Add what was measured earlier: several domains are kept at full strength each."""
 
     def shareable(self) -> Any:
-        """Siblings whose states say the same here may share their statistics if they see the same x; None: never."""
+        """Siblings whose states return equal values here may share their statistics if they see one x; None: never."""
         return None
 
-    def shared(self) -> Any:
-        """The object that holds the statistics: siblings that share have it in common."""
+    def shared(self) -> nn.Module:
+        """The module that holds the statistics: siblings that share have it in common."""
         return self
 
     def share(self, other: Any) -> None:
-        """Hold the statistics of ``other``, a sibling's state, from now on."""
+        """Use the statistics of ``other``, a sibling's state, from now on."""
 
     def separate(self) -> None:
-        """Hold a copy of one's own again."""
+        """Use a copy of the statistics of its own again."""
 
     def reset_caches(self) -> None:
-        """Buffers have been overwritten from outside."""
-        self.known_calibrated = False
+        """Statistics are about to change, or have changed: ask again whether there are any."""
+        self._known_calibrated = False
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.reset_caches()
+        super()._load_from_state_dict(*args)
+
+    def seen(self) -> Tensor | None:
+        """How many samples or tokens the statistics are of, a scalar; None for a penalty without statistics."""
+        return None
 
     @property
     def calibrated(self) -> bool:
-        """Whether ``value`` has the statistics it needs."""
-        return True
+        """Whether ``value`` has the statistics it needs.
+
+        A yes is remembered, since asking an accelerator waits for it. It is forgotten when statistics begin anew or
+        are loaded. A fake or meta tensor has no number to ask for: the answer is yes and is not remembered.
+        """
+        count = None if self._known_calibrated else self.seen()
+        if count is None:
+            return True
+        positive = count > 0
+        if type(positive) is not Tensor or positive.is_meta:
+            return True
+        self._known_calibrated = bool(positive)
+        return self._known_calibrated
+
+    #: ``calibrated`` does the remembering, fl.penalty need not.
+    known_calibrated = property(lambda self: False, lambda self, value: None)
 
 
 class Item(NamedTuple):
@@ -168,6 +191,7 @@ class Item(NamedTuple):
     hidden: Tensor | None
 
 
-def gram_product(down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """||scale * up @ down||_F^2 = scale^2 <up^T up, down down^T>, without the (N, K) product."""
-    return scale**2 * ((up.T @ up) * (down @ down.T)).sum()
+def trains_factors(adapter: Adapter) -> bool:
+    """Whether the adapter's parameters are its two factors themselves."""
+    down, up = adapter.factors()
+    return getattr(adapter, "down", None) is down and getattr(adapter, "up", None) is up

@@ -15,7 +15,7 @@ become strong later are not lost early.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -123,31 +123,29 @@ class Covariance(nn.Module):
         return seen
 
     @torch.no_grad()
-    def merge(self, held: dict[str, Tensor]) -> None:
+    def merge(self, other: dict[str, Tensor]) -> None:
         """Add another S of the same form, as its ``state`` has it."""
         if self.columns:
-            total = self.diagonal() + held["rest"] + held["basis"].square() @ held["spectrum"]
-            rows = (held["basis"] * held["spectrum"].sqrt()).T
+            total = self.diagonal() + other["rest"] + other["basis"].square() @ other["spectrum"]
+            rows = (other["basis"] * other["spectrum"].sqrt()).T
             values, basis = merged(self.spectrum, self.basis, rows, self.columns, None)
             self._set(values, basis, total)
         for name in ("matrix", "rest"):
             if name in self._buffers and not self.columns:
-                getattr(self, name).add_(held[name])
-        self.tokens += held["tokens"]
+                getattr(self, name).add_(other[name])
+        self.tokens += other["tokens"]
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the buffers, for ``merge``."""
         return {name: buffer.clone() for name, buffer in self.named_buffers()}
 
-    def copied(self) -> Covariance:
-        """One of its own, in storage of its own: the buffers may be parts of a stack of all layers'."""
-        twin = copy.copy(self)
-        twin.__dict__["_buffers"] = {name: buffer.clone() for name, buffer in self.named_buffers()}
-        if self._stream is not None:
-            twin._stream = copy.copy(self._stream)
-            twin._stream.waiting = list(self._stream.waiting)
-            twin._stream.diagonal = twin.rest
-        return twin
+    def form(self) -> Hashable:
+        """What must agree, beside the length, for ``apply_stacked``."""
+        return self.full, self.columns, self.tokens.device
+
+    def largest(self) -> Tensor | None:
+        """The largest tensor that ``apply_stacked`` copies, for ``buckets``."""
+        return self.basis if self.columns else None
 
     def same_as(self, other: Covariance) -> bool:
         """Whether the buffers hold the same numbers."""
@@ -159,6 +157,25 @@ class Covariance(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {tuple(buffer.shape)}" for name, buffer in self.named_buffers() if buffer.dim())
+
+
+def apply_stacked(covariances: Sequence[Covariance | None], rows: Tensor) -> Tensor:
+    """rows_i S_i for rows (L, R, K) and S of one form, None for the identity; what is returned may be ``rows``."""
+    first = covariances[0]
+    if first is None:
+        return rows
+    if first.full:  # (K, K) each: copying them into a stack would cost more than one product after another
+        parts = zip(rows.unbind(), covariances, strict=True)
+        return torch.stack([row @ cov.matrix.to(row.dtype) for row, cov in parts if cov is not None])
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(cov, name) for cov in covariances]).to(rows.dtype)
+
+    seen = rows * stacked("rest")[:, None]
+    if first.columns:
+        basis = stacked("basis")
+        seen.baddbmm_((rows @ basis).mul_(stacked("spectrum")[:, None]), basis.mT)
+    return seen
 
 
 class _Stream:
@@ -175,12 +192,12 @@ class _Stream:
         self.merges = 0
 
     def add(self, x: Tensor) -> None:
-        self.waiting.append(x.detach())
+        self.waiting.append(x.detach().to(self.diagonal.dtype, copy=True))  # the model may overwrite its own x
         if sum(rows.shape[0] for rows in self.waiting) >= self.block:
             self._merge()
 
     def _merge(self) -> None:
-        rows = (torch.cat(self.waiting) if len(self.waiting) > 1 else self.waiting[0]).to(self.diagonal.dtype)
+        rows = torch.cat(self.waiting)
         self.waiting = []
         self.diagonal += rows.square().sum(0)
         if not torch.isfinite(self.diagonal).all():
@@ -215,7 +232,6 @@ def merged(
         probe = torch.cat((basis, probe), dim=1)
         spanning = rows.T @ (rows @ probe) + (basis * values) @ (basis.T @ probe)
     Q = torch.linalg.qr(spanning).Q  # (K, m)
-    held, seen = basis.T @ Q, rows @ Q
-    found, turn = torch.linalg.eigh(seen.T @ seen + held.T @ (values[:, None] * held))
-    found, turn = found.flip(0)[:width].clamp(min=0), turn.flip(1)[:, :width]
-    return found, Q @ turn
+    old, new = basis.T @ Q, rows @ Q
+    spectrum, vectors = torch.linalg.eigh(new.T @ new + old.T @ (values[:, None] * old))
+    return spectrum.flip(0)[:width].clamp(min=0), Q @ vectors.flip(1)[:, :width]

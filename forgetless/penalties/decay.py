@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter import Adapter, Site, whole, wide
 from .base import Item, Penalty, PenaltyState, register
-from .batched import buckets, closed_form, like, scatter
+from .batched import grouped
 
 
 @register
@@ -37,26 +37,16 @@ class Decay(Penalty):
 
 class _Decay(PenaltyState):
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        total = sum(wide(whole(p)).square().sum() for p in adapter.parameters(recurse=False) if p.requires_grad)
-        return 0.5 * self.spec.weight * total  # type: ignore[return-value]
+        squares = [wide(whole(p)).square().sum() for p in adapter.parameters(recurse=False) if p.requires_grad]
+        return 0.5 * self.spec.weight * torch.stack(squares).sum()
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        weights: list[float] = []
-        parameters: list[Tensor] = []
-        for state, adapter, _ in items:
-            mine = [whole(p) for p in adapter.parameters(recurse=False) if p.requires_grad]
-            parameters += mine
-            weights += [state.spec.weight] * len(mine)
+        rows = [(s.spec.weight, p) for s, a, _ in items for p in a.parameters(recurse=False) if p.requires_grad]
+        weights = [weight for weight, _ in rows]
 
-        def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            grads: list[Tensor | None] = [None] * len(factors)
-            value = wide(factors[0]).new_zeros(())
-            for group in buckets([(weights[i], like(p)) for i, p in enumerate(factors)]):
-                stack = wide(torch.stack([factors[i] for i in group]))
-                flat = stack.flatten()
-                value = value + 0.5 * weights[group[0]] * torch.dot(flat, flat)
-                scatter(grads, group, stack.mul_(weights[group[0]]), needs, factors[group[0]])
-            return value, grads
+        def form(group: list[int], stack: Tensor) -> tuple[Tensor, Tensor]:
+            weight = weights[group[0]]
+            return 0.5 * weight * torch.dot(stack.flatten(), stack.flatten()), stack.mul_(weight)
 
-        return closed_form(compute, parameters)
+        return grouped([(whole(p),) for _, p in rows], weights, form)

@@ -6,7 +6,7 @@ E ||delta x||^2 = scale^2 <up^T up, down S down^T> where S = E x x^T: only rank-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Site, wide
-from .base import Item, Penalty, PenaltyState, gram_product, register
-from .batched import closed_form, gram_form
-from .covariance import Covariance
+from .base import Item, Penalty, PenaltyState, register
+from .batched import grouped
+from .covariance import Covariance, apply_stacked
 
 
 @register
@@ -43,8 +43,8 @@ class WeightDeviation(Penalty):
 
 class _WeightDeviation(PenaltyState):
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        down, up = adapter.factors()
-        return self.spec.weight * gram_product(wide(down), wide(up), adapter.scale)
+        down, up = (wide(t) for t in adapter.factors())
+        return self.spec.weight * adapter.scale**2 * ((up.T @ up) * (down @ down.T)).sum()
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
@@ -91,24 +91,24 @@ class _OutputDeviation(PenaltyState):
 
     @classmethod
     def total(cls, items: list[Item], weights: Tensor | None = None) -> Tensor:
-        factors: list[Tensor] = []
+        layers: list[tuple[Tensor, Tensor]] = []
         shares: list[float] = []
         tokens: list[Covariance | None] = []
-        made: dict[Any, tuple[Covariance | None, float]] = {}
+        by_size: dict[Any, tuple[Covariance | None, float]] = {}
         for state, adapter, hidden in items:
             if hidden is not None and hidden.shape[0]:
                 down, up = adapter.factors()
                 _check_graph(hidden, down)
                 key = hidden.shape[0], wide(hidden).dtype, hidden.device
-                if key not in made:
-                    made[key] = _as_covariance(weights, hidden)
-                cov, count = made[key]
-                factors += [hidden, up]
+                if key not in by_size:
+                    by_size[key] = _as_covariance(weights, hidden)
+                cov, count = by_size[key]
+                layers.append((hidden, up))
                 shares.append(state.spec.weight / count)
                 tokens.append(cov)
-        if not factors:
+        if not layers:
             return torch.stack([state.value(adapter, None) for state, adapter, _ in items]).sum()
-        return closed_form(lambda f, needs: gram_form(f, needs, shares, tokens, tall=True), factors)
+        return gram_form(layers, shares, tokens, tall=True)
 
 
 def _token_weights(weights: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -209,11 +209,11 @@ class _SourceDeviation(PenaltyState):
     def export_statistics(self) -> dict[str, Tensor]:
         return self.source.state()
 
-    def add_statistics(self, held: dict[str, Tensor]) -> None:
-        self.source.merge(held)
+    def add_statistics(self, earlier: dict[str, Tensor]) -> None:
+        self.source.merge(earlier)
 
     def shareable(self) -> Any:
-        return self.spec.covariance, self.source.length(), self.tokens.device  # type: ignore[attr-defined]
+        return self.spec.covariance, self.source.length(), self.tokens.device
 
     def shared(self) -> Covariance:
         return self.source
@@ -222,15 +222,14 @@ class _SourceDeviation(PenaltyState):
         self.source = other.source
 
     def separate(self) -> None:
-        self.source = self.source.copied()
+        self.source = copy.deepcopy(self.source)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.separate()  # what comes may not be the siblings' as well
         super()._load_from_state_dict(*args)
 
-    @property
-    def calibrated(self) -> bool:
-        return bool(self.tokens > 0)
+    def seen(self) -> Tensor:
+        return self.tokens
 
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
         down, up = (wide(t) for t in adapter.factors())
@@ -242,7 +241,27 @@ class _SourceDeviation(PenaltyState):
         return _gram_total(items, [item.state.source for item in items])
 
 
-def _gram_total(items: list[Item], covariances: Sequence[Covariance | None]) -> Tensor:
+def _gram_total(items: list[Item], covariances: list[Covariance | None]) -> Tensor:
     weights = [state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
-    factors = [factor for _, adapter, _ in items for factor in adapter.factors()]
-    return closed_form(lambda f, needs: gram_form(f, needs, weights, covariances), factors)
+    return gram_form([adapter.factors() for _, adapter, _ in items], weights, covariances)
+
+
+def gram_form(
+    layers: list[tuple[Tensor, Tensor]],  # down (R, K), up (N, R)
+    weights: list[float],  # of each layer, scale^2 included
+    covariances: list[Covariance | None],  # S (K, K), None for the identity
+    tall: bool = False,  # whether down is given as its transpose (K, R)
+) -> Tensor:
+    """sum_i w_i <up_i^T up_i, down_i S_i down_i^T>, with its gradients 2 w (up^T up) down S, 2 w up (down S down^T)."""
+
+    def form(group: list[int], down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight = weights[group[0]]
+        down = down.mT if tall else down
+        seen = apply_stacked([covariances[i] for i in group], down)  # (L, R, K)
+        outer, inner = up.mT @ up, seen @ down.mT  # (L, R, R)
+        value = weight * (outer * inner).sum()
+        ddown, dup = outer.mul_(2 * weight) @ seen, up @ inner.mul_(2 * weight)
+        return value, ddown.mT if tall else ddown, dup
+
+    keys = [(w, None if cov is None else cov.form()) for w, cov in zip(weights, covariances, strict=True)]
+    return grouped(layers, keys, form, [None if cov is None else cov.largest() for cov in covariances])

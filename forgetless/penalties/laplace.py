@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Site, whole, wide
-from .base import Item, Penalty, PenaltyState, register
-from .batched import buckets, closed_form, like, one_storage, scatter
+from .base import Item, Penalty, PenaltyState, register, trains_factors
+from .batched import grouped
+from .kfac import Kron
 
 CURVATURES = ("diag", "kfac", "tri_kfac")
 FISHERS = ("empirical", "true", "batch")
@@ -69,23 +70,15 @@ class Laplace(Penalty):
         super().__post_init__()
         for name, known in (("fisher", FISHERS), ("curvature", CURVATURES), ("at_zero", AT_ZERO)):
             if getattr(self, name) not in known:
-                wanted = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
-                raise ValueError(f"Laplace.{name} is {getattr(self, name)!r}, wants {wanted}")
+                choices = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
+                raise ValueError(f"Laplace.{name} is {getattr(self, name)!r}, wants {choices}")
         if isinstance(self.columns, bool) or not isinstance(self.columns, int) or self.columns < 0:
             raise ValueError(f"Laplace.columns is {self.columns!r}, wants an integer >= 0")
         if not 0.0 <= self.prior_precision < float("inf"):
             raise ValueError(f"Laplace.prior_precision is {self.prior_precision!r}, wants a number >= 0")
 
     def attach(self, adapter: Adapter, site: Site) -> PenaltyState:
-        from .kfac import Kron
-
         return _Diagonal(self, adapter, site) if self.curvature == "diag" else Kron(self, adapter, site)
-
-
-def trains_factors(adapter: Adapter) -> bool:
-    """Whether the adapter's parameters are its two factors themselves."""
-    down, up = adapter.factors()
-    return getattr(adapter, "down", None) is down and getattr(adapter, "up", None) is up
 
 
 class _Diagonal(PenaltyState):
@@ -94,7 +87,6 @@ class _Diagonal(PenaltyState):
 
     def __init__(self, spec: Laplace, adapter: Adapter, site: Site):
         super().__init__(spec)
-        self.nonzero: list[str] | None = None
         self.names = [name for name, p in adapter.named_parameters(recurse=False) if p.requires_grad]
         self.balances = spec.at_zero == "balanced" and trains_factors(adapter)
         self.at_zero = False
@@ -107,7 +99,6 @@ class _Diagonal(PenaltyState):
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
 
     def begin_statistics(self, adapter: Adapter) -> None:
-        self.nonzero = None
         self.spread = None
         self.at_zero = self.balances and not bool(adapter.factors()[1].any())
         for name in self.names:
@@ -134,7 +125,6 @@ class _Diagonal(PenaltyState):
         self.spread = seen if self.spread is None else self.spread + seen
 
     def end_statistics(self) -> None:
-        self.nonzero = None
         for name in self.names:
             getattr(self, f"fisher_{name}").div_(self.samples.clamp(min=1))
         if self.spread is not None:
@@ -147,63 +137,38 @@ class _Diagonal(PenaltyState):
         names = [f"fisher_{name}" for name in self.names]
         return {name: getattr(self, name).clone() for name in [*names, "samples"]}
 
-    def add_statistics(self, held: dict[str, Tensor]) -> None:
-        self.nonzero = None
-        for name, tensor in held.items():
+    def add_statistics(self, earlier: dict[str, Tensor]) -> None:
+        for name, tensor in earlier.items():
             getattr(self, name).add_(tensor)
 
-    def reset_caches(self) -> None:
-        super().reset_caches()
-        self.nonzero = None
-
-    @property
-    def calibrated(self) -> bool:
-        return bool(self.samples > 0)
+    def seen(self) -> Tensor:
+        return self.samples
 
     def __getattr__(self, name: str) -> Any:  # the buffers, for the type checker
         return super().__getattr__(name)
 
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        spec = self.spec
-        assert isinstance(spec, Laplace)
-        total: Tensor | float = 0.0
+        terms = []
         for name in self.names:
             moved = wide(whole(getattr(adapter, name))) - wide(getattr(self, f"centre_{name}"))
-            precision = getattr(self, f"fisher_{name}").to(moved.dtype) + spec.prior_precision
-            total = total + (precision * moved.square()).sum()
-        return 0.5 * spec.weight * total  # type: ignore[return-value]
+            precision = getattr(self, f"fisher_{name}").to(moved.dtype) + self.spec.prior_precision
+            terms.append((precision * moved.square()).sum())
+        return 0.5 * self.spec.weight * torch.stack(terms).sum()
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        rows = [(state, name) for state, _, _ in items for name in state.active_names()]
-        parameters = [whole(getattr(adapter, name)) for state, adapter, _ in items for name in state.active_names()]
-        specs = [(state.spec.weight, state.spec.prior_precision) for state, _ in rows]
+        rows = [(state, adapter, name) for state, adapter, _ in items for name in state.names]
 
-        def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            value = wide(factors[0]).new_zeros(())
-            grads: list[Tensor | None] = [None] * len(factors)
-            for group in buckets([(row[1], spec, like(p)) for row, spec, p in zip(rows, specs, factors, strict=True)]):
-                name = rows[group[0]][1]
-                weight, prior = specs[group[0]]
-                owners = [rows[i][0] for i in group]
-                moved = wide(torch.stack([factors[i] for i in group])).sub_(one_storage(owners, f"centre_{name}"))
-                grad = moved * one_storage(owners, f"fisher_{name}").to(moved.dtype)
-                if prior:
-                    grad.add_(moved, alpha=prior)
-                value = value + 0.5 * weight * torch.dot(moved.flatten(), grad.flatten())
-                scatter(grads, group, grad.mul_(weight), needs, factors[group[0]])
-            return value, grads
+        def form(group: list[int], stack: Tensor) -> tuple[Tensor, Tensor]:
+            spec, name = rows[group[0]][0].spec, rows[group[0]][2]
+            centre, fisher = (
+                torch.stack([getattr(rows[i][0], f"{kind}_{name}") for i in group]) for kind in ("centre", "fisher")
+            )
+            moved = stack.sub_(centre)
+            grad = fisher.to(moved.dtype).mul_(moved)
+            if spec.prior_precision:
+                grad.add_(moved, alpha=spec.prior_precision)
+            return 0.5 * spec.weight * torch.dot(moved.flatten(), grad.flatten()), grad.mul_(spec.weight)
 
-        if not rows:
-            return torch.stack([wide(adapter.factors()[0]).new_zeros(()) for _, adapter, _ in items]).sum()
-        return closed_form(compute, parameters)
-
-    def active_names(self) -> list[str]:
-        """Parameters that the penalty can move: all but those whose precision is identically zero."""
-        spec = self.spec
-        assert isinstance(spec, Laplace)
-        if spec.prior_precision:
-            return self.names
-        if self.nonzero is None:  # asked once after each calibration or load
-            self.nonzero = [name for name in self.names if bool(getattr(self, f"fisher_{name}").any())]
-        return self.nonzero
+        factors = [(whole(getattr(adapter, name)),) for _, adapter, name in rows]
+        return grouped(factors, [(state.spec, name) for state, _, name in rows], form)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import weakref
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, wide
 from .base import Item, Penalty, PenaltyState, register
-from .batched import Scratch, buckets, closed_form, like, one_storage, scatter
+from .batched import grouped
+
+BASES = ("hadamard", "orthogonal", "shared")
 
 
 @register
@@ -53,13 +56,16 @@ class NullSpace(Penalty):
         if not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"NullSpace.k is {self.k!r}, wants an integer >= 1")
         if self.basis not in BASES:
-            raise ValueError(f"NullSpace.basis is {self.basis!r}, wants one of {sorted(BASES)}")
+            raise ValueError(f"NullSpace.basis is {self.basis!r}, wants one of {list(BASES)}")
 
     def attach(self, adapter: Adapter, site: Site) -> PenaltyState:
         return _NullSpace(self, site)
 
 
 class _NullSpace(PenaltyState):
+    input: _Basis
+    output: _Basis
+
     def __init__(self, spec: NullSpace, site: Site):
         super().__init__(spec)
         N, K = site.weight.shape
@@ -72,35 +78,28 @@ class _NullSpace(PenaltyState):
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        bases = [basis for state, _, _ in items for basis in state._modules.values()]  # input, output
+        bases = [basis for state, _, _ in items for basis in (state.input, state.output)]
         weights = [state.spec.weight for state, _, _ in items for _ in range(2)]
-        factors = [factor for _, adapter, _ in items for factor in adapter.factors()]
+        factors = [(factor,) for _, adapter, _ in items for factor in adapter.factors()]  # down (R, K), up (N, R)
 
-        def compute(factors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            grads: list[Tensor | None] = [None] * len(factors)
-            value = wide(factors[0]).new_zeros(())
-            # down (R, K) has the protected dimension last, up (N, R) first
-            keys = [(i % 2, type(b), b.key(), weights[i], like(factors[i])) for i, b in enumerate(bases)]
-            scratch = Scratch.of(items[0][0])
-            for group in buckets(keys):
-                alike = [factors[i] for i in group]
-                inside, grad = bases[group[0]].stacked([bases[i] for i in group], alike, group[0] % 2 == 1, scratch)
-                value = value + 0.5 * weights[group[0]] * inside
-                grad = grad if weights[group[0]] == 1.0 else grad.mul_(weights[group[0]])
-                scatter(grads, group, grad, needs, factors[group[0]])
-            return value, grads
+        def form(group: list[int], stack: Tensor) -> tuple[Tensor, Tensor]:
+            first, tall = group[0], group[0] % 2 == 1
+            inside, grad = bases[first].stacked([bases[i] for i in group], stack.mT if tall else stack)
+            grad = (grad.mT if tall else grad).contiguous()  # before it is made wide: half of the bytes
+            return 0.5 * weights[first] * inside, wide(grad).mul_(weights[first])
 
-        return closed_form(compute, factors)
+        keys = [(i % 2, b.key(), w) for i, (b, w) in enumerate(zip(bases, weights, strict=True))]
+        return grouped(factors, keys, form, [b.largest() for b in bases])
 
 
-def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> nn.Module:
+def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> _Basis:
     """Module that maps rows (R, dim) to the squared norm of their projections on k orthonormal columns."""
     if spec.k >= dim:
         return _Everything()
     if spec.basis == "shared":
-        common = _generator(spec.seed, f"{dim}.{name.rpartition('.')[2]}")
-        return _Shared(dim, spec.k, like, _generator(spec.seed, name), common)
-    return BASES[spec.basis](dim, spec.k, like, _generator(spec.seed, name))
+        return _Shared(dim, spec.k, like, spec.seed, name)
+    kind = {"orthogonal": _Orthogonal, "hadamard": _Hadamard}[spec.basis]
+    return kind(dim, spec.k, like, _generator(spec.seed, name))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -108,70 +107,58 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-class _Basis(nn.Module):
-    """Orthonormal columns P. ``stacked`` does many bases of one kind at once."""
-
-    complement = False
-
-    def key(self) -> Any:
-        """Bases with equal keys can go through ``stacked`` together."""
-        return ()
-
-    @classmethod
-    def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        """Sum over L bases of ||F_l P_l||^2, and F_l P_l P_l^T stacked, laid out as the factors are, at least float32.
-
-        Args:
-            factors: F_l (R, dim), or (dim, R) if ``tall``.
-        """
-        raise NotImplementedError
+def _signs(dim: int, generator: torch.Generator) -> Tensor:  # (dim,) int8
+    return torch.randint(0, 2, (dim,), generator=generator, dtype=torch.int8) * 2 - 1
 
 
 def _square(t: Tensor) -> Tensor:
-    flat = t.reshape(-1)
+    flat = wide(t).reshape(-1)
     return torch.dot(flat, flat)
 
 
-def _stack(factors: list[Tensor], scratch: Scratch, dtype: torch.dtype | None = None) -> Tensor:
-    """The factors (L, ..), in their dtype or cast on the way."""
-    first = factors[0]
-    out = scratch.like(first, "stack", (len(factors), *first.shape), dtype)
-    if out.dtype == first.dtype:
-        return torch.stack(factors, out=out)
-    torch._foreach_copy_(list(out.unbind()), factors)
-    return out
+class _Basis(nn.Module):
+    """Orthonormal columns P (dim, k), or with ``complement`` all those that are orthogonal to the columns held."""
 
+    complement = False
 
-def _turned(t: Tensor, dtype: torch.dtype, scratch: Scratch, name: str) -> Tensor:
-    """t.transpose(1, 2) in that dtype, contiguous; transposed in the narrower of both, it is the slower copy."""
-    L, a, b = t.shape
-    if t.element_size() > dtype.itemsize:
-        t = scratch.like(t, "narrow", t.shape, dtype).copy_(t)
-    return scratch.like(t, name, (L, b, a), t.dtype).copy_(t.transpose(1, 2))
+    def key(self) -> Hashable:
+        """Bases with equal keys can go through ``stacked`` together."""
+        return type(self), self.complement, tuple((b.shape, b.dtype, b.device) for b in self.buffers())
 
+    def largest(self) -> Tensor | None:
+        """The largest tensor that ``stacked`` copies of each basis, for ``buckets``."""
+        return None
 
-def _laid_out(grad: Tensor, turn: bool, factor: Tensor, scratch: Scratch) -> Tensor:
-    """The gradient of factors like this one in memory of its own, at least float32: it becomes .grad as it is."""
-    if turn:
-        grad = _turned(grad, grad.dtype, scratch, "narrow")
-    return torch.empty((grad.shape[0], *factor.shape), dtype=wide(factor[:0]).dtype, device=factor.device).copy_(grad)
+    def stacked(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of ||F_l P_l||^2, and F_l P_l P_l^T (L, R, dim), which may be ``rows`` itself.
 
+        Args:
+            bases: L bases of one key, of which this is the first.
+            rows: F_l (L, R, dim), at least float32.
+        """
+        inside, grad = self.projected(bases, rows)
+        # ||F P||^2 = ||F||^2 - ||F P'||^2 with P' the other columns
+        return (_square(rows) - inside, rows - grad) if self.complement else (inside, grad)
 
-def _complemented(rows: Tensor, inside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """||rows P||^2 = ||rows||^2 - ||rows P'||^2 with P' the other columns."""
-    return _square(rows) - inside, torch.sub(rows, grad, out=grad)
+    def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``stacked`` on the columns held."""
+        raise NotImplementedError
 
 
 class _Everything(_Basis):
     """All of the space: ||rows||^2."""
 
-    @classmethod
-    def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        stack = wide(torch.stack(factors))
-        return _square(stack), stack
+    def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        return _square(rows), rows
 
     def forward(self, rows: Tensor) -> Tensor:
         return wide(rows).square().sum()
+
+
+def haar(dim: int, k: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:  # (dim, k)
+    """k Haar-random orthonormal columns."""
+    q, r = torch.linalg.qr(torch.randn(dim, k, generator=generator, dtype=dtype))
+    return (q * r.diagonal().sign()).contiguous()  # the sign that makes QR's Q Haar
 
 
 class _Orthogonal(_Basis):
@@ -183,35 +170,99 @@ class _Orthogonal(_Basis):
         super().__init__()
         # A complement of Haar columns is Haar as well, so the cost never exceeds min(k, dim - k).
         self.complement = 2 * k > dim
-        columns = dim - k if self.complement else k
         wide_dtype = torch.promote_types(like.dtype, torch.float32)  # QR does not exist, and is not exact, in half
-        gauss = torch.randn(dim, columns, generator=generator, dtype=wide_dtype)
-        q, r = torch.linalg.qr(gauss)
-        q = q * r.diagonal().sign()  # the sign that makes QR's Q Haar
-        self.register_buffer("basis", q.to(device=like.device, dtype=like.dtype).contiguous(), persistent=False)
+        columns = haar(dim, min(k, dim - k), generator, wide_dtype)
+        self.register_buffer("basis", columns.to(device=like.device, dtype=like.dtype), persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         inside = wide(rows.to(self.basis.dtype) @ self.basis).square().sum()
         return wide(rows).square().sum() - inside if self.complement else inside
 
-    def key(self) -> Any:
-        return self.complement, like(self.basis)
+    def largest(self) -> Tensor:
+        return self.basis
 
-    @classmethod
-    def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        P = one_storage(bases, "basis")  # (L, dim, k)
-        L, dim, k = P.shape
-        rows = _stack(factors, scratch, P.dtype)
-        R = rows.shape[2 if tall else 1]
-        # P from the left, P as it lies: the order that BLAS streams P through fastest
-        if tall:
-            z = torch.bmm(P.transpose(1, 2), rows, out=scratch.like(P, "z", (L, k, R)))
-        else:
-            z = _turned(torch.bmm(rows, P, out=scratch.like(P, "z", (L, R, k))), P.dtype, scratch, "turned")
-        grad = torch.bmm(P, z, out=scratch.like(P, "grad", (L, dim, R)))
-        grad = _laid_out(grad, not tall, factors[0], scratch)
-        inside = _square(wide(z))
-        return _complemented(wide(_stack(factors, scratch)), inside, grad) if bases[0].complement else (inside, grad)
+    def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        P = torch.stack([b.basis for b in bases])
+        z = rows.to(P.dtype) @ P
+        return _square(z), z @ P.mT
+
+
+class _Shared(_Basis):
+    """diag(signs) P with P an orthogonal basis that all layers of one width have in common, in one tensor."""
+
+    basis: Tensor
+    signs: Tensor
+
+    def __init__(self, dim: int, k: int, like: Tensor, seed: int, name: str):
+        super().__init__()
+        self.complement = 2 * k > dim
+        side = name.rpartition(".")[2]
+        self.common = _common(
+            seed, f"{dim}.{side}", dim, min(k, dim - k), torch.promote_types(like.dtype, torch.float32)
+        )
+        basis = self.common.columns.to(device=like.device, dtype=like.dtype, copy=True)
+        self.register_buffer("basis", self.common.one(basis), persistent=False)
+        self.register_buffer("signs", _signs(dim, _generator(seed, name)).to(like.device), persistent=False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .cuda(), .half(): in one tensor there as well
+        result = super()._apply(*args, **kwargs)
+        self.basis = self.common.one(self.basis)
+        return result
+
+    def key(self) -> Hashable:
+        return super().key(), id(self.basis)  # unique while the basis lives; the key does not outlive the call
+
+    def forward(self, rows: Tensor) -> Tensor:
+        inside = wide((rows * self.signs).to(self.basis.dtype) @ self.basis).square().sum()
+        return wide(rows).square().sum() - inside if self.complement else inside
+
+    def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        signs = torch.stack([b.signs for b in bases])[:, None].to(self.basis.dtype)  # exact in any dtype
+        turned = rows.to(self.basis.dtype).contiguous() * signs  # contiguous: one product for all layers
+        z = turned @ self.basis
+        return _square(z), (z @ self.basis.T).mul_(signs)
+
+
+class _Common:
+    """What the layers' shared bases of one (seed, side, width) start from, and the tensors that they hold."""
+
+    def __init__(self, *key: Any):
+        self.key = key  # seed, name, dim, columns, dtype
+        self._tensors: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """As they are drawn, on the CPU; nobody is handed it but as a copy."""
+        seed, name, dim, k, dtype = self.key
+        return haar(dim, k, _generator(seed, name), dtype)
+
+    def one(self, basis: Tensor) -> Tensor:
+        """The tensor that is held already, if it is the same bit for bit; else ``basis``, for others to hold.
+
+        By value, since a user may have changed what is held. Tensors of a mode (inference, fake, meta) are not shared.
+        """
+        if type(basis) is not Tensor or basis.is_inference() or basis.is_meta:
+            return basis
+        key = basis.device, basis.dtype
+        earlier = self._tensors.get(key)
+        if earlier is not None and torch.equal(earlier, basis):
+            return earlier
+        self._tensors[key] = basis
+        return basis
+
+    def __reduce__(self) -> Any:
+        return _common, self.key
+
+
+def _common(*key: Any) -> _Common:
+    """The one of that key, if a layer has it; a new one under fake tensors."""
+    if type(torch.empty(0)) is not Tensor:
+        return _Common(*key)
+    return _commons.setdefault(key, _Common(*key))
+
+
+#: By what its columns are a function of.
+_commons: weakref.WeakValueDictionary[Any, _Common] = weakref.WeakValueDictionary()
 
 
 class _Hadamard(_Basis):
@@ -223,142 +274,48 @@ class _Hadamard(_Basis):
     def __init__(self, dim: int, k: int, like: Tensor, generator: torch.Generator):
         super().__init__()
         self.complement = 2 * k > dim
-        count = dim - k if self.complement else k
-        signs = torch.randint(0, 2, (dim,), generator=generator, dtype=torch.int8) * 2 - 1
-        columns = torch.randperm(dim, generator=generator)[:count].sort().values
+        signs = _signs(dim, generator)
+        columns = torch.randperm(dim, generator=generator)[: min(k, dim - k)].sort().values
         self.register_buffer("signs", signs.to(like.device), persistent=False)
         self.register_buffer("columns", columns.to(like.device), persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
-        turned = hadamard_blocks(wide(rows) * self.signs)
-        inside = turned[:, self.columns].square().sum()
+        inside = hadamard_blocks(wide(rows) * self.signs)[:, self.columns].square().sum()
         return wide(rows).square().sum() - inside if self.complement else inside
 
-    def key(self) -> Any:
-        return self.complement, like(self.signs), like(self.columns)
-
-    @classmethod
-    def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        stack = wide(_stack(factors, scratch))
-        signs = one_storage(bases, "signs").to(stack.dtype)  # (L, dim)
-        kept = torch.zeros_like(signs).scatter_(1, one_storage(bases, "columns"), 1.0)
-        signs, kept = (t[:, :, None] if tall else t[:, None] for t in (signs, kept))
-        axis = 1 if tall else 2
-        inside = stack.new_zeros(())
-        grad = torch.empty_like(stack)
-        for start, size in _blocks(stack.shape[axis]):
-            part, sign, keep = (t.narrow(axis, start, size) for t in (stack, signs, kept))
-            one, other = (scratch.like(stack, name, part.shape) for name in ("one", "other"))
-            turned = _fwht_(torch.mul(part, sign, out=one), other, tall).mul_(keep)
-            inside = inside + _square(turned)
-            torch.mul(_fwht_(turned, other, tall), sign, out=grad.narrow(axis, start, size))  # H is its own transpose
-        return _complemented(stack, inside, grad) if bases[0].complement else (inside, grad)
-
-
-def _blocks(dim: int) -> list[tuple[int, int]]:
-    """(start, size) of the blocks: the binary digits of dim, the largest first."""
-    found, start = [], 0
-    for bit in reversed(range(dim.bit_length())):
-        if dim >> bit & 1:
-            found.append((start, 1 << bit))
-            start += 1 << bit
-    return found
+    def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+        signs = torch.stack([b.signs for b in bases])  # (L, dim)
+        chosen = torch.zeros_like(signs).scatter_(1, torch.stack([b.columns for b in bases]), 1)[:, None]
+        signs = signs[:, None]
+        z = hadamard_blocks(rows * signs).mul_(chosen)
+        return _square(z), hadamard_blocks(z).mul_(signs)  # H is its own transpose
 
 
 def hadamard_blocks(rows: Tensor) -> Tensor:
-    """rows (R, dim) times the orthonormal block Hadamard matrix whose blocks are the binary digits of dim."""
-    parts = []
-    for at, size in _blocks(rows.shape[1]):
-        H_a, H_b = _halves(size, rows)
-        part = rows[:, at : at + size].reshape(-1, H_a.shape[0], H_b.shape[0])
-        parts.append((H_a @ part @ H_b).flatten(1))
-    return torch.cat(parts, dim=1)
+    """rows (.., dim) times the orthonormal block Hadamard matrix, its blocks the binary digits of dim, largest first.
 
-
-def _fwht_(x: Tensor, passing: Tensor, tall: bool) -> Tensor:
-    """Overwrite x (L, R, 2**m), or (L, 2**m, R) if ``tall``, with its transform along that dimension and return it.
-
-    Nothing is transposed; ``passing`` is memory like x, both contiguous.
+    A block H of size a b is H_a x H_b (Kronecker): for a row seen as X (a, b), X H is H_a X H_b.
     """
-    L = x.shape[0]
-    H_a, H_b = _halves(x.shape[1 if tall else 2], x)
-    a, b = H_a.shape[0], H_b.shape[0]
-    if tall:
-        half, out = passing.view(L, a, -1), x.view(L * a, b, -1)
-        torch.bmm(H_a.expand(L, a, a), x.view(half.shape), out=half)
-        torch.bmm(H_b.expand(L * a, b, b), half.view(out.shape), out=out)
-    else:
-        half, out = passing.view(-1, b), x.view(-1, a, b)
-        torch.mm(x.view(half.shape), H_b, out=half)
-        torch.bmm(H_a.expand(out.shape[0], a, a), half.view(out.shape), out=out)
-    return x
+    dim = rows.shape[-1]
+    parts: list[Tensor] = []
+    start = 0
+    for size in (1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1):
+        b = 1 << (size.bit_length() // 2)
+        a = size // b
+        H = _hadamard(b, rows)
+        X = rows[..., start : start + size].reshape(-1, b) @ (H / math.sqrt(size))
+        parts.append((H[:a, :a] @ X.view(-1, a, b)).view(*rows.shape[:-1], size))
+        start += size
+    return torch.cat(parts, dim=-1)
 
 
-def _halves(size: int, t: Tensor) -> tuple[Tensor, Tensor]:
-    """H_a and H_b, a b = size, of the orthonormal Walsh-Hadamard H = H_a x H_b (Kronecker): x H is H_a x H_b there."""
-    b = 1 << (size.bit_length() // 2)
-    return _hadamard(size // b, t.dtype, t.device), _hadamard(b, t.dtype, t.device)
+def _hadamard(size: int, like: Tensor) -> Tensor:
+    """Sylvester's +-1 matrix of a power of two: entry (i, j) is -1 where i and j have an odd number of bits in common.
 
-
-@functools.lru_cache(maxsize=64)
-def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The orthonormal Hadamard matrix of a power of two, symmetric."""
-    H = torch.ones(1, 1, dtype=dtype)
-    while H.shape[0] < size:
-        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
-    return (H / math.sqrt(size)).to(device)
-
-
-class _Shared(_Orthogonal):
-    """diag(signs) P with P an orthogonal basis that all layers of one width have in common, held once."""
-
-    signs: Tensor
-
-    def __init__(self, dim: int, k: int, like: Tensor, generator: torch.Generator, common: torch.Generator):
-        self._key = (common.initial_seed(), dim, k)
-        held = _shared.get((*self._key, like.device, like.dtype))
-        if held is None:
-            super().__init__(dim, k, like, common)
-        else:
-            _Basis.__init__(self)
-            self.complement = 2 * k > dim
-            self.register_buffer("basis", held, persistent=False)
-        signs = torch.randint(0, 2, (dim,), generator=generator, dtype=torch.int8) * 2 - 1
-        self.register_buffer("signs", signs.to(like.device), persistent=False)
-        self._hold_once()
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return super().forward(rows * self.signs)
-
-    def _hold_once(self) -> None:
-        key = (*self._key, self.basis.device, self.basis.dtype)
-        self.basis = _shared.setdefault(key, self.basis)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .cuda(), .half(): one copy there as well
-        result = super()._apply(*args, **kwargs)
-        self._hold_once()
-        return result
-
-    @classmethod
-    def stacked(cls, bases: list[Any], factors: list[Tensor], tall: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        P = bases[0].basis
-        dim, k = P.shape
-        rows = _stack(factors, scratch, P.dtype)
-        if tall:
-            rows = _turned(rows, P.dtype, scratch, "turned")  # (L, R, dim)
-        signs = one_storage(bases, "signs").to(P.dtype)[:, None]  # exact in any dtype
-        flat = rows.mul_(signs).view(-1, dim)
-        z = torch.mm(flat, P, out=scratch.like(P, "z", (flat.shape[0], k)))
-        grad = torch.mm(z, P.T, out=scratch.like(P, "grad", flat.shape)).view(rows.shape).mul_(signs)
-        grad = _laid_out(grad, tall, factors[0], scratch)
-        inside = _square(wide(z))
-        return _complemented(wide(_stack(factors, scratch)), inside, grad) if bases[0].complement else (inside, grad)
-
-    def key(self) -> Any:
-        return self._key, like(self.basis)
-
-
-#: Shared bases in use, by (seed, dim, k, device, dtype).
-_shared: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
-
-BASES: dict[str, Any] = {"orthogonal": _Orthogonal, "shared": _Shared, "hadamard": _Hadamard}
+    Its upper left corner of any smaller power of two is that size's.
+    """
+    index = torch.arange(size, device=like.device)
+    bits = index[:, None] & index
+    for shift in (8, 4, 2, 1):  # sizes up to 2^16
+        bits = bits ^ (bits >> shift)
+    return (1 - 2 * (bits & 1)).to(like.dtype)
