@@ -65,6 +65,7 @@ def calibrate(
             for state in {state.shared(): state for state in states}.values():
                 state.end_statistics()
     except BaseException:  # sums that were never divided must not be taken for statistics
+        batch = None
         measured.reset()
         raise
     return counts
@@ -162,8 +163,8 @@ class _Measured:
             for family in self.families.values():
                 family.close()
             return window.sequences
-        finally:  # an exception that is kept keeps this frame: it must not keep the graph
-            value = None
+        finally:  # who keeps an exception keeps this frame: it must not keep the graph
+            batch = value = None
             window.drop()
 
 

@@ -297,15 +297,14 @@ def hadamard_blocks(rows: Tensor) -> Tensor:
     A block H of size a b is H_a x H_b (Kronecker): for a row seen as X (a, b), X H is H_a X H_b.
     """
     dim = rows.shape[-1]
+    sizes = [1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1]
+    H = _hadamard(1 << (sizes[0].bit_length() // 2), rows)
     parts: list[Tensor] = []
-    start = 0
-    for size in (1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1):
+    for part, size in zip(rows.split(sizes, dim=-1), sizes, strict=True):
         b = 1 << (size.bit_length() // 2)
         a = size // b
-        H = _hadamard(b, rows)
-        X = rows[..., start : start + size].reshape(-1, b) @ (H / math.sqrt(size))
-        parts.append((H[:a, :a] @ X.view(-1, a, b)).view(*rows.shape[:-1], size))
-        start += size
+        X = part.reshape(-1, b) @ (H[:b, :b] / math.sqrt(size))
+        parts.append((H[:a, :a] @ X.view(-1, a, b)).view(part.shape))
     return torch.cat(parts, dim=-1)
 
 
@@ -315,7 +314,8 @@ def _hadamard(size: int, like: Tensor) -> Tensor:
     Its upper left corner of any smaller power of two is that size's.
     """
     index = torch.arange(size, device=like.device)
-    bits = index[:, None] & index
-    for shift in (8, 4, 2, 1):  # sizes up to 2^16
-        bits = bits ^ (bits >> shift)
-    return (1 - 2 * (bits & 1)).to(like.dtype)
+    parity = index[:, None] & index
+    for shift in (16, 8, 4, 2, 1):
+        if size >> shift:
+            parity = parity ^ (parity >> shift)
+    return (1 - 2 * (parity & 1)).to(like.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import forgetless as fl
+from forgetless.penalties.batched import buckets
 
 PENALTIES = [
     *(fl.NullSpace(0.7, k, basis) for k in (5, 30, 47, 1000) for basis in ("orthogonal", "shared", "hadamard")),
@@ -79,14 +80,48 @@ def test_kinds_add_up():
     assert torch.allclose(fl.penalty(both), per_layer(both))
 
 
-def test_bases_share_one_storage_and_survive_a_copy():
-    model, _ = moved(fl.CLoRA(4, k=5), False)
+@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
+def test_to_compute_it_changes_no_module_and_a_copy_gives_the_same(penalty):
+    model, _ = moved(fl.LoRA(4, penalties=(penalty,)), isinstance(penalty, (fl.Laplace, fl.SourceDeviation)))
+    before = {name: (b, b.data_ptr(), b._version, b.untyped_storage().nbytes()) for name, b in model.named_buffers()}
     first = fl.penalty(model)
-    bases = [layer.adapter.penalties[0].input.basis for layer in fl.adapters(model).values()]
-    alike = [b for b in bases if b.shape == (48, 5)]
-    assert len(alike) == 3 and len({b.untyped_storage().data_ptr() for b in alike}) == 1
-    assert torch.equal(fl.penalty(model), first)
-    assert torch.equal(fl.penalty(copy.deepcopy(model)), first)
+    first.backward()
+    after = dict(model.named_buffers())
+    assert after.keys() == before.keys()
+    for name, (buffer, pointer, version, size) in before.items():
+        assert after[name] is buffer and buffer.data_ptr() == pointer
+        assert buffer._version == version and buffer.untyped_storage().nbytes() == size
+    if not isinstance(penalty, fl.OutputDeviation):  # a copy has no last forward pass
+        assert torch.equal(fl.penalty(copy.deepcopy(model)), first)
+
+
+@pytest.mark.parametrize("limit", [0, 5000, 1 << 30])
+@pytest.mark.parametrize(
+    "penalty", [fl.NullSpace(0.7, 5), fl.SourceDeviation(0.1, 5), fl.Laplace(3.0, curvature="kfac")]
+)
+def test_the_bound_on_a_stack_s_bytes_changes_no_result(penalty, limit, monkeypatch):
+    monkeypatch.setattr("forgetless.penalties.batched.STACK_BYTES_CPU", limit)
+    model, trained = moved(fl.LoRA(4, penalties=(penalty,)), not isinstance(penalty, fl.NullSpace))
+    torch.testing.assert_close(fl.penalty(model), per_layer(model), rtol=1e-13, atol=0)
+
+
+def test_groups_are_cut_where_a_stack_would_be_too_large(monkeypatch):
+    monkeypatch.setattr("forgetless.penalties.batched.STACK_BYTES_CPU", 100)
+    sizes = [torch.zeros(10), torch.zeros(10), torch.zeros(10), None, torch.zeros(100)]
+    assert buckets(["a", "a", "a", "b", "c"], sizes) == [[0, 1], [2], [3], [4]]
+    assert buckets(["a", "b", "a"]) == [[0, 2], [1]]
+
+
+def test_models_that_share_a_basis_do_not_share_a_change_of_it():
+    """One tensor while it is the same, whoever holds it; another as soon as a user writes to one."""
+    one, two = (moved(fl.CLoRA(4, k=5, basis="shared"), False)[0] for _ in range(2))
+    first = fl.penalty(two)
+    one.layers[1].adapter.penalties[0].input.basis.data.zero_()
+    later = moved(fl.CLoRA(4, k=5, basis="shared"), False)[0]
+    assert torch.equal(fl.penalty(later), first)
+    assert torch.equal(
+        fl.penalty(copy.deepcopy(later).float().double()), fl.penalty(copy.deepcopy(later).float().double())
+    )
 
 
 def test_a_shared_basis_is_held_once_wherever_it_goes():
@@ -110,7 +145,7 @@ def test_a_frozen_factor_gets_no_gradient():
 
 @pytest.mark.parametrize("basis", ["orthogonal", "shared", "hadamard"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_memory_is_in_no_result(basis, dtype):
+def test_a_later_call_changes_no_result(basis, dtype):
     """A later call, of this model or another, changes nothing that was handed out; threads do not meet."""
 
     def made(seed):
