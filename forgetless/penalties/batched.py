@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..adapter import wide
 
-#: Bytes of one stack of what is not trained, at most. On a CPU it should stay in the cache (SmolLM2-135M, NullSpace:
-#: 72 ms, 150 ms in one stack each); elsewhere the bound keeps large bases from taking twice their memory.
+#: Bytes of one stack, at most. On a CPU it should stay in the cache and in memory that malloc has at hand (SmolLM2,
+#: NullSpace: 72 ms, 150 ms in one stack each); elsewhere the bound keeps large bases from taking twice their memory.
 STACK_BYTES_CPU = 4 << 20
 STACK_BYTES = 64 << 20
 
@@ -51,13 +51,18 @@ def grouped(
         layers: the factors of each layer, as many for each.
         keys: of each layer; a group has one key, and factors of the same shapes, dtypes and devices.
         form: value and gradients of one group.
-        copied: of each layer, the largest tensor that ``form`` stacks beside the factors: see ``STACK_BYTES``.
+        copied: of each layer, the largest tensor that ``form`` stacks beside the factors, or None.
 
     Returns:
         A scalar, at least float32.
     """
     width = len(layers[0])
-    groups = buckets([(key, *map(_like, row)) for key, row in zip(keys, layers, strict=True)], copied)
+    stacked = (
+        [[*row] for row in layers] if copied is None else [[*row, t] for row, t in zip(layers, copied, strict=True)]
+    )
+    nbytes = [max(t.numel() * t.element_size() for t in row if t is not None) for row in stacked]
+    limit = STACK_BYTES_CPU if layers[0][0].device.type == "cpu" else STACK_BYTES
+    groups = buckets([(key, *map(_like, row)) for key, row in zip(keys, layers, strict=True)], nbytes, limit)
 
     def compute(factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         grads = list(factors)  # all are replaced
@@ -76,16 +81,13 @@ def grouped(
     return total
 
 
-def buckets(keys: Sequence[Hashable], copied: Sequence[Tensor | None] | None = None) -> list[list[int]]:
-    """Indices of equal keys together, in order of first appearance; cut where a stack would take too many bytes."""
+def buckets(keys: Sequence[Hashable], nbytes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of equal keys together, in order of first appearance; ``limit`` bytes a group, or one index alone."""
     groups: dict[Hashable, list[list[int]]] = {}
-    for index, key in enumerate(keys):
+    for index, (key, size) in enumerate(zip(keys, nbytes, strict=True)):
         parts = groups.setdefault(key, [[]])
-        t = None if copied is None else copied[index]
-        if t is not None and parts[-1]:
-            limit = STACK_BYTES_CPU if t.device.type == "cpu" else STACK_BYTES
-            if (len(parts[-1]) + 1) * t.numel() * t.element_size() > limit:
-                parts.append([])
+        if parts[-1] and (len(parts[-1]) + 1) * size > limit:  # those of one key are of one size
+            parts.append([])
         parts[-1].append(index)
     return [part for parts in groups.values() for part in parts]
 

@@ -107,10 +107,7 @@ class Covariance(nn.Module):
         return self.rest + self.basis.square() @ self.spectrum if self.columns else self.rest
 
     def dense(self) -> Tensor:  # (K, K), for tests and small layers
-        if self.full:
-            return self.matrix
-        low = (self.basis * self.spectrum) @ self.basis.T if self.columns else 0.0
-        return low + torch.diag(self.rest)
+        return self.apply_to(torch.eye(self.length()).to(self.tokens.device, self.diagonal().dtype))
 
     def apply_to(self, rows: Tensor) -> Tensor:  # (R, K) -> (R, K)
         """rows @ S in the dtype of ``rows``, differentiable in them."""

@@ -35,7 +35,8 @@ class NullSpace(Penalty):
         basis: "orthogonal" draws Haar-random columns for every layer (QR in float32, then cast to the weight's
             dtype), the paper's; "shared" draws them once for all layers of one width and flips the signs of their
             rows anew for each layer, so that each layer's basis has exactly the paper's distribution, and only the
-            joint one differs: hardly any storage and a fraction of the time;
+            joint one differs: hardly any storage and a fraction of the time. Layers of all models of a process hold
+            one tensor while it is equal: replace it rather than write to it;
             "hadamard" takes k columns of a randomly signed block Hadamard matrix: exactly orthonormal, same mean
             k / dim * I, stored as dim signs and k indices. It is not the paper's distribution.
         seed: bases are a function of (seed, layer name) alone, so ranks and resumed runs agree; never saved.
@@ -129,6 +130,10 @@ class _Basis(nn.Module):
         """The largest tensor that ``stacked`` copies of each basis, for ``buckets``."""
         return None
 
+    def forward(self, rows: Tensor) -> Tensor:
+        """||rows P||^2 of rows (R, dim), differentiable in them."""
+        return self.stacked([self], wide(rows)[None])[0]
+
     def stacked(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of ||F_l P_l||^2, and F_l P_l P_l^T (L, R, dim), which may be ``rows`` itself.
 
@@ -151,9 +156,6 @@ class _Everything(_Basis):
     def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
         return _square(rows), rows
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return wide(rows).square().sum()
-
 
 def haar(dim: int, k: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:  # (dim, k)
     """k Haar-random orthonormal columns."""
@@ -174,10 +176,6 @@ class _Orthogonal(_Basis):
         columns = haar(dim, min(k, dim - k), generator, wide_dtype)
         self.register_buffer("basis", columns.to(device=like.device, dtype=like.dtype), persistent=False)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        inside = wide(rows.to(self.basis.dtype) @ self.basis).square().sum()
-        return wide(rows).square().sum() - inside if self.complement else inside
-
     def largest(self) -> Tensor:
         return self.basis
 
@@ -197,9 +195,8 @@ class _Shared(_Basis):
         super().__init__()
         self.complement = 2 * k > dim
         side = name.rpartition(".")[2]
-        self.common = _common(
-            seed, f"{dim}.{side}", dim, min(k, dim - k), torch.promote_types(like.dtype, torch.float32)
-        )
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.common = _common(seed, f"{dim}.{side}", dim, min(k, dim - k), dtype)
         basis = self.common.columns.to(device=like.device, dtype=like.dtype, copy=True)
         self.register_buffer("basis", self.common.one(basis), persistent=False)
         self.register_buffer("signs", _signs(dim, _generator(seed, name)).to(like.device), persistent=False)
@@ -211,10 +208,6 @@ class _Shared(_Basis):
 
     def key(self) -> Hashable:
         return super().key(), id(self.basis)  # unique while the basis lives; the key does not outlive the call
-
-    def forward(self, rows: Tensor) -> Tensor:
-        inside = wide((rows * self.signs).to(self.basis.dtype) @ self.basis).square().sum()
-        return wide(rows).square().sum() - inside if self.complement else inside
 
     def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
         signs = torch.stack([b.signs for b in bases])[:, None].to(self.basis.dtype)  # exact in any dtype
@@ -278,10 +271,6 @@ class _Hadamard(_Basis):
         columns = torch.randperm(dim, generator=generator)[: min(k, dim - k)].sort().values
         self.register_buffer("signs", signs.to(like.device), persistent=False)
         self.register_buffer("columns", columns.to(like.device), persistent=False)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        inside = hadamard_blocks(wide(rows) * self.signs)[:, self.columns].square().sum()
-        return wide(rows).square().sum() - inside if self.complement else inside
 
     def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
         signs = torch.stack([b.signs for b in bases])  # (L, dim)

@@ -105,11 +105,9 @@ def test_the_bound_on_a_stack_s_bytes_changes_no_result(penalty, limit, monkeypa
     torch.testing.assert_close(fl.penalty(model), per_layer(model), rtol=1e-13, atol=0)
 
 
-def test_groups_are_cut_where_a_stack_would_be_too_large(monkeypatch):
-    monkeypatch.setattr("forgetless.penalties.batched.STACK_BYTES_CPU", 100)
-    sizes = [torch.zeros(10), torch.zeros(10), torch.zeros(10), None, torch.zeros(100)]
-    assert buckets(["a", "a", "a", "b", "c"], sizes) == [[0, 1], [2], [3], [4]]
-    assert buckets(["a", "b", "a"]) == [[0, 2], [1]]
+def test_groups_are_cut_where_a_stack_would_be_too_large():
+    assert buckets(["a", "a", "a", "b", "c"], [40, 40, 40, 1, 400], 100) == [[0, 1], [2], [3], [4]]
+    assert buckets(["a", "b", "a"], [1, 1, 1], 2) == [[0, 2], [1]]
 
 
 def test_models_that_share_a_basis_do_not_share_a_change_of_it():
