@@ -9,9 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from . import compat
 from .adapter import Adapter, Site
 from .layers.linear import AdaptedLinear, form_groups, site_of
-from .layers.wrapped import AdaptedAround, AdaptedPacked, AdaptedSharded, put_on
+from .layers.wrapped import AdaptedPacked, AdaptedSharded, put_on
 from .methods.base import Method
 from .ops import autograd as ops
 from .penalties.base import Item
@@ -55,7 +56,7 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
     for name, layer in adapted.items():
         layer.train(layers[name].training)
         _replace(model, layers[name], layer)
-    form_groups(adapted)
+    form_groups(model, adapted)
     return model
 
 
@@ -126,7 +127,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         RuntimeError: within a transform of ``torch.func``.
     """
     found = _running(model)
-    if torch._C._are_functorch_transforms_active():
+    if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
     for layer in found.values():
@@ -153,11 +154,8 @@ def _device(layer: AdaptedLinear, adapter: Adapter) -> torch.device:
 
 
 def _calibrated(state: nn.Module) -> bool:
-    """Whether the state has the statistics it needs; asked of the device until the answer is yes, then remembered."""
-    if getattr(state, "statistics", None) is None or getattr(state, "known_calibrated", False):
-        return True
-    if state.calibrated:
-        state.known_calibrated = True  # type: ignore[assignment]
+    """Whether the state has the statistics it needs; a warning if not."""
+    if getattr(state, "statistics", None) is None or state.calibrated:
         return True
     title = type(state.spec).__name__
     warnings.warn(
@@ -197,15 +195,18 @@ def explain(model: nn.Module) -> Report:
             rank = layer.adapter.factors()[0].shape[0]
         N, K = layer.out_features, layer.in_features
         shortcut = None
-        if isinstance(layer, AdaptedAround):
-            path, reason = "onto", f"{layer.reason}, the low-rank product is added in place"
+        if layer.runs_base():
+            reason = getattr(layer, "reason", "the frozen layer has hooks and runs itself")
+            path, reason = "onto", f"{reason}, the low-rank product is added in place"
         else:
             path, reason = ops.explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
             shortcut = layer.adapter.shortcut_reason(layer.weight.T if layer.transposed else layer.weight)
-        partners = [m.name.rpartition(".")[2] for m in layer.group.members if m is not layer] if layer.group else []
+        partners = (
+            [m.name.rpartition(".")[2] for m in layer.group.partners(layer) if m is not layer] if layer.group else []
+        )
         if shortcut is not None:
             reason += f"; {shortcut}"
-        elif partners and layer in layer.group.members:  # type: ignore[union-attr]
+        elif partners:
             reason += f"; one pass over x with {', '.join(partners)}"
         trainable = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
         report[name] = LayerReport(
@@ -277,6 +278,8 @@ def remove(model: nn.Module) -> nn.Module:
         ValueError: the model has no adapters.
     """
     for layer in _adapters(model).values():
+        if layer.group is not None:
+            layer.group.detach()
         layer.base.train(layer.training)
         _replace(model, layer, layer.base)
     return model

@@ -1,8 +1,9 @@
 """Layers fed by the same x (q/k/v, gate/up) run together: one pass over x forward, one backward, one dropout mask.
 
-The first sibling called with an x computes for all of them; the others, called with the very same tensor, pick up
-their y. Nothing is assumed: a sibling that is given another x computes on its own and leaves the group. Results are
-those of the single layers up to the order of summation, except under dropout: x is dropped once for all siblings.
+This happens inside one call of their parent's forward and nowhere else. The first sibling called with an x computes for
+all of them; the others, called in the same forward with the very same tensor, pick up their y. A sibling whose scale,
+dropout, dtype or device differs runs alone, and so does one that has changed since, or that is given another x. Results
+are those of the single layers up to the order of summation, except under dropout: x is dropped once for all siblings.
 
     forward   [h_1 .. h_n] = scale * drop(x) @ [down_1 .. down_n].T       one pass over x instead of n
               y_i = x @ weight_i.T + bias_i + h_i @ up_i.T
@@ -16,22 +17,27 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..ops import blas, recompute
-from ..ops.autograd import applied, as_rows, autocasts, exact_products, gives_way, refuse_second_derivative, shaped
+from ..ops import blas
+from ..ops.autograd import (
+    applied,
+    as_rows,
+    autocasts,
+    draw_seed,
+    exact_products,
+    gives_way,
+    refuse_second_derivative,
+    shaped,
+)
 
 #: y (..., N) of one sibling, and h (M, R) if it is wanted
 Result = tuple[Tensor, Tensor | None]
-
-#: A group that so often in a row computed for siblings that never came is split.
-MISSES = 8
 
 #: Names under one parent that are called with one x in the models of the field.
 KNOWN = (
@@ -59,92 +65,129 @@ def families(names: list[str]) -> list[list[str]]:
     return found
 
 
-class Group:
-    """The siblings that still go together, and the results that wait to be picked up.
+class Scope:
+    """What siblings share during one call of their parent's forward; it dies with that call."""
 
-    Waiting results are per thread: two threads may run the model at once.
+    def __init__(self) -> None:
+        self.results: dict[Any, tuple[Result, State]] = {}  # by layer
+        self.x: Tensor | None = None  # that the results were computed from
+        self.call: Any = None
+        self.seed: Tensor | None = None
+        self.seed_x: Tensor | None = None  # that the seed was drawn for
+        self.seed_version = 0
+
+
+class Group:
+    """Siblings under one parent, and the scope that the parent's forward opens and closes.
+
+    Outside of a scope each layer runs alone. Scopes are per thread: two threads may run the model at once.
+
+    Args:
+        parent: the module whose forward calls the siblings.
+        members: the adapted layers.
     """
 
-    def __init__(self, members: list[Any]):
-        self.members = list(members)  # the adapted layers
-        self.misses = 0
+    def __init__(self, parent: nn.Module, members: list[Any]):
+        self.members = list(members)
+        self.sets = [list(members)]  # those that are given one x; a sibling that is given another x leaves its set
         self._local = threading.local()
+        self.handles = [
+            parent.register_forward_pre_hook(self.open),
+            parent.register_forward_hook(self.close, always_call=True),  # also when the forward raises
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off the parent: from now on each layer runs alone."""
+        for handle in self.handles:
+            handle.remove()
+        for member in self.members:
+            if member.group is self:
+                member.group = None
+
+    def open(self, module: nn.Module, args: Any) -> None:
+        """Begin a scope; what a call left behind that was interrupted is dropped."""
+        if not torch.compiler.is_compiling():
+            self._local.scope = Scope()
+
+    def close(self, module: nn.Module, args: Any, output: Any) -> None:
+        """End the scope: results that nobody asked for are dropped."""
+        if not torch.compiler.is_compiling():
+            self._local.scope = None
+
+    @property
+    def scope(self) -> Scope | None:
+        """The scope of this thread; None outside of the parent's forward."""
+        return getattr(self._local, "scope", None)
+
+    def partners(self, member: Any) -> list[Any]:
+        """The siblings that run with ``member``, itself included, in their order."""
+        return next((together for together in self.sets if member in together), [member])
 
     def take(self, member: Any, x: Tensor, dropout: float) -> tuple[bool, Result | None]:
-        """Whether something was made for this member, and what: None if it is not for this x as it is now."""
-        waiting: _Waiting | None = self._local.__dict__.get("waiting")
-        if waiting is None or id(member) not in waiting.results:
+        """Whether something was computed for this member, and what; None if it is not for this x as it is now."""
+        scope = self.scope
+        if scope is None or member not in scope.results:
             return False, None
-        result, state = waiting.results.pop(id(member))
-        if not waiting.results:
-            self._local.waiting = None
-        held = waiting.x()
-        if held is x and waiting.call == _call(x, dropout) and state == _state(member):
-            self.misses = 0
-            return True, result
-        if held is not None and held is not x:
-            # Computed along for nothing. From now on it goes its own way, with those that wait like it.
-            self._local.waiting = None
-            self._leave([other for other in self.members if other is member or id(other) in waiting.results])
+        result, state = scope.results.pop(member)
+        if scope.x is not x:
+            # Computed for nothing. From now on it goes its own way, with those that wait like it.
+            left = [other for other in self.partners(member) if other is member or other in scope.results]
+            self.sets = [[m for m in together if m not in left] for together in self.sets] + [left]
+            scope.results.clear()
             return False, None
-        return True, None
+        same = scope.call == _call(x, dropout) and state.same(State(member))
+        return True, result if same else None
 
     def share(self, first: Any, x: Tensor, dropout: float, results: list[Result]) -> Result:
-        """The result of ``first``, one of the members; those of the others, in the members' order, are left here."""
-        late: _Waiting | None = self._local.__dict__.get("waiting")
-        members = self.members
-        if late is not None:
-            self.misses += 1
-            if self.misses > MISSES:
-                self._leave([other for other in members if id(other) in late.results])
-        held = {}
-        for member, result in zip(members, results):  # noqa: B905 - strict costs time
-            if member is first:
-                mine = result
-            elif member.group is self:
-                held[id(member)] = result, _state(member)
-        self._local.waiting = _Waiting(x, _call(x, dropout), held) if held else None
-        return mine
+        """The result of ``first``; those of its partners, in their order, wait in the scope."""
+        scope, partners = self.scope, self.partners(first)
+        assert scope is not None
+        pairs = dict(zip(partners, results, strict=True))
+        scope.x, scope.call = x, _call(x, dropout)
+        scope.results = {member: (result, State(member)) for member, result in pairs.items() if member is not first}
+        return pairs[first]
 
-    def _leave(self, left: list[Any]) -> None:
-        self.members = [other for other in self.members if all(other is not gone for gone in left)]
-        group = Group(left)
-        for other in left:
-            other.group = group
+    def seed(self, x: Tensor) -> Tensor:  # (2,) int32
+        """One dropout seed for all siblings that are given x in this scope, whether they run together or alone.
+
+        So masks do not depend on what was shared: recomputing a pass finds them again.
+        """
+        scope = self.scope
+        assert scope is not None
+        version = 0 if x.is_inference() else x._version
+        if scope.seed is None or scope.seed_x is not x or scope.seed_version != version:
+            scope.seed, scope.seed_x, scope.seed_version = draw_seed(x.device), x, version
+        return scope.seed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members}
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["members"])  # type: ignore[misc]
+        self.__dict__.update(state, _local=threading.local())
 
 
 def _call(x: Tensor, dropout: float) -> Any:
-    """What must be the same of the call when a result is picked up as when it was made."""
+    """What must be the same of the call when a result is picked up as when it was computed."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if autocasts(device) else None
-    return x._version, torch.is_grad_enabled(), autocast, dropout
+    stream = (torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()) if x.is_cuda else None
+    now = x._version, x.data_ptr(), x.shape, x.stride(), x.requires_grad
+    return now, torch.is_grad_enabled(), autocast, dropout, stream
 
 
-def _state(member: Any) -> list[Any]:
-    """What must be the same of the member."""
-    adapter = member.adapter
-    table = adapter._parameters
-    weight = member.held()[0]
-    seen: list[Any] = [id(weight), weight._version, weight.requires_grad]
-    if "down" not in table:
-        seen.append(id(adapter.down))
-    for t in table.values():
-        if t is not None:
-            seen += id(t), t._version, t.requires_grad
-    return seen
+class State:
+    """What must be the same of the layer: its tensors and numbers, as they are now."""
 
+    def __init__(self, member: Any):
+        adapter = member.adapter
+        self.tensors = [*member.stored(), *adapter.factors()]
+        self.numbers = [
+            adapter.scale,
+            *((t._version, t.data_ptr(), t.shape, t.requires_grad) for t in self.tensors if t is not None),
+        ]
 
-class _Waiting:
-    def __init__(self, x: Tensor, call: Any, results: dict[int, tuple[Result, Any]]):
-        self.x = weakref.ref(x)
-        self.call = call
-        self.results = results
+    def same(self, other: State) -> bool:
+        return self.numbers == other.numbers and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
 
 
 def lowrank_linears(
@@ -194,13 +237,17 @@ class _Siblings(torch.autograd.Function):
         down = blas.as_dtype(torch.cat(downs), x.dtype)
         if run is blas:  # which wants one dtype: cast once for both passes
             ups = tuple(blas.as_dtype(up, x.dtype) for up in ups)
-        h = run.project(rows, down, s, p, seed)
-        parts = h.split_with_sizes(ctx.ranks, 1)
-        ys = [shaped(run.matmul_lowrank(rows, weights[i], parts[i], ups[i], biases[i]), x.shape) for i in range(n)]
-        kept = None
-        if any(ctx.need_downs) and recompute.hold(ctx, x) is not None:
-            kept = rows
-        ctx.save_for_backward(kept, h if any(ctx.need_ups) else None, seed, down, *weights, *ups)
+        try:
+            h, ys = _products(run, rows, weights, down, ups, biases, (s, p, seed))
+        except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
+            if not gives_way(run, "forward", rows, weights[0], downs[0], error):
+                raise
+            run, ups = blas, tuple(blas.as_dtype(up, x.dtype) for up in ups)
+            ctx.rest = s, p, run, return_h, x.shape
+            h, ys = _products(run, rows, weights, down, ups, biases, (s, p, seed))
+        ys = [shaped(y, x.shape) for y in ys]
+        kept = rows if any(ctx.need_downs) else None, h if any(ctx.need_ups) else None
+        ctx.save_for_backward(*kept, seed, down, *weights, *ups)
         return (*ys, h) if return_h else tuple(ys)
 
     @staticmethod
@@ -208,9 +255,6 @@ class _Siblings(torch.autograd.Function):
         refuse_second_derivative()
         s, p, run, return_h, shape = ctx.rest
         x, h, seed, down, *rest = ctx.saved_tensors
-        x = recompute.held(ctx, x)
-        if x is not None:
-            x = as_rows(x)
         n = len(rest) // 2
         weights, ups = rest[:n], rest[n:]
         dys = [None if dy is None else as_rows(dy) for dy in grads[:n]]
@@ -231,6 +275,13 @@ class _Siblings(torch.autograd.Function):
 
 
 _siblings = applied(_Siblings)
+
+
+def _products(run: Any, x: Tensor, weights: Any, down: Tensor, ups: Any, biases: Any, rest: Any) -> Any:
+    """h (M, sum of R_i) and y_i (M, N_i): launches and nothing else."""
+    h = run.project(x, down, *rest)
+    parts = h.split_with_sizes([up.shape[1] for up in ups], 1)
+    return h, [run.matmul_lowrank(x, *layer) for layer in zip(weights, parts, ups, biases, strict=True)]
 
 
 def _or_blas(run: Any, dys: Sequence[Tensor | None], dh: Any, x: Any, weights: Any, down: Tensor, *rest: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import compat
 from ..adapter import Adapter, Site, whole
 from ..methods.base import Method
-from ..ops import blas
-from ..ops.autograd import as_rows, autocasts, draw_mask, exact_products, gives_way, lowrank_linear, settled_module
+from ..ops.add_lowrank import Term, add_terms
+from ..ops.autograd import as_rows, autocasts, exact_products, lowrank_linear, quantised, settled_module
 from .groups import Group, Result, families, lowrank_linears
 from .quantized import kind_of, stand_in
 from .tensor_parallel import cut_of
@@ -29,15 +28,25 @@ def is_conv1d(module: nn.Module) -> bool:
     return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
 
 
-def form_groups(layers: dict[str, AdaptedLinear]) -> None:
-    """Let siblings run together, where one scale and stored ``down`` factors allow it."""
+def form_groups(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
+    """Let siblings run together inside a call of their parent, where stored ``down`` factors allow it."""
     for names in families(list(layers)):
         members = [layers[name] for name in names if not layers[name].around and _holds_down(layers[name].adapter)]
-        alike = {(m.weight.device, m.weight.dtype, m.adapter.scale, m.in_features) for m in members}
-        if len(members) > 1 and len(alike) == 1:
-            group = Group(members)
+        if len(members) > 1 and len({m.in_features for m in members}) == 1:
+            group = Group(model.get_submodule(names[0].rpartition(".")[0]), members)
             for member in members:
                 member.group = group
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def _holds_down(adapter: Adapter) -> bool:
@@ -71,9 +80,8 @@ def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
 class Trace:
     """What the last forward pass left behind."""
 
-    x: Tensor  # (tokens, K) every so many tokens of x, DRIFT_TOKENS at most, detached; shared by siblings
+    x: Tensor  # (tokens, K) every so many tokens of x, DRIFT_TOKENS at most, detached
     hidden: Tensor | None  # (M, R) with its graph, only if a penalty needs it
-    source: Callable[[], Tensor | None] | None  # weak reference to the x of the call
 
 
 def _sample(x: Tensor) -> Tensor:  # (..., K) -> (tokens, K)
@@ -101,6 +109,9 @@ class AdaptedLinear(nn.Module):
 
     #: The base runs itself, and the update is added onto what it returns: see ``forgetless.layers.wrapped``.
     around: bool = False
+    #: Its dropout mask may be that of its siblings.
+    shares_dropout = True
+    cut: Any = None  # tensor parallelism: this rank's part
 
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
         super().__init__()
@@ -130,43 +141,64 @@ class AdaptedLinear(nn.Module):
     def out_features(self) -> int:
         return self.weight.shape[1 if self.transposed else 0]
 
-    def held(self) -> tuple[Tensor, Tensor | None]:
+    def stored(self) -> tuple[Tensor, Tensor | None]:
         """The base's weight as it stores it, and its bias."""
         return stored(self._modules["base"])
 
+    def runs_base(self) -> bool:
+        """Whether the base runs itself in the next call: it has hooks, or is not a plain linear layer any more."""
+        base: Any = self._modules["base"]
+        return hooked(base) or not (type(base) is nn.Linear or is_conv1d(base))
+
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        # every lookup in a module costs a microsecond: take each thing once, out of its table
-        adapter: Any = self.adapter
-        group = self.group
+        adapter, group = self.adapter, self.group
+        if compat.transforms_active() or torch.jit.is_tracing():
+            return self._transformed(x)
+        if self.runs_base():
+            return self._around(x)
         dropout = adapter.dropout if self.training else 0.0
-        made, found = False, None
-        if group is not None and not torch.compiler.is_compiling():
-            made, found = group.take(self, x, dropout)
-        if found is None:
-            weight, bias = self.held()
+        inside = group is not None and not torch.compiler.is_compiling() and group.scope is not None
+        made, result = group.take(self, x, dropout) if inside else (False, None)  # type: ignore[union-attr]
+        if result is None:
+            weight, bias = self.stored()
             if self.transposed:
                 weight = weight.T
             if type(weight) is not nn.Parameter and type(weight) is not Tensor:
                 self._check_whole(weight)
-            if torch._C._are_functorch_transforms_active():
-                return self._transformed(x, weight, bias)
-            found = adapter.shortcut(x, weight, bias, self.needs_hidden)
-            if found is None and not made and self.group is not None:  # which may have changed
-                found = self._with_siblings(x, weight, dropout)
-            if found is None:
+            if inside and not made:
+                result = self._with_siblings(x, weight, dropout)
+            if result is None:
+                result = adapter.shortcut(x, weight, bias, self.needs_hidden)
+            if result is None:
                 down, up = adapter.factors()
-                found = lowrank_linear(x, weight, down, up, bias, adapter.scale, dropout, None, self.needs_hidden)
-                if not self.needs_hidden:
-                    found = found, None
-        y, h = found
-        self.__dict__["trace"] = self._trace(x, h)  # not a module's attribute: setting one takes microseconds
+                seed = group.seed(x) if inside and dropout and self.shares_dropout else None  # type: ignore[union-attr]
+                found = lowrank_linear(x, weight, down, up, bias, adapter.scale, dropout, seed, self.needs_hidden)
+                result = found if self.needs_hidden else (found, None)
+        y, h = result
+        self.trace = self._trace(x, h)
         return y
 
-    def _transformed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The formula, which ``torch.func`` can differentiate, map and differentiate again; nothing is left behind."""
-        self.__dict__["trace"] = None
+    def _around(self, x: Tensor) -> Tensor:
+        """By the base's own forward, the low-rank product added to what it returns."""
+        base, adapter, cut = self.base, self.adapter, self.cut
+        down, up = adapter.factors()
+        if cut is not None:
+            down, up = cut.local(down, up)
+        term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0)
+        kind = kind_of(base)
+        fresh = kind is not None and kind.fresh and not hooked(base)
+        # without the module's call, so that no hook of all modules sees the memory that is written in place
+        y, (h,) = add_terms(base.forward if fresh else base, x, [term], cut, fresh)
+        self.trace = None if compat.transforms_active() else self._trace(x, h)
+        return y
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        """The formula, which ``torch.func`` and ``torch.jit.trace`` can follow; nothing is left behind."""
+        self.trace = None
+        if self.around:
+            return self._around(x)
         down, up = self.adapter.factors()
-        y = F.linear(x, weight, bias)
+        y = self.base(x)
         dropped = F.dropout(x, self.adapter.dropout, self.training).to(y.dtype)
         return y + self.adapter.scale * F.linear(F.linear(dropped, down.to(y.dtype)), up.to(y.dtype))
 
@@ -178,79 +210,68 @@ class AdaptedLinear(nn.Module):
             )
 
     def _with_siblings(self, x: Tensor, weight: Tensor, dropout: float) -> Result | None:
-        """Compute for all of the group and leave the others' results there; None where this cannot be done together."""
+        """Compute for all partners and leave their results in the scope; None where this cannot be done together."""
         group = self.group
         assert group is not None
-        members: list[AdaptedLinear] = group.members
-        if len(members) < 2 or self not in members:
-            return None
-        if x.dim() < 2 or x.shape[-1] != weight.shape[1] or torch.compiler.is_compiling() or x.is_inference():
+        members: list[AdaptedLinear] = group.partners(self)
+        if len(members) < 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1] or x.is_inference() or x.is_nested:
             return None  # nonsense is refused by the op; a change of an inference tensor could not be seen
-        weights, biases, downs, ups = [], [], [], []
-        wants_h = False
-        for member in members:
-            other, bias = member.held()
-            if member.transposed:
-                other = other.T
-            adapter: Any = member.adapter
-            if not member._joins(self, weight, dropout, adapter, other, bias):
-                return None
-            down, up = adapter.factors()
-            weights.append(other)
-            biases.append(bias)
-            downs.append(down)
-            ups.append(up)
-            wants_h |= member.needs_hidden
+        if torch.is_grad_enabled() and x.grad_fn is None:
+            return None  # nothing before x stops the siblings from running backward one after the other
+        if not all(member._joins(self, weight, dropout) for member in members):
+            return None
+        pairs = [member.stored() for member in members]
+        weights = [w.T if member.transposed else w for member, (w, _) in zip(members, pairs, strict=True)]
+        biases = [bias for _, bias in pairs]
+        factors = [member.adapter.factors() for member in members]
         device, dtype = x.device, x.dtype
         if autocasts(device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
             weights = [other.to(dtype) for other in weights]
             biases = [None if bias is None else bias.to(dtype) for bias in biases]
             rows = x.to(dtype)
-        elif dtype != weight.dtype:
+        elif dtype != weight.dtype or any(bias is not None and bias.dtype != dtype for bias in biases):
             return None
         else:
             rows = x
+        scale = self.adapter.scale
+        if dtype == torch.float16 and scale != 1.0:
+            return None  # alone, the op keeps the scale out of h
+        downs, ups = [down for down, _ in factors], [up for _, up in factors]
         run = settled_module(rows, weights[0], downs[0])
         if run is None:
             return None
-        p, seed = draw_mask(dropout, device)
-        scale = adapter.scale  # the same for all of a group
-        try:
-            results = lowrank_linears(rows, weights, downs, ups, biases, scale, p, seed, wants_h, run)
-        except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
-            if not gives_way(run, "forward", rows, weights[0], downs[0], error):
-                raise
-            results = lowrank_linears(rows, weights, downs, ups, biases, scale, p, seed, wants_h, blas)
+        p = quantised(dropout) if dropout else 0.0
+        seed = group.seed(x) if p else None
+        wants_h = any(member.needs_hidden for member in members)
+        results = lowrank_linears(rows, weights, downs, ups, biases, scale, p, seed, wants_h, run)
         return group.share(self, x, dropout, results)
 
-    def _joins(
-        self, first: AdaptedLinear, like: Tensor, dropout: float, adapter: Any, weight: Tensor, bias: Tensor | None
-    ) -> bool:
-        """Whether this layer (its adapter, weight and bias) can be computed in the call of ``first``, with ``like``."""
-        if self is not first and not (
-            weight.dtype == like.dtype
+    def _joins(self, first: AdaptedLinear, like: Tensor, dropout: float) -> bool:
+        """Whether this layer, as it is now, can be computed in the call of ``first``, whose weight is ``like``."""
+        if self.runs_base() or hooked(self):
+            return False  # a hook may change what comes after it
+        weight, bias = self.stored()
+        adapter = self.adapter
+        return (
+            type(weight) in (nn.Parameter, Tensor)  # neither a shard nor packed
+            and weight.dtype == like.dtype
             and weight.device == like.device
-            and type(weight) is type(like)
+            and weight.shape[0 if self.transposed else 1] == like.shape[1]
             and (adapter.dropout if self.training else 0.0) == dropout
-        ):
-            return False
-        if type(weight) is not nn.Parameter and type(weight) is not Tensor:  # a shard, or packed
-            return False
-        if weight.requires_grad or weight.is_inference() or bias is not None and bias.requires_grad:
-            return False
-        return not any([p is not None and p.is_inference() for p in adapter._parameters.values()])
+            and adapter.scale == first.adapter.scale
+            and not weight.requires_grad
+            and not weight.is_inference()
+            and (bias is None or not bias.requires_grad and bias.device == like.device)
+            and all(
+                type(t) in (nn.Parameter, Tensor) and not t.is_inference() and t.device == like.device
+                for t in adapter.factors()
+            )
+        )
 
     def _trace(self, x: Tensor, h: Tensor | None) -> Trace:
         hidden = as_rows(h) if self.needs_hidden and h is not None else None
-        if torch.compiler.is_compiling():  # no weak references there
-            return Trace(_sample(x), hidden, None)
-        first = None if self.group is None else self.group.members[0]
-        if first is not None and first is not self:  # its own is of an earlier pass
-            trace: Trace | None = first.__dict__["trace"]
-            if trace is not None and trace.source is not None and trace.source() is x:
-                return trace if hidden is None is trace.hidden else Trace(trace.x, hidden, trace.source)
-        return Trace(_sample(x), hidden, weakref.ref(x))
+        return Trace(_sample(x), hidden)
 
     def drift(self) -> float | None:
         """Mean over tokens of ||delta x|| / ||x|| in the last forward pass, CLoRA's F (Eq. 3); None before one."""

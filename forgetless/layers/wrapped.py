@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..methods.base import Method
-from ..ops.add_lowrank import Term, add_terms
-from .linear import AdaptedLinear, Trace
+from .linear import AdaptedLinear, Trace, hooked
 from .quantized import Kind, kind_of, stand_in
 from .tensor_parallel import Cut, cut_of, gathered_columns, made_alike
 
@@ -22,17 +21,9 @@ class AdaptedAround(AdaptedLinear):
 
     around = True
     reason = "the frozen layer has hooks and runs itself"
-    cut: Cut | None = None
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        adapter, cut = self.adapter, self.cut
-        down, up = adapter.factors()
-        if cut is not None:
-            down, up = cut.local(down, up)
-        term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0)
-        y, (h,) = add_terms(self.base, x, [term], cut)
-        self.__dict__["trace"] = None if torch._C._are_functorch_transforms_active() else self._trace(x, h)
-        return y
+    def runs_base(self) -> bool:
+        return True
 
 
 class AdaptedPacked(AdaptedAround):
@@ -84,7 +75,7 @@ class AdaptedSharded(AdaptedAround):
         trace = self.trace
         if trace is None or self.cut.dim == 0:
             return super().drift()
-        self.trace = Trace(gathered_columns(trace.x, self.cut), None, None)
+        self.trace = Trace(gathered_columns(trace.x, self.cut), None)
         try:
             return super().drift()
         finally:
@@ -106,14 +97,3 @@ def put_on(base: nn.Module, adapter: Adapter, method: Method, name: str) -> Adap
     if cut_of(base) is not None:
         return AdaptedSharded(base, adapter, method, name)
     return (AdaptedAround if hooked(base) else AdaptedLinear)(base, adapter, method, name)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )

@@ -111,7 +111,6 @@ class CURLoRAAdapter(Adapter):
         """Copy C and R out of ``weight`` (N, K)."""
         self.down = weight[self.into].contiguous()  # (R, K)
         self.lift = weight[:, self.out_of].t().contiguous().t()  # (N, R), of which every product reads the transpose
-        self._matches: tuple[int, bool] | None = None
 
     @property
     def into(self) -> Tensor:
@@ -124,11 +123,8 @@ class CURLoRAAdapter(Adapter):
         return self.rows if self.transposed else self.columns
 
     def still_of(self, weight: Tensor) -> bool:
-        """Whether C and R are columns and rows of ``weight`` (N, K) as it is now; looked up again when it changes."""
-        if self._matches is None or self._matches[0] != weight._version:
-            same = torch.equal(self.down, weight[self.into]) and torch.equal(self.lift, weight[:, self.out_of])
-            self._matches = weight._version, same
-        return self._matches[1]
+        """Whether C and R are columns and rows of ``weight`` (N, K) as it is now: compared in every call."""
+        return torch.equal(self.down, weight[self.into]) and torch.equal(self.lift, weight[:, self.out_of])
 
     def shortcut_reason(self, weight: Tensor) -> str | None:
         if module_for(weight.device, weight.dtype) is not blas or weight.is_inference() or not self.still_of(weight):
@@ -146,9 +142,6 @@ class CURLoRAAdapter(Adapter):
         core = self.core.T if self.transposed else self.core
         rows, columns = self.into, self.out_of
         return gathered_linear(x, weight, core, self.lift, self.down, rows, columns, bias, self.scale, return_h)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_matches": None}  # a copy's weight counts its changes anew
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name in ("rows", "columns"):

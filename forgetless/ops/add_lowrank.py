@@ -1,32 +1,26 @@
-"""A frozen layer by its own forward, and a low-rank update accumulated in place onto what it returns.
+"""A frozen layer by its own forward, and a low-rank update added to what it returns.
 
 For layers whose weight cannot be read as a matrix: quantised ones, and whatever else computes x @ W.T in its own way.
 
     x -> _Project -> alias of x -> the layer's forward -> y -> _Add -> y + h @ up.T
               h = s * drop(alias) @ down.T ----------------^
 
-Backward, the layer's own gradient of x arrives at ``_Project``, which adds mask * (g @ down) to it in place. Nothing
-of the weight's size is made here. A buffer is written in place only if nobody else can see it (``sole``): otherwise
-the sum is written out, in one pass.
+Backward, the layer's own gradient of x arrives at ``_Project``, which adds mask * (g @ down) to it in one pass. Nothing
+of the weight's size is made here. Memory is written in place only where the caller says that the base returns fresh
+memory that nothing else holds.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layers.tensor_parallel import Cut
+from .. import compat
 from . import autograd as ops
-from . import blas, recompute
-
-# Both are private to torch: without them every sum is written out.
-_storage_count = getattr(torch._C, "_storage_Use_Count", None)
-_counts_tensors = hasattr(torch.Tensor, "_use_count")
+from . import blas
 
 
 class Term(NamedTuple):
@@ -40,7 +34,7 @@ class Term(NamedTuple):
 
 
 def add_terms(
-    base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term], cut: Cut | None = None
+    base: Callable[[Tensor], Tensor], x: Tensor, terms: list[Term], cut: Any = None, fresh: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """base(x) + sum over terms of scale * (drop(x) @ down.T) @ up.T + bias, differentiable in everything.
 
@@ -50,6 +44,8 @@ def add_terms(
             that of ``x``; the result has the dtype of ``base(x)``.
         terms: each with a dropout mask of its own, as in ``ops.lowrank_linear``.
         cut: tensor parallelism: x or base(x) are this rank's columns, and so are the factors.
+        fresh: base returns memory of its own that nothing else holds: it is then written in place. Autograd still
+            refuses this where it saved that memory.
 
     Returns:
         y (..., N) and for each term h = scale * drop(x) @ down.T as (M, R), differentiable in x and down.
@@ -60,12 +56,10 @@ def add_terms(
         ValueError: base returned something that is not (..., N).
         RuntimeError: base returned something without a gradient for an x that wants one.
     """
-    plainly = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    plainly = torch.compiler.is_compiling() or compat.transforms_active()
     device = x.device.type
     autocast = ops.autocasts(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    if not plainly:
-        _gradient_references()
     projected = []
     for term in terms:
         if plainly:
@@ -95,34 +89,9 @@ def add_terms(
             more = (h.to(y.dtype) @ term.up.to(y.dtype).T).view(y.shape)
             y = y + (more if term.bias is None else more + term.bias.to(y.dtype))
             continue
-        alone = sys.getrefcount(y) <= 2 and sole(y)
-        y = _Add.apply(y, h, term.up, term.bias, alone)
+        y = _Add.apply(y, h, term.up, term.bias, fresh and y.is_contiguous() and not compat.is_view(y))
+        fresh = True  # what _Add returns is its own
     return y, hidden
-
-
-def sole(t: Tensor) -> bool:
-    """Whether the memory of ``t`` is held by ``t`` alone (or by it and the otherwise unheld tensor it is a view of).
-
-    No saved tensor, no other view and no other name then sees what is written there. References to the Python object
-    are the caller's to count.
-    """
-    if _storage_count is None or not _counts_tensors or type(t) is not Tensor or not t.is_contiguous():
-        return False
-    base = t._base
-    if t._use_count() > 1 or t.is_inference():  # type: ignore[attr-defined]
-        return False
-    if base is not None and (base._use_count() > 2 or sys.getrefcount(base) > _base_references()):  # type: ignore[attr-defined]
-        return False
-    # the tensor, the one it is a view of, and the Python object of the storage made to ask
-    return _storage_count(t.untyped_storage()._cdata) <= (2 if base is None else 3)
-
-
-@functools.cache
-def _base_references() -> int:
-    """References to the base of a view that nobody else holds: torch's own differ between its versions."""
-    view = torch.zeros(2).view(2, 1)
-    base = view._base
-    return sys.getrefcount(base)
 
 
 class _Project(torch.autograd.Function):
@@ -138,17 +107,15 @@ class _Project(torch.autograd.Function):
         small = blas.as_dtype(down, dtype)
         with ops.exact_products(x.device.type):
             h = ctx.run.project(blas.as_dtype(ops.as_rows(x), dtype), small, s, p, seed)
-        ctx.save_for_backward(recompute.hold(ctx, x) if ctx.needs_input_grad[1] else None, small, seed)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, small, seed)
         return x, h
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, dh: Tensor | None) -> tuple[Any, ...]:
         ops.refuse_second_derivative()
-        alone = dx is not None and sys.getrefcount(dx) <= _gradient_references() and sole(dx)
         if dh is None:
             return dx, *(None,) * 5
         x, down, seed = ctx.saved_tensors
-        x = recompute.held(ctx, x)
         s, p = ctx.rest
         with ops.exact_products(dh.device.type):
             g = dh * s
@@ -157,15 +124,12 @@ class _Project(torch.autograd.Function):
                 dx = None
             elif bits is not None:
                 part = blas._drop_(g @ down, bits).view(ctx.shape)
-                dx = part if dx is None else dx.add_(part) if alone else dx + part
+                dx = part if dx is None else dx + part
             elif dx is None:
                 dx = (g @ down).view(ctx.shape)
             else:
                 g_wide, down_wide = blas.as_dtype(g, dx.dtype), blas.as_dtype(down, dx.dtype)
-                if alone:
-                    ops.as_rows(dx).addmm_(g_wide, down_wide)  # contiguous: a view
-                else:
-                    dx = torch.addmm(ops.as_rows(dx), g_wide, down_wide).view(ctx.shape)
+                dx = torch.addmm(ops.as_rows(dx), g_wide, down_wide).view(ctx.shape)
             ddown = None
             if x is not None:
                 rows = blas.as_dtype(ops.as_rows(x), ctx.dtype)
@@ -175,42 +139,17 @@ class _Project(torch.autograd.Function):
         return dx, ddown, None, None, None, None
 
 
-class _Count(torch.autograd.Function):
-    """Counts the references to a gradient that nobody but autograd holds."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, found: list[int]) -> Tensor:
-        ctx.found = found
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[None, None]:
-        ctx.found.append(sys.getrefcount(dx))
-        return None, None
-
-
-@functools.cache
-def _gradient_references() -> int:
-    """How many that is differs between versions of Python and torch, so it is counted, once."""
-    found: list[int] = []
-    with torch.inference_mode(False), torch.enable_grad():
-        one = torch.ones(1, requires_grad=True)
-        (_Count.apply(one, found) * 2.0).sum().backward()
-    return found[0]
-
-
 class _Add(torch.autograd.Function):
-    """y + h @ up.T + bias, over y's own memory if ``alone``."""
+    """y + h @ up.T + bias, in y's own memory if ``in_place``."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, up: Tensor, bias: Tensor | None, alone: bool) -> Tensor:
+    def forward(ctx: Any, y: Tensor, h: Tensor, up: Tensor, bias: Tensor | None, in_place: bool) -> Tensor:
         ctx.run, ctx.up_dtype = ops.module_for(y.device, y.dtype), up.dtype
         h = blas.as_dtype(h, y.dtype)
         small = blas.as_dtype(up, y.dtype)
-        if alone:
-            # A tensor of its own over the same memory: autograd sees neither a view nor a change of y, and there is
-            # nobody to whom either would matter.
-            out = y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+        if in_place:
+            ctx.mark_dirty(y)
+            out = y
             ops.as_rows(out).addmm_(h, small.T)  # contiguous: a view
         else:
             out = torch.addmm(ops.as_rows(y), h, small.T).view(y.shape)

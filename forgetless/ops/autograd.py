@@ -5,14 +5,14 @@
     g  = s * (dy @ up + dh)
     dx = dy @ weight + drop(g @ down),   ddown = g.T @ drop(x),   dup = dy.T @ h
 
-Saved for backward: x (only if ``down`` or ``weight`` is trained, and not where ``recompute`` can make it again), h, and
-eight bytes of dropout seed.
+Saved for backward: x (only if ``down`` or ``weight`` is trained), h, and eight bytes of dropout seed.
 This is the only module that names the kernels. In eager mode the op is an autograd function, under torch.compile a
 custom op over the same two bodies, because a custom op's dispatch costs more than a small layer's arithmetic.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blas, recompute, reference
+from .. import compat
+from . import blas, reference
 from . import dispatch as plans
 from .check import check, dtype_name, plainly_right
 
@@ -340,7 +341,7 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     bare = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*arguments: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active()
+        transformed = compat.transforms_active()
         return function.apply(*arguments) if transformed else bare(*arguments)
 
     return apply
@@ -348,7 +349,7 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 def as_rows(x: Tensor) -> Tensor:  # (..., K) -> (M, K)
     dims = x.dim()
-    return x if dims == 2 else x.flatten(0, -2) if dims > 2 else x[None]
+    return x if dims == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def shaped(rows: Tensor, like: torch.Size) -> Tensor:  # (M, N) -> (*like[:-1], N)
@@ -364,18 +365,12 @@ class _LowrankLinear(torch.autograd.Function):
         x, weight, down, up, bias, seed, scale, p = inputs
         dtypes = down.dtype, up.dtype
         need = ctx.needs_input_grad[1:6]
-        kept = recompute.hold(ctx, x) if need[1] or need[2] else None
-        shape = x.shape
-        if len(shape) == 2:
-            ctx.shape = None
-        else:
-            ctx.shape = shape
-            x = as_rows(x)
-            kept = None if kept is None else x
+        shape = ctx.shape = x.shape
+        x = as_rows(x)
         if x.is_cpu:  # BLAS wants one dtype: cast the factors once for both passes
             down, up = blas.as_dtype(down, x.dtype), blas.as_dtype(up, x.dtype)
         y, h = _forward(x, weight, down, up, bias, seed, scale, p)
-        _save(ctx, (kept, weight, down, up, bias, seed, scale, p), h, dtypes, need)
+        _save(ctx, (x, weight, down, up, bias, seed, scale, p), h, dtypes, need)
         y = shaped(y, shape)
         if not want_h:
             return y
@@ -390,15 +385,10 @@ class _LowrankLinear(torch.autograd.Function):
             if dh is None:
                 return (None,) * 9
             dy = dh.new_zeros(*dh.shape[:-1], weight.shape[0])
-        shape = ctx.shape
-        if shape is not None:
-            dy, dh = as_rows(dy), None if dh is None else as_rows(dh)
-        x = recompute.held(ctx, x)
-        if x is not None:
-            x = as_rows(x)
+        dy, dh = as_rows(dy), None if dh is None else as_rows(dh)
         grads = _backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
-        if shape is not None and grads[0] is not None:
-            grads[0] = grads[0].view(shape)
+        if grads[0] is not None:
+            grads[0] = grads[0].view(ctx.shape)
         return (None, *grads, None, None, None)
 
 
@@ -526,6 +516,9 @@ def lowrank_linear(
                 seed = draw_seed(x.device)
         if dropout == 0.0:
             seed = None
+    if x.dtype == torch.float16 and scale != 1.0:  # scale * x @ down.T may overflow where the result does not
+        y = lowrank_linear(x, weight, down, scale * up.float(), bias, 1.0, dropout, seed, return_h)
+        return (y[0], scale * y[1]) if return_h else y
     if not torch.compiler.is_compiling():
         return _lowrank_linear(return_h, x, weight, down, up, bias, seed, scale, dropout)
     rows, lead = as_rows(x), x.shape[:-1]

@@ -7,7 +7,6 @@ bit mask that is rebuilt from the seed and thrown away.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +24,8 @@ def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16
     device = seed.device
     width = (K + 1) // 2
     constants = _constants(device)
-    keys = torch.bitwise_xor(_numbers(M, width, device), seed[:, None])
+    count = torch.arange(max(M, width), dtype=torch.int32, device=device)
+    keys = torch.bitwise_xor(torch.stack([mix(count), mix(count ^ PAIRS)]), seed[:, None])
     _mixed(keys, torch.empty_like(keys), constants)
     row, pair = keys[0, :M, None], keys[1, :width]
     (low, by_fifteen), keep = constants[4:], _scalar(drop_threshold(p) - 1, torch.int16, device)
@@ -51,22 +51,13 @@ def _mixed(v: Tensor, scratch: Tensor, constants: tuple[Tensor, ...]) -> None:
     v.bitwise_xor_(torch.bitwise_right_shift(v, sixteen, out=scratch))
 
 
-@functools.cache
 def _constants(device: torch.device) -> tuple[Tensor, ...]:
     words = [_scalar(value, torch.int32, device) for value in (16, MIX_1, 15, MIX_2)]
     return (*words, _scalar(LEVELS - 1, torch.int16, device), _scalar(15, torch.int16, device))
 
 
-@functools.cache
 def _scalar(value: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=device)
-
-
-@functools.lru_cache(maxsize=64)
-def _numbers(M: int, width: int, device: torch.device) -> Tensor:  # (2, max(M, width)) int32
-    """mix(0), mix(1), .. for rows; mix(0 ^ PAIRS), .. for pairs: what of the keys the seed does not change."""
-    count = torch.arange(max(M, width), dtype=torch.int32, device=device)
-    return torch.stack([mix(count), mix(count ^ PAIRS)])
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,7 +97,7 @@ def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * a @ b, rounded once"""
     if scale == 1.0:
         return torch.mm(a, b)
-    return torch.addmm(_scalar(0, a.dtype, a.device), a, b, beta=0, alpha=scale)
+    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
 
 
 def matmul_lowrank(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,13 +24,14 @@ def plainly_right(
     seed: Tensor | None,
 ) -> bool:
     """Whether the usual case is plainly right, in the fewest lookups; ``check`` says what is wrong with the others."""
-    if bias is not None or seed is not None or dropout != 0.0 or not x.dim() or not math.isfinite(scale):
+    if bias is not None or seed is not None or dropout != 0.0 or x.is_nested or not x.dim():
         return False
     if not weight.dim() == down.dim() == up.dim() == 2:
         return False
     (N, K), (R, width), (height, rank), dtype = weight.shape, down.shape, up.shape, x.dtype
     return (
         x.shape[-1] == K == width
+        and scale - scale == 0.0  # finite; math.isfinite cannot be traced
         and height == N
         and rank == R > 0
         and weight.dtype == dtype
@@ -64,6 +63,10 @@ def check(
     def shape(t: Tensor) -> tuple[int, ...]:
         return tuple(t.shape)
 
+    if x.is_nested:
+        raise ValueError("x is a nested tensor, wants a dense one: call the layer on its values, or pad it")
+    if x.is_floating_point() and x.dtype not in FLOATS:
+        raise ValueError(f"x has dtype {dtype_name(x.dtype)}, wants bfloat16, float16, float32 or float64")
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {dtype_name(x.dtype)}, wants a floating-point dtype")
     if weight.dim() != 2:
@@ -92,7 +95,7 @@ def check(
                 raise ValueError(f"{name} is on {t.device}, x on {device}: they must be on one device")
     if bias is not None and bias.device != device:
         raise ValueError(f"bias is on {bias.device}, x on {device}: they must be on one device")
-    if not math.isfinite(scale):
+    if scale - scale != 0.0:  # NaN or Inf; math.isfinite cannot be traced
         raise ValueError(f"scale is {scale}, wants a finite number")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}, wants a probability in [0, 1)")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .. import versions
 from ..adapter import Adapter, Site
-from ..layers.linear import AdaptedLinear, form_groups, is_conv1d, stored
-from ..layers.wrapped import hooked
+from ..layers.linear import AdaptedLinear, form_groups, hooked, is_conv1d, stored
+from ..layers.quantized import kind_of
 from ..methods import LoRA
 from ..ops import autograd as ops
 from ..ops.add_lowrank import Term, add_terms
@@ -96,7 +96,7 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
     for name, layer in taken.items():
         if _taker(layer) is None or specs is not None:
             takers[name].install()
-    _form_groups(_swapped(model))
+    _form_groups(model)
     for module in model.modules():
         if isinstance(module, _peft("tuners.tuners_utils").BaseTuner) and not isinstance(module, _SwappedTuner):
             _put_before(_SwappedTuner, module)
@@ -112,6 +112,7 @@ def swap_out(model: nn.Module) -> nn.Module:
     swapped = _swapped(model)
     if not swapped:
         raise ValueError("no layer of model is swapped in; call fl.swap_in(model) first")
+    _detach_groups(swapped)
     for taker in swapped:
         taker.remove()
     for module in model.modules():
@@ -285,7 +286,7 @@ class _SwappedTuner:
             for name, layer in _lora_layers(model, _peft("tuners.lora.layer").LoraLayer):
                 if _taken(layer) and _taker(layer) is None:
                     _Taker(layer, name, held[0].specs).install()
-            _form_groups(_swapped(model))
+            _form_groups(model)
 
 
 class _PeftAdapter(Adapter):
@@ -349,6 +350,7 @@ class _View(AdaptedLinear):
 
     layer: Any
     adapter: _PeftAdapter
+    shares_dropout = False  # each layer of PEFT has a mask of its own
 
     def __init__(self, layer: Any, key: str, name: str, specs: tuple[Penalty, ...]):
         adapter = _PeftAdapter(layer, key)
@@ -408,15 +410,18 @@ class _View(AdaptedLinear):
             and adapter.scale == first.adapter.scale
         )
 
-    def held(self) -> tuple[Tensor, Tensor | None]:
+    def runs_base(self) -> bool:
+        return False  # the taker's route has decided that
+
+    def stored(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = stored(self.layer.base_layer)
         return weight, bias if self.adapter.bias is None else self.bias
 
-    def _joins(self, first: AdaptedLinear, like: Tensor, dropout: float, *mine: Any) -> bool:
+    def _joins(self, first: AdaptedLinear, like: Tensor, dropout: float) -> bool:
         # each layer of PEFT has a dropout mask of its own
-        if dropout or not isinstance(first, _View) or not self.fits(first):
+        if dropout or not isinstance(first, _View) or not self.fits(first) or hooked(self.layer):
             return False
-        return super()._joins(first, like, dropout, *mine)
+        return super()._joins(first, like, dropout)
 
     def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
         return self.layer.register_forward_hook(lambda _, args, y: hook(self, args, y), **kwargs)
@@ -501,13 +506,17 @@ class _Taker:
         return [self.view(key) for key in keys], onto
 
     def run(self, x: Tensor, active: list[_View], onto: bool) -> Tensor:
+        fresh = not onto
         if onto:
             base, rest = self.layer.base_layer, active
+            kind = kind_of(base)
+            if kind is not None and kind.fresh and not hooked(base):
+                base, fresh = base.forward, True
         elif len(active) == 1:
             return active[0].forward(x)
         else:
             base, rest = active[0].forward, active[1:]
-        y, hidden = add_terms(base, x, [view.term() for view in rest])
+        y, hidden = add_terms(base, x, [view.term() for view in rest], fresh=fresh)
         for view, h in zip(rest, hidden, strict=True):
             view.trace = view._trace(x, h)
         return y
@@ -523,15 +532,23 @@ class _Taker:
 _PENALTIES = "forgetless_penalties"
 
 
-def _form_groups(takers: list[_Taker]) -> None:
+def _form_groups(model: nn.Module) -> None:
+    _detach_groups(_swapped(model))
     together: dict[str, dict[str, AdaptedLinear]] = {}
-    for taker in takers:
-        for view in taker.make_views():
-            view.group = None
+    for name, module in model.named_modules():
+        taker = _taker(module)
+        for view in [] if taker is None else taker.make_views():
             if _base_reason(view.layer.base_layer) is None:
-                together.setdefault(view.adapter.key, {})[view.name] = view
+                together.setdefault(view.adapter.key, {})[name] = view
     for same in together.values():
-        form_groups(same)
+        form_groups(model, same)
+
+
+def _detach_groups(takers: list[_Taker]) -> None:
+    for taker in takers:
+        for view in taker.views.values():
+            if view.group is not None:
+                view.group.detach()
 
 
 def _report(layer: Any) -> LayerReport:
@@ -573,10 +590,10 @@ def _op_report(active: list[_View]) -> tuple[str, str]:
     weight = first.weight
     N, K = first.out_features, first.in_features
     path, reason = ops.explain_path(weight.device, weight.dtype, N, K, down.shape[0])
-    members = first.group.members if first.group else []
+    members = first.group.partners(first) if first.group else []
     partners = [view.name.rpartition(".")[2] for view in members if view is not first]
-    like, dropout = first.held()[0], first.adapter.dropout
-    together = all(view._joins(first, like, dropout, view.adapter, *view.held()) for view in members)
+    like, dropout = first.stored()[0], first.adapter.dropout
+    together = all(view._joins(first, like, dropout) for view in members)
     if not several and partners and first in members and together:
         reason += f"; one pass over x with {', '.join(partners)}"
     return path, reason + several
