@@ -39,7 +39,7 @@ SECTIONS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     ),
     "What the calls return": ("forgetless.report", "", ("Report", "LayerReport")),
     "Consolidation": ("forgetless.consolidate", "", ("Consolidation",)),
-    "An adapted layer": ("forgetless.layers", "", ("AdaptedLinear",)),
+    "An adapted layer": ("forgetless.layers.linear", "", ("AdaptedLinear",)),
     "Your own method": ("forgetless.methods", "fl.methods.", ("Method", "Adapter", "Site", "register")),
     "Your own penalty": ("forgetless.penalties", "fl.penalties.", ("Penalty", "PenaltyState", "register")),
     "Packed weights": ("forgetless.layers.quantized", "fl.packed.", ("register", "Kind")),
@@ -71,9 +71,9 @@ SWITCHES = {
     "cache.",
     "FORGETLESS_CACHE": "folder of that table and of unpacked models; default `~/.cache/forgetless`.",
     "FORGETLESS_EXAMPLES": "tests: examples drawn for each property and kind of damage; 0, the default, takes few.",
-    "FORGETLESS_STEPS": "tests: steps of the long run in `tests/test_faults.py`, default 1000.",
-    "FORGETLESS_SWAP": "`tests/peft_suite.py`: 0 swaps nothing in, for the outcomes to compare with.",
-    "FORGETLESS_SWAP_OUT": "`tests/peft_suite.py`: file for the outcome of every test.",
+    "FORGETLESS_STEPS": "tests: steps of the long run in `tests/triton_kernels/test_faults.py`, default 1000.",
+    "FORGETLESS_SWAP": "`tests/support/peft_suite.py`: 0 swaps nothing in, for the outcomes to compare with.",
+    "FORGETLESS_SWAP_OUT": "`tests/support/peft_suite.py`: file for the outcome of every test.",
 }
 BLOCKS = ("Args:", "Returns:", "Raises:", "Attributes:")
 

@@ -1,8 +1,9 @@
 """What we are measured against: the peers' own code where it can be installed, else their schedule, rewritten by us.
 
 Every layer here is y = x W^T + b + scale * (drop(x) A^T) B^T with A = down (R, K) and B = up (N, R), or CURLoRA's
-dense form of it; ``tests/test_bench.py`` proves each equal to ``forgetless.ops.reference``. "-style" means: the order
-of operations and what is saved are the named project's, the code is ours, the products run on this machine's BLAS.
+dense form of it; ``tests/benchmarks/test_bench.py`` proves each equal to ``forgetless.ops.reference``. "-style" means:
+the order of operations and what is saved are the named project's, the code is ours, the products run on this
+machine's BLAS.
 """
 
 from __future__ import annotations

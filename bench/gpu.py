@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 import forgetless as fl
+from forgetless.ops import reference
 
 from . import dispatch, lowrank, memory, penalty, step, tables
 from .harness import RESULTS, short, tag, write_json
 
-TESTS = ("tests/test_kernels.py", "tests/test_ops.py")
+TESTS = ("tests/triton_kernels/test_kernels.py", "tests/ops/test_ops.py")
 #: (M, N, K, R, dropout): aligned, ragged, one token, none.
 CHECKS = ((256, 512, 256, 16, 0.0), (257, 515, 131, 9, 0.1), (1, 64, 96, 8, 0.0), (0, 64, 64, 8, 0.1))
 NAMES = ("y", "dx", "ddown", "dup")
@@ -146,8 +147,8 @@ def outcomes(
     tensors = [(torch.randn(size, generator=gen) / size[-1] ** 0.5).to(device, dtype) for size in sizes]
     keep = torch.ones(M, K, dtype=torch.bool, device=device)
     if p and M:
-        keep = fl.reference.keep_mask(seed, p, M, K)
-    realised = fl.reference.drop_threshold(p) / fl.reference.LEVELS
+        keep = reference.keep_mask(seed, p, M, K)
+    realised = reference.drop_threshold(p) / reference.LEVELS
     scale = 0.5
 
     def eager(dtype: torch.dtype) -> list[Tensor]:

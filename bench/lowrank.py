@@ -88,9 +88,10 @@ class Layer:
         return self.backward()
 
 
-def plans(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def plans(device: torch.device, case: Case) -> dict[str, str]:
     """Our other plans on this device: name of the row -> name of the backend."""
-    if device.type != "cuda" or fl.ops.plan_for(device, dtype)[1] == "blas":
+    shape = SHAPES[case.shape]
+    if device.type != "cuda" or fl.ops.explain_path(device, case.dtype, shape.N, shape.K, case.R)[0] == "blas":
         return {}
     return {"forgetless, blas": "blas"}
 
@@ -106,7 +107,7 @@ def layers(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str, 
         down, up = baselines.random_factors(base, case.R)
         modules = baselines.lora_layers(base, down, up, SCALE, case.dropout, compiled)
     made: dict[str, Layer | baselines.Products] = {name: Layer(module, x, dy) for name, module in modules.items()}
-    for name, backend in plans(device, case.dtype).items():
+    for name, backend in plans(device, case).items():
         module = modules["forgetless"]
         made[name] = Layer(module, x, dy, lambda backend=backend: fl.ops.backend(backend))
     if case.method == "lora" and case.dropout == 0.0:

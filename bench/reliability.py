@@ -93,28 +93,28 @@ def counted(path: Path) -> dict[str, Any]:
 
 def properties(options: Namespace) -> dict[str, Any]:
     """Drawn shapes, strides, dtypes and values, on BLAS and on whole models."""
-    return suite("tests/test_properties.py", "-k", "not triton", FORGETLESS_EXAMPLES=str(options.examples))
+    return suite("tests/ops/test_properties.py", "-k", "not triton", FORGETLESS_EXAMPLES=str(options.examples))
 
 
 def kernels(options: Namespace) -> dict[str, Any]:
     """The same for the kernels in Triton's interpreter; a fallback is an error."""
-    return suite("tests/test_properties.py", "-k", "triton", FORGETLESS_EXAMPLES=str(options.examples))
+    return suite("tests/ops/test_properties.py", "-k", "triton", FORGETLESS_EXAMPLES=str(options.examples))
 
 
 def files(options: Namespace) -> dict[str, Any]:
     """Damaged and hostile files."""
-    return suite("tests/test_hostile.py", FORGETLESS_EXAMPLES=str(options.examples))
+    return suite("tests/checkpoint/test_hostile.py", FORGETLESS_EXAMPLES=str(options.examples))
 
 
 def faults(options: Namespace) -> dict[str, Any]:
     """Faults put into the kernels, threads, forks, copies."""
-    more = ["tests/test_doctor.py"] if not options.smoke else []
-    return suite("tests/test_faults.py", *more, "-k", "not nothing_grows and not drift_apart")
+    more = ["tests/cli/test_doctor.py"] if not options.smoke else []
+    return suite("tests/triton_kernels/test_faults.py", *more, "-k", "not nothing_grows and not drift_apart")
 
 
 def steps(options: Namespace) -> dict[str, Any]:
     """A long run."""
-    return suite("tests/test_faults.py", "-k", "nothing_grows", FORGETLESS_STEPS=str(options.steps))
+    return suite("tests/triton_kernels/test_faults.py", "-k", "nothing_grows", FORGETLESS_STEPS=str(options.steps))
 
 
 def _killed(name: str) -> Callable[[Namespace], dict[str, Any]]:

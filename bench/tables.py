@@ -206,7 +206,7 @@ Written by `python -m bench tables` from the JSON in `bench/results`; change not
 table ran interleaved in one process, one call of each per round in an order drawn anew: times are medians, ± the median
 absolute deviation.
 Compare within a table, never across machines. "-style" rows are our own rewriting of that project's schedule, on this
-machine's BLAS; each provider is proved equal to the reference in `tests/test_bench.py`.
+machine's BLAS; each provider is proved equal to the reference in `tests/benchmarks/test_bench.py`.
 """
 
 

@@ -5,14 +5,13 @@ fl.adapt(model, fl.CLoRA(rank=16, alpha=32, k=256), targets=["q_proj", "v_proj"]
 loss = model(**batch).loss + fl.penalty(model)
 """
 
-from . import methods, penalties, training
+from . import methods, ops, penalties, training
 from .calibrate import calibrate
 from .checkpoint.io import export_lora, load, save
 from .consolidate import consolidate
 from .layers import quantized as packed
 from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
 from .model import adapt, adapters, drift, explain, merge, penalty, remove
-from .ops import autograd as ops
 from .peft.swap import swap_in, swap_out
 from .penalties import Decay, Laplace, NullSpace, OutputDeviation, SourceDeviation, WeightDeviation
 

@@ -201,9 +201,8 @@ def explain(model: nn.Module) -> Report:
         else:
             path, reason = ops.explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
             shortcut = layer.adapter.shortcut_reason(layer.weight.T if layer.transposed else layer.weight)
-        partners = (
-            [m.name.rpartition(".")[2] for m in layer.group.partners(layer) if m is not layer] if layer.group else []
-        )
+        members = layer.group.partners(layer) if layer.group else []
+        partners = [m.name.rpartition(".")[2] for m in members if m is not layer]
         if shortcut is not None:
             reason += f"; {shortcut}"
         elif partners:

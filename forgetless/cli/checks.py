@@ -65,7 +65,7 @@ def checks(device: torch.device) -> list[Check]:
         ("path", lambda: path(device), AVOID),
         ("blas launchers", lambda: launchers(blas, FUNCTIONS, device, (*DTYPES, torch.float64)), "reinstall torch"),
         *(
-            (f"op on {place}", lambda place=place: op(torch.device(place)), AVOID)  # type: ignore[misc]
+            (f"op on {place}", lambda place=place: op(torch.device(place)), AVOID)
             for place in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
         ),
         ("same bits", lambda: same_bits(device), AVOID),
@@ -214,12 +214,9 @@ def kernel_checks(device: torch.device) -> list[Check]:
         return [("kernels", _no_triton, "pip install triton")]
     where = "interpreter" if device.type == "cpu" else "native"
     return [
-        *(
-            (f"{name}, {where}", lambda name=name: launchers(ops._kernels, [name], device), AVOID)  # type: ignore[misc]
-            for name in FUNCTIONS
-        ),
+        *((f"{name}, {where}", lambda name=name: launchers(ops._kernels, [name], device), AVOID) for name in FUNCTIONS),
         (f"descriptors, {where}", lambda: descriptors(device), AVOID),
-        *((f"plan {plan}, {where}", lambda plan=plan: by_plan(plan, device), AVOID) for plan in FUSED),  # type: ignore[misc]
+        *((f"plan {plan}, {where}", lambda plan=plan: by_plan(plan, device), AVOID) for plan in FUSED),
         (f"guard pages, {where}", lambda: guard_pages(device), AVOID),
         (f"masks, {where}", lambda: masks(device), AVOID),
     ]

@@ -230,6 +230,7 @@ class _Siblings(torch.autograd.Function):
         need = ctx.needs_input_grad
         ctx.need_x, ctx.need_downs, ctx.need_ups = need[1], need[2 : 2 + n], need[2 + n :]
         ctx.ranks = [down.shape[0] for down in downs]
+        ctx.pending, ctx.kept = set(range(n)), None
         ctx.rest = s, p, run, return_h, x.shape
         ctx.dtypes = downs[0].dtype, [up.dtype for up in ups]
         ctx.set_materialize_grads(False)
@@ -254,7 +255,7 @@ class _Siblings(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_second_derivative()
         s, p, run, return_h, shape = ctx.rest
-        x, h, seed, down, *rest = ctx.saved_tensors
+        x, h, seed, down, *rest = _saved(ctx, grads)
         n = len(rest) // 2
         weights, ups = rest[:n], rest[n:]
         dys = [None if dy is None else as_rows(dy) for dy in grads[:n]]
@@ -275,6 +276,26 @@ class _Siblings(torch.autograd.Function):
 
 
 _siblings = applied(_Siblings)
+
+
+def _saved(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Any]:
+    """The saved tensors; kept here while siblings have had no gradient, so that each may run backward by itself.
+
+    Autograd frees what was saved after the first pass, and looks at changes in place only then: so does this.
+    """
+    if ctx.kept is None:
+        saved = ctx.saved_tensors
+        versions = [None if t is None else t._version for t in saved]
+    else:
+        saved, versions = ctx.kept
+        if versions != [None if t is None else t._version for t in saved]:
+            raise RuntimeError(
+                "a variable needed for gradient computation was modified by an in-place operation after a sibling of "
+                "the layer ran backward"
+            )
+    ctx.pending -= {i for i, grad in enumerate(grads) if grad is not None}
+    ctx.kept = (saved, versions) if ctx.pending else None
+    return saved
 
 
 def _products(run: Any, x: Tensor, weights: Any, down: Tensor, ups: Any, biases: Any, rest: Any) -> Any:

@@ -216,8 +216,6 @@ class AdaptedLinear(nn.Module):
         members: list[AdaptedLinear] = group.partners(self)
         if len(members) < 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1] or x.is_inference() or x.is_nested:
             return None  # nonsense is refused by the op; a change of an inference tensor could not be seen
-        if torch.is_grad_enabled() and x.grad_fn is None:
-            return None  # nothing before x stops the siblings from running backward one after the other
         if not all(member._joins(self, weight, dropout) for member in members):
             return None
         pairs = [member.stored() for member in members]

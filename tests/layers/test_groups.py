@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import forgetless as fl
-from forgetless.layers import linear as layers
+from forgetless.layers import groups
 from forgetless.layers.groups import families
 from forgetless.ops import autograd as ops
 from forgetless.ops import blas, reference
@@ -111,12 +111,14 @@ def test_dropout_is_of_x_once_for_all_siblings(backend, monkeypatch):
     dtype = model.q_proj.weight.dtype
     seed = torch.tensor([3, 4], dtype=torch.int32)
     monkeypatch.setattr(ops, "draw_seed", lambda device: seed)
+    monkeypatch.setattr(groups, "draw_seed", lambda device: seed)
     x = torch.randn(6, 24, dtype=dtype, requires_grad=True)
     siblings = [model.q_proj, model.k_proj, model.v_proj]
     wanted = [x, *(p for layer in siblings for p in layer.adapter.parameters())]
     dys = [torch.randn(6, layer.out_features, dtype=dtype) for layer in siblings]
+    model.train().forward = lambda x: [layer(x) for layer in siblings]
     with ops.backend(backend):
-        ys = [layer.train()(x) for layer in siblings]
+        ys = model(x)
         ours = torch.autograd.grad(ys, wanted, dys)
     dropped = x * reference.keep_mask(seed, 0.5, 6, 24) / 0.5
     plain = [
@@ -142,15 +144,119 @@ def test_a_trained_base_goes_alone_and_gets_its_gradient(what):
     same(model, alone, torch.randn(5, 24, dtype=torch.float64))
 
 
-def test_siblings_nobody_calls_are_no_longer_computed_for(monkeypatch):
+def test_outside_of_the_parent_each_layer_runs_alone(projections):
     model, _ = pair(fl.LoRA(4))
-    computed = []
-    plain = layers.lowrank_linears
-    monkeypatch.setattr(layers, "lowrank_linears", lambda x, ws, *rest: computed.append(len(ws)) or plain(x, ws, *rest))
-    for _ in range(12):
-        model.q_proj(torch.randn(5, 24, dtype=torch.float64))
-    assert computed == [3] * 10
-    assert model.k_proj.group is model.v_proj.group is not model.q_proj.group
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(model, name)(x)
+    assert projections == [(4, 24)] * 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_dies_leaves_nothing_for_the_next(error, projections):
+    model, alone = pair(fl.LoRA(4))
+    x = torch.randn(5, 24, dtype=torch.float64)
+
+    def dies(*_):
+        raise error("between two siblings")
+
+    handle = model.k_proj.register_forward_pre_hook(dies)
+    with pytest.raises(error):
+        model(x)
+    handle.remove()
+    group = model.q_proj.group
+    if error is RuntimeError:  # torch runs hooks after every Exception; after an interrupt the next call drops it
+        assert group.scope is None
+    same(model, alone, x)
+    assert group.scope is None
+
+
+def test_siblings_run_backward_one_after_the_other():
+    for trained in (True, False):
+        model, alone = pair(fl.LoRA(4))
+        grads = []
+        for m in (model, alone):
+            x = torch.ones(5, 24, dtype=torch.float64, requires_grad=trained)
+            ys = []
+            m.forward = lambda x, m=m, ys=ys: ys.extend([m.q_proj(x), m.k_proj(x), m.v_proj(x)])
+            m(x)
+            for y in ys:
+                y.square().sum().backward()
+            grads.append([x.grad, *(p.grad for layer in fl.adapters(m).values() for p in layer.adapter.parameters())])
+        torch.testing.assert_close(grads[0][:-2], grads[1][:-2], rtol=1e-10, atol=1e-12)
+
+
+def test_a_factor_changed_between_two_backward_passes_is_an_error():
+    model, _ = pair(fl.LoRA(4))
+    ys = []
+    model.forward = lambda x: ys.extend([model.q_proj(x), model.k_proj(x), model.v_proj(x)])
+    model(torch.ones(5, 24, dtype=torch.float64))
+    ys[0].sum().backward()
+    with torch.no_grad():
+        model.k_proj.adapter.up.add_(1.0)
+    with pytest.raises(RuntimeError, match="in-place|inplace"):
+        ys[1].sum().backward()
+
+
+def change_scale(m, x):
+    m.k_proj.adapter.scale = 0.25
+
+
+def change_bias(m, x):
+    m.k_proj.base.bias.data = m.k_proj.base.bias.data + 1.0
+
+
+def change_weight(m, x):
+    with torch.no_grad():
+        m.k_proj.base.weight.mul_(0.5)
+
+
+def change_factor(m, x):
+    with torch.no_grad():
+        m.k_proj.adapter.down.mul_(0.5)
+
+
+def change_x(m, x):
+    with torch.no_grad():
+        x.mul_(2.0)
+
+
+def add_hook(m, x):
+    m.k_proj.base.register_forward_hook(lambda module, args, y: y + 1.0)
+
+
+@pytest.mark.parametrize("change", [change_scale, change_bias, change_weight, change_factor, change_x, add_hook])
+def test_a_change_between_two_siblings_is_seen(change):
+    model, alone = pair(fl.LoRA(4))
+    results = []
+    for m in (model, alone):
+
+        def forward(x, m=m):
+            q = m.q_proj(x)
+            change(m, x)
+            return q, m.k_proj(x), m.v_proj(x)
+
+        m.forward = forward
+        with torch.no_grad():
+            results.append(m(torch.ones(5, 24, dtype=torch.float64)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
+def test_each_sibling_has_its_own_scale_and_factors_a_rank(projections):
+    model, alone = pair(fl.LoRA(4))
+    for m in (model, alone):
+        m.q_proj.adapter.scale = 0.5
+    same(model, alone, torch.randn(5, 24, dtype=torch.float64))
+    assert (4, 24) in projections and (12, 24) not in projections
+
+
+def test_a_copy_shares_by_itself_and_a_removed_adapter_leaves_no_hook(projections):
+    model, _ = pair(fl.LoRA(4))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin(torch.randn(5, 24, dtype=torch.float64))
+    assert projections == [(12, 24), (4, 8)] and twin.q_proj.group is not model.q_proj.group
+    assert not fl.remove(twin)._forward_hooks and not twin._forward_pre_hooks and model._forward_hooks
 
 
 def test_only_wanted_gradients_flow():

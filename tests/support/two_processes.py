@@ -2,7 +2,7 @@
 
 With ddp also ``forgetless finetune``, to its end and told to stop in one process.
 
-torchrun --nproc-per-node 2 tests/two_processes.py ddp|fsdp FOLDER
+torchrun --nproc-per-node 2 tests/support/two_processes.py ddp|fsdp FOLDER
 """
 
 from __future__ import annotations

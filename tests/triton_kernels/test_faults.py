@@ -78,7 +78,7 @@ FAULTS = {
 TARGETS = {"alone": ["out"], "siblings": ["q_proj", "k_proj", "v_proj"]}
 #: What a step of each launches; ``test_these_are_the_launchers`` keeps the list true.
 LAUNCHED = {
-    "alone": ("linear_lowrank", "matmul_lowrank", "outer", "project_outer"),
+    "alone": ("linear_lowrank", "matmul_lowrank", "outer", "project", "project_outer"),
     "siblings": ("matmul_lowrank", "outer", "project", "project_outer"),
 }
 PLACES = [(who, launcher) for who, launchers in LAUNCHED.items() for launcher in launchers]
