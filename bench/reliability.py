@@ -139,7 +139,7 @@ def _killed(name: str) -> Callable[[Namespace], dict[str, Any]]:
 
 def _tests(name: str) -> Any:
     """A module of the test suite."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "support" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

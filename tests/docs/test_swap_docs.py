@@ -44,7 +44,7 @@ def test_the_plugin_for_pefts_tests_swaps_in_what_it_makes(tmp_path):
     import subprocess
     import sys
 
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).resolve().parents[1] / "support")
     (tmp_path / "test_it.py").write_text(
         "import peft, torch, pytest\n"
         "@pytest.mark.parametrize('config_cls', [peft.LoraConfig, peft.IA3Config])\n"

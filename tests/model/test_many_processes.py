@@ -36,9 +36,9 @@ def done(request: pytest.FixtureRequest, gloo: None, tmp_path_factory: pytest.Te
         write_model(folder / "model")
         write_texts(folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HERE.parent / "support"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, str(HERE / "two_processes.py"), request.param, str(folder)],
+        [*command, str(HERE.parent / "support" / "two_processes.py"), request.param, str(folder)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
