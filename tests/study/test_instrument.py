@@ -263,7 +263,8 @@ def test_verdicts_claim_only_what_the_intervals_show(low: float, high: float, sa
 
 KILLER = """
 import os, signal, sys
-from forgetless.study import compare, console, runs
+from forgetless.cli import console
+from forgetless.study import compare, runs
 from forgetless.cli.main import main
 runs.commit = compare.commit = lambda: "a" * 40  # nobody's commit in between may decide a test
 kind, *words = sys.argv[1:]
