@@ -155,6 +155,8 @@ class AdaptedLinear(nn.Module):
         if compat.transforms_active() or torch.jit.is_tracing():
             return self._transformed(x)
         if self.runs_base():
+            if self.cut is None:
+                self._check_whole(getattr(self.base, "weight", None))
             return self._around(x)
         dropout = adapter.dropout if self.training else 0.0
         inside = group is not None and not torch.compiler.is_compiling() and group.scope is not None
