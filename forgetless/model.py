@@ -182,7 +182,7 @@ def explain(model: nn.Module) -> Report:
     """Per layer: method, shape, rank, the path its op takes here, and why. ``print`` it for a table.
 
     Layers of PEFT in a swapped-in model are all listed; path "peft" is PEFT's own forward, "onto" the frozen layer's
-    with the low-rank product added in place, "base" the frozen layer alone.
+    with the low-rank product added to its result, "base" the frozen layer alone.
 
     Raises:
         ValueError: the model has no adapters.
@@ -196,8 +196,7 @@ def explain(model: nn.Module) -> Report:
         N, K = layer.out_features, layer.in_features
         shortcut = None
         if layer.runs_base():
-            reason = getattr(layer, "reason", "the frozen layer has hooks and runs itself")
-            path, reason = "onto", f"{reason}, the low-rank product is added in place"
+            path, reason = "onto", f"{layer.reason}, the low-rank product is added to its result"
         else:
             path, reason = ops.explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
             shortcut = layer.adapter.shortcut_reason(layer.weight.T if layer.transposed else layer.weight)

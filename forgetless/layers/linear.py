@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,16 @@ def hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def runs_by(base: Any) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """What computes a base that runs itself, and whether its result may be written in place.
+
+    Then it is the forward alone, without the module's call: no hook of all modules may see that memory.
+    """
+    kind = kind_of(base)
+    fresh = kind is not None and kind.fresh and not hooked(base)
+    return (base.forward if fresh else base), fresh
 
 
 def _holds_down(adapter: Adapter) -> bool:
@@ -109,6 +120,8 @@ class AdaptedLinear(nn.Module):
 
     #: The base runs itself, and the update is added onto what it returns: see ``forgetless.layers.wrapped``.
     around: bool = False
+    #: Why the base runs itself, where it does.
+    reason = "the frozen layer has hooks and runs itself"
     #: Its dropout mask may be that of its siblings.
     shares_dropout = True
     cut: Any = None  # tensor parallelism: this rank's part
@@ -182,15 +195,13 @@ class AdaptedLinear(nn.Module):
 
     def _around(self, x: Tensor) -> Tensor:
         """By the base's own forward, the low-rank product added to what it returns."""
-        base, adapter, cut = self.base, self.adapter, self.cut
+        adapter, cut = self.adapter, self.cut
         down, up = adapter.factors()
         if cut is not None:
             down, up = cut.local(down, up)
         term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0)
-        kind = kind_of(base)
-        fresh = kind is not None and kind.fresh and not hooked(base)
-        # without the module's call, so that no hook of all modules sees the memory that is written in place
-        y, (h,) = add_terms(base.forward if fresh else base, x, [term], cut, fresh)
+        base, fresh = runs_by(self.base)
+        y, (h,) = add_terms(base, x, [term], cut, fresh)
         self.trace = None if compat.transforms_active() else self._trace(x, h)
         return y
 

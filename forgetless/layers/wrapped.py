@@ -20,7 +20,6 @@ class AdaptedAround(AdaptedLinear):
     """An adapted layer that runs its base as it is: hooks and all."""
 
     around = True
-    reason = "the frozen layer has hooks and runs itself"
 
     def runs_base(self) -> bool:
         return True

@@ -57,7 +57,8 @@ def _constants(device: torch.device) -> tuple[Tensor, ...]:
 
 
 def _scalar(value: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=dtype, device=device)
+    """Filled on the device: ``torch.tensor`` copies from the host, which waits and cannot be captured in a graph."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:

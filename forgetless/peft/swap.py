@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from .. import versions
 from ..adapter import Adapter, Site
-from ..layers.linear import AdaptedLinear, form_groups, hooked, is_conv1d, stored
-from ..layers.quantized import kind_of
+from ..layers.linear import AdaptedLinear, form_groups, hooked, is_conv1d, runs_by, stored
 from ..methods import LoRA
 from ..ops import autograd as ops
 from ..ops.add_lowrank import Term, add_terms
@@ -506,16 +505,12 @@ class _Taker:
         return [self.view(key) for key in keys], onto
 
     def run(self, x: Tensor, active: list[_View], onto: bool) -> Tensor:
-        fresh = not onto
         if onto:
-            base, rest = self.layer.base_layer, active
-            kind = kind_of(base)
-            if kind is not None and kind.fresh and not hooked(base):
-                base, fresh = base.forward, True
+            (base, fresh), rest = runs_by(self.layer.base_layer), active
         elif len(active) == 1:
             return active[0].forward(x)
         else:
-            base, rest = active[0].forward, active[1:]
+            base, fresh, rest = active[0].forward, True, active[1:]  # its result is ours
         y, hidden = add_terms(base, x, [view.term() for view in rest], fresh=fresh)
         for view, h in zip(rest, hidden, strict=True):
             view.trace = view._trace(x, h)
@@ -586,7 +581,7 @@ def _op_report(active: list[_View]) -> tuple[str, str]:
     own = _base_reason(first.layer.base_layer)
     several = f"; {len(active)} adapters: {', '.join(view.adapter.key for view in active)}" if len(active) > 1 else ""
     if own is not None:
-        return "onto", f"{own}, the low-rank product is added in place{several}"
+        return "onto", f"{own}, the low-rank product is added to its result{several}"
     weight = first.weight
     N, K = first.out_features, first.in_features
     path, reason = ops.explain_path(weight.device, weight.dtype, N, K, down.shape[0])

@@ -179,9 +179,6 @@ class PenaltyState(nn.Module):
         self._known_calibrated = bool(positive)
         return self._known_calibrated
 
-    #: ``calibrated`` does the remembering, fl.penalty need not.
-    known_calibrated = property(lambda self: False, lambda self, value: None)
-
 
 class Item(NamedTuple):
     """One penalty on one layer, as ``PenaltyState.total`` takes them."""
