@@ -96,8 +96,8 @@ def test_logits_and_every_gradient_are_as_good_as_pefts(name, monkeypatch):
             one.enable_input_require_grads()
             one.gradient_checkpointing_enable(checkpoint)
     found = routes(monkeypatch)
-    # rounding is a draw: six batches make a sample of it
-    batch = [token_batch((9, 12, 7), prompts=(2, 3, 1), seed=seed) for seed in range(6)]
+    # rounding is a draw: batches make a sample of it
+    batch = [token_batch((9, 12, 7), prompts=(2, 3, 1), seed=seed) for seed in range(24)]
     assert fl.swap_in(model) is model
     ours = numbers(model, batch, bool(autocast))
     assert found and None not in found  # all of it ran on the op
@@ -105,8 +105,20 @@ def test_logits_and_every_gradient_are_as_good_as_pefts(name, monkeypatch):
     exact = numbers(truth, batch)
     assert ours.keys() == eager.keys()
     for key in ours:
-        eager[key] = eager[key].to(ours[key].dtype)
-        assert_as_good_as_eager(ours[key], eager[key], exact[key])
+        assert_sample_as_good_as_eager(ours[key], eager[key].to(ours[key].dtype), exact[key])
+
+
+def assert_sample_as_good_as_eager(ours, eager, exact):
+    """The contract for (batches, ...) results of a whole model: its RMS over all, its worst element in the median batch.
+
+    The worst element of all batches says little: one rounding upstream moves all that follows. Two equally good orders
+    of the same products differ by 2.2 there, in either direction (tiny Llama, bf16, 6 to 100 batches).
+    """
+    slack = 4 * torch.finfo(torch.float32).eps
+    errors = [(t.double() - exact).flatten(1) for t in (ours, eager)]
+    for size in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().amax(1).median()):
+        limit = 2 * size(errors[1]) + slack * size(exact.flatten(1))
+        assert size(errors[0]) <= limit, f"error {size(errors[0]):.3e}, limit {limit:.3e}"
 
 
 def in_the_bases_dtype(model):
