@@ -109,7 +109,7 @@ def test_logits_and_every_gradient_are_as_good_as_pefts(name, monkeypatch):
 
 
 def assert_sample_as_good_as_eager(ours, eager, exact):
-    """The contract for (batches, ...) results of a whole model: its RMS over all, its worst element in the median batch.
+    """The contract for (batches, ...) of a whole model: RMS over all, the worst element in the median batch.
 
     The worst element of all batches says little: one rounding upstream moves all that follows. Two equally good orders
     of the same products differ by 2.2 there, in either direction (tiny Llama, bf16, 6 to 100 batches).
