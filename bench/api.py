@@ -44,7 +44,6 @@ SECTIONS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "Your own penalty": ("forgetless.penalties", "fl.penalties.", ("Penalty", "PenaltyState", "register")),
     "Packed weights": ("forgetless.layers.quantized", "fl.packed.", ("register", "Kind")),
     "The op": ("forgetless.ops", "fl.ops.", ("lowrank_linear", "backend", "explain_path")),
-    "The op for siblings": ("forgetless.layers.groups", "forgetless.layers.groups.", ("lowrank_linears",)),
     "Plans": ("forgetless.ops.dispatch", "forgetless.ops.dispatch.", ("plan_for", "Choice", "forget")),
     "Backends": (
         "forgetless.ops.reference",

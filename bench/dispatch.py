@@ -58,7 +58,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         "frozen": of(base),
         "forgetless, op": timed(lambda: fl.ops.lowrank_linear(x, weight, a, b), [x, a, b]),
         "forgetless, layer": of(baselines.our_lora(base, down, up, 1.0, 0.0)),
-        "forgetless, custom op": timed(lambda: op(x, weight, a, b, None, None, 1.0, 0.0)[0], [x, a, b]),
+        "forgetless, custom op": timed(lambda: op(x, weight, a, b, None, None, [1.0, 1.0, 0.0])[0], [x, a, b]),
         "eager PyTorch": of(baselines.Eager(base, down, up, 1.0)),
     }
     if baselines.have_peft():

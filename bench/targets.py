@@ -150,7 +150,7 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
         **{
             f"{plan}{' dropout' if p else ''}": (
                 plan,
-                functools.partial(fused.linear_lowrank, x, weight, down, up, None, 1.0, p, seed, False, plan),
+                functools.partial(fused.linear_lowrank, x, weight, down, up, None, 1.0, p, seed, plan=plan),
             )
             for plan in ("full", "once")
             for p in (0.0, 0.1)
@@ -158,7 +158,9 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
         **{
             f"{plan} dx dropout": (
                 plan,
-                functools.partial(fused.linear_lowrank, dy, weight.T, up.T, down.T, None, 1.0, 0.1, seed, True, plan),
+                functools.partial(
+                    fused.linear_lowrank, dy, weight.T, up.T, down.T, None, 1.0, 0.1, seed, drop_output=True, plan=plan
+                ),
             )
             for plan in ("full", "once")
         },

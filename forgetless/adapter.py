@@ -46,16 +46,6 @@ class Adapter(nn.Module):
         """Gradients of the parameters from those of the factors: ddown (S, R, K), dup (S, N, R), any S."""
         raise NotImplementedError
 
-    def shortcut(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, return_h: bool = True
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """A cheaper way to y (..., N) and, if wanted, h (..., R), where the method knows one; None: by the factors."""
-        return None
-
-    def shortcut_reason(self, weight: Tensor) -> str | None:
-        """For ``fl.explain``: what the shortcut is, if it would be taken."""
-        return None
-
     def restart(self, site: Site) -> None:
         """Start again from no update, as ``fl.consolidate`` wants after folding; ``site`` has the new weight."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to start again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_view(t: Tensor) -> bool:
@@ -11,6 +11,21 @@ def is_view(t: Tensor) -> bool:
     return t._is_view()
 
 
+def is_batched(t: Tensor) -> bool:
+    """Whether ``t`` is many gradients at once, of ``torch.autograd.grad(is_grads_batched=True)``. Since torch 2.0."""
+    return torch._C._functorch.is_legacy_batchedtensor(t)
+
+
 def transforms_active() -> bool:
     """Whether a ``torch.func`` transform runs: no eager autograd Function can run inside one. Since torch 2.0."""
     return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode_active() -> bool:
+    """Whether forward-mode differentiation runs: the op has no such derivative. Since torch 1.11."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks of all modules are set, which a layer run by another way would not call. Since torch 1.8."""
+    return nn.modules.module._has_any_global_hook()

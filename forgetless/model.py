@@ -14,7 +14,8 @@ from .adapter import Adapter, Site
 from .layers.linear import AdaptedLinear, form_groups, site_of
 from .layers.wrapped import AdaptedPacked, AdaptedSharded, put_on
 from .methods.base import Method
-from .ops import autograd as ops
+from .ops import explain_path
+from .ops.autograd import exact_products
 from .penalties.base import Item
 from .report import LayerReport, Report
 from .targets import ALL_LINEAR, find_layers
@@ -137,7 +138,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
             if _calibrated(state):
                 kinds.setdefault((type(state), _device(layer, adapter)), []).append(Item(state, adapter, hidden))
     device = next(iter(found.values())).weight.device
-    with ops.exact_products(device.type):  # trainers add it within autocast, which would round it
+    with exact_products(device.type):  # trainers add it within autocast, which would round it
         totals = [
             (kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)).to(device)  # type: ignore[attr-defined]
             for (kind, _), items in kinds.items()
@@ -168,14 +169,33 @@ def _calibrated(state: nn.Module) -> bool:
 def drift(model: nn.Module) -> dict[str, float]:
     """Per layer, the mean over tokens of ||delta x|| / ||x|| in the last forward pass: CLoRA's F, its Eq. 3.
 
-    Taken over at most 32 evenly spaced tokens, with the adapters as they are now and without dropout. Layers that
-    have not run yet are left out.
+    Taken over at most 32 evenly spaced tokens, with the adapters as they are now and without dropout. Layers whose
+    last pass was not recorded are left out: training passes are recorded only after ``fl.record_drift(model)``, those
+    in eval mode or without gradients always.
 
     Raises:
         ValueError: the model has no adapters.
     """
     values = {name: layer.drift() for name, layer in _running(model).items()}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def record_drift(model: nn.Module, enabled: bool = True) -> nn.Module:
+    """Keep a few tokens of every layer's input in training passes, too, so that ``fl.drift`` can be asked after them.
+
+    Args:
+        model: an adapted model, or one with PEFT's layers swapped in.
+        enabled: False to stop: a copy of 32 tokens a layer and pass is saved.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    for layer in _running(model).values():
+        layer.records_drift = enabled
+    return model
 
 
 def explain(model: nn.Module) -> Report:
@@ -194,17 +214,13 @@ def explain(model: nn.Module) -> Report:
         with torch.no_grad():
             rank = layer.adapter.factors()[0].shape[0]
         N, K = layer.out_features, layer.in_features
-        shortcut = None
         if layer.runs_base():
             path, reason = "onto", f"{layer.reason}, the low-rank product is added to its result"
         else:
-            path, reason = ops.explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
-            shortcut = layer.adapter.shortcut_reason(layer.weight.T if layer.transposed else layer.weight)
+            path, reason = explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
         members = layer.group.partners(layer) if layer.group else []
         partners = [m.name.rpartition(".")[2] for m in members if m is not layer]
-        if shortcut is not None:
-            reason += f"; {shortcut}"
-        elif partners:
+        if partners:
             reason += f"; one pass over x with {', '.join(partners)}"
         trainable = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
         report[name] = LayerReport(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import versions
-from .model import drift, penalty, running
+from .model import drift, penalty, record_drift, running
 
 #: What is asked of a Trainer.
 _ASKED = ("accelerator", "compute_loss_func", "current_gradient_accumulation_steps", "model_accepts_loss_kwargs")
@@ -61,19 +61,24 @@ class PenaltyMixin:
         Raises:
             ValueError: as of ``fl.penalty``.
         """
+        if model.training and not self._recorded:
+            self._check_trainer()
+            bare = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
+            self._recorded = not adapted(bare) or record_drift(bare) is bare
         found = super().compute_loss(model, inputs, True, num_items_in_batch, **others)  # type: ignore[misc]
         loss, outputs = found
         if model.training:
             loss = self._with_penalty(model, loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def _check_trainer(self) -> None:
+        versions.heed("transformers", "PenaltyMixin")
+        missing = next((name for name in _ASKED if not hasattr(self, name)), None)
+        if missing is not None:
+            raise versions.lacking("transformers", "PenaltyMixin", f"Trainer.{missing}")
+
     def _with_penalty(self, model: nn.Module, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         trainer: Any = self
-        if self._opens:
-            versions.heed("transformers", "PenaltyMixin")
-            missing = next((name for name in _ASKED if not hasattr(trainer, name)), None)
-            if missing is not None:
-                raise versions.lacking("transformers", "PenaltyMixin", f"Trainer.{missing}")
         divided = trainer.compute_loss_func is None and (
             num_items_in_batch is None or not trainer.model_accepts_loss_kwargs
         )
@@ -90,6 +95,7 @@ class PenaltyMixin:
         return loss + parts * value.to(loss.device) if value.requires_grad else loss
 
     _opens = True
+    _recorded = False  # whether the model has been asked to record the drift
 
     def log(self, logs: dict[str, float], *others: Any, **named: Any) -> None:
         """Adds ``penalty`` and ``drift`` to what is logged beside a loss."""
@@ -141,6 +147,7 @@ class _LightningPenalty:
                 "the module optimises by hand: add fl.penalty(model) to its loss there, without this callback"
             )
         self._restore(pl_module)  # an earlier fit may have been killed
+        record_drift(pl_module)
         own = pl_module.training_step
         held = pl_module.__dict__.get("training_step")
 
@@ -183,6 +190,7 @@ class _LightningPenalty:
     def _restore(self, pl_module: Any) -> None:
         step = pl_module.__dict__.get("training_step")
         if hasattr(step, "held"):
+            record_drift(pl_module, False)
             del pl_module.training_step
             if step.held is not None:
                 pl_module.training_step = step.held

@@ -21,6 +21,8 @@ wide. Byte counts of every kernel are in closed form in ``bench/static.py`` and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +39,7 @@ from .tl_utils import (
     drop,
     drop_args,
     grouped,
+    launching,
     narrow,
     pad_rank,
     pair_key,
@@ -47,7 +50,29 @@ from .tl_utils import (
 
 PLANS = ("split", "full", "once")
 
-__all__ = ["PLANS", "linear_lowrank", "matmul_lowrank", "outer", "project", "project_outer"]
+__all__ = ["PLANS", "dx_and_ddown", "linear_lowrank", "matmul_lowrank", "outer", "project", "project_outer"]
+
+
+def dx_and_ddown(
+    dys: Sequence[Tensor],  # (M, N_i) each
+    weights: Sequence[Tensor],  # (N_i, K)
+    g: Tensor,  # (M, sum of R_i)
+    downs: Sequence[Tensor],  # (R_i, K)
+    x: Tensor | None,  # (M, K); None if ddown is not needed
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+    *,
+    need_dx: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # dx (M, K), dtype of g; ddown (sum of R_i, K), dtype given or that of x
+    """dx = sum_i dy_i @ weight_i + drop(g_i @ down_i), a launch for each i, and ddown = g.T @ drop(x)"""
+    dx: Tensor | None = None
+    if need_dx:
+        parts = g.split_with_sizes([down.shape[0] for down in downs], 1)
+        for dy, weight, part, down in zip(dys, weights, parts, downs, strict=True):
+            term = matmul_lowrank(dy, weight.T, part, down.T, None, p, seed)
+            dx = term if dx is None else dx.add_(term)
+    return dx, None if x is None else outer(g, x, p, seed, dtype)
 
 
 @triton.jit
@@ -232,6 +257,7 @@ def linear_lowrank(
     scale: float = 1.0,
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
+    *,
     drop_output: bool = False,
     plan: str = "split",
 ) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
@@ -246,7 +272,7 @@ def linear_lowrank(
     BLOCK_R = pad_rank(R)
     tile = tile_for(plan, x.device, x.element_size(), BLOCK_R)
     tiles_m, tiles_n = triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"])
-    with torch.cuda.device_of(x):
+    with launching(f"linear_lowrank, plan {plan}", x):
         flags = None
         if plan == "once":  # a ticket counter and a flag for each block of rows
             flags = tl_utils.empty((1 + tiles_m,), torch.int32, x).zero_()

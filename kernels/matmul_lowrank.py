@@ -18,6 +18,7 @@ from .tl_utils import (
     dot_precision,
     drop_args,
     grouped,
+    launching,
     lowrank_start,
     narrow,
     pad_rank,
@@ -73,49 +74,6 @@ def _matmul_lowrank_kernel(
     y_ptrs += offs_n.to(tl.int64)[None, :] * stride_yn
     y = narrow(acc, y_ptr.dtype.element_ty)
     tl.store(y_ptrs, y, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
-
-
-def matmul_lowrank(
-    x: Tensor,  # (M, K)
-    weight: Tensor,  # (N, K), dtype of x
-    h: Tensor,  # (M, R), dtype of x
-    up: Tensor,  # (N, R)
-    bias: Tensor | None = None,  # (N,)
-    p: float = 0.0,
-    seed: Tensor | None = None,  # (2,) int32
-) -> Tensor:  # (M, N), dtype of x
-    """y = x @ weight.T + bias + drop(h @ up.T), rounded once"""
-    (M, K), (N, _), (_, R) = x.shape, weight.shape, up.shape
-    assert weight.shape == (N, K) and h.shape == (M, R) and up.shape == (N, R)
-    assert x.dtype in FLOATS and weight.dtype == x.dtype and h.dtype == x.dtype
-    y = tl_utils.empty((M, N), x.dtype, x)
-    if M == 0:
-        return y
-    kernel = "matmul_lowrank" if weight.stride(1) == 1 else "matmul_lowrank_t"
-    matrices = (x, weight if weight.stride(1) == 1 else weight.T, y)
-    descriptor = has_row(kernel + "_descriptor", x.device) and x.element_size() == 2 and R <= 128
-    if descriptor and all(map(describable, matrices)):
-        # sm_100 takes the low-rank product in one block: of a chain of them Triton makes an empty kernel
-        BLOCK_R = pad_rank(R, most=128 if tiles.arch_of(x.device) >= 100 else 64)
-        tile = tile_for(kernel + "_descriptor", x.device, x.element_size(), BLOCK_R)
-        matmul_lowrank_descriptor(x, weight, h, up, bias, p, seed, y, tile, BLOCK_R)
-        return y
-    BLOCK_R = pad_rank(R, most=64 if R <= 128 else 32)
-    tile = tile_for(kernel, x.device, x.element_size(), BLOCK_R)
-    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
-    with torch.cuda.device_of(x):
-        _matmul_lowrank_kernel[grid](
-            x, M, K, *x.stride(),
-            weight, N, *weight.stride(),
-            h, *h.stride(),
-            up, *up.stride(),
-            bias, 0 if bias is None else bias.stride(0),
-            y, *y.stride(),
-            R=R, HAS_BIAS=bias is not None, EVEN_K=K % tile["BLOCK_K"] == 0,
-            PRECISION=dot_precision(x.dtype), PARTS=parts_of(tile["BLOCK_N"], p > 0.0 and seed is not None),
-            BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
-        )  # fmt: skip
-    return y
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -181,33 +139,54 @@ def programs_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def matmul_lowrank_descriptor(
+def matmul_lowrank(
     x: Tensor,  # (M, K)
-    weight: Tensor,  # (N, K), or the transpose of a describable (K, N)
-    h: Tensor,  # (M, R)
+    weight: Tensor,  # (N, K), dtype of x
+    h: Tensor,  # (M, R), dtype of x
     up: Tensor,  # (N, R)
-    bias: Tensor | None,  # (N,)
-    p: float,
-    seed: Tensor | None,
-    y: Tensor,  # (M, N)
-    tile: dict[str, int],
-    BLOCK_R: int,
-) -> None:
-    """y = x @ weight.T + bias + drop(h @ up.T), where x, weight and y are describable"""
-    (M, K), (N, R) = x.shape, up.shape
-    BM, BN, BK = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    transposed = not describable(weight)
-    described = TensorDescriptor.from_tensor
-    programs = min(triton.cdiv(M, BM) * triton.cdiv(N, BN), programs_of(x.device))
-    with torch.cuda.device_of(x):
-        _matmul_lowrank_descriptor_kernel[programs,](
-            described(x, [BM, BK]),
-            described(weight.T, [BK, BN]) if transposed else described(weight, [BN, BK]),
-            described(y, [BM, BN // 2]),
-            M, N, K,
-            h, *h.stride(),
-            up, *up.stride(),
-            bias, 0 if bias is None else bias.stride(0),
-            R=R, HAS_BIAS=bias is not None, TRANSPOSED=transposed, PROGRAMS=programs,
-            PARTS=parts_of(BN, p > 0.0 and seed is not None), BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
+    bias: Tensor | None = None,  # (N,)
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+) -> Tensor:  # (M, N), dtype of x
+    """y = x @ weight.T + bias + drop(h @ up.T), rounded once"""
+    (M, K), (N, _), (_, R) = x.shape, weight.shape, up.shape
+    assert weight.shape == (N, K) and h.shape == (M, R) and up.shape == (N, R)
+    assert x.dtype in FLOATS and weight.dtype == x.dtype and h.dtype == x.dtype
+    y = tl_utils.empty((M, N), x.dtype, x)
+    if M == 0:
+        return y
+    stored = weight.stride(1) == 1  # as a linear layer does; its transpose is dx's weight
+    kernel = "matmul_lowrank" if stored else "matmul_lowrank_t"
+    dropout = p > 0.0 and seed is not None
+    low_rank = (h, *h.stride(), up, *up.stride(), bias, 0 if bias is None else bias.stride(0))
+    descriptor = has_row(kernel + "_descriptor", x.device) and x.element_size() == 2 and R <= 128
+    if descriptor and all(map(describable, (x, weight if stored else weight.T, y))):
+        # sm_100 takes the low-rank product in one block: of a chain of them Triton makes an empty kernel
+        BLOCK_R = pad_rank(R, most=128 if tiles.arch_of(x.device) >= 100 else 64)
+        tile = tile_for(kernel + "_descriptor", x.device, x.element_size(), BLOCK_R)
+        BM, BN, BK = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+        described = TensorDescriptor.from_tensor
+        programs = min(triton.cdiv(M, BM) * triton.cdiv(N, BN), programs_of(x.device))
+        with launching(kernel + "_descriptor", x):
+            _matmul_lowrank_descriptor_kernel[programs,](
+                described(x, [BM, BK]),
+                described(weight, [BN, BK]) if stored else described(weight.T, [BK, BN]),
+                described(y, [BM, BN // 2]),
+                M, N, K, *low_rank,
+                R=R, HAS_BIAS=bias is not None, TRANSPOSED=not stored, PROGRAMS=programs,
+                PARTS=parts_of(BN, dropout), BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
+            )  # fmt: skip
+        return y
+    BLOCK_R = pad_rank(R, most=64 if R <= 128 else 32)
+    tile = tile_for(kernel, x.device, x.element_size(), BLOCK_R)
+    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
+    with launching(kernel, x):
+        _matmul_lowrank_kernel[grid](
+            x, M, K, *x.stride(),
+            weight, N, *weight.stride(), *low_rank,
+            y, *y.stride(),
+            R=R, HAS_BIAS=bias is not None, EVEN_K=K % tile["BLOCK_K"] == 0,
+            PRECISION=dot_precision(x.dtype), PARTS=parts_of(tile["BLOCK_N"], dropout),
+            BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
         )  # fmt: skip
+    return y

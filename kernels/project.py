@@ -9,7 +9,19 @@ from torch import Tensor
 
 from . import tl_utils
 from .tiles import tile_for
-from .tl_utils import FLOATS, cast, dot, dot_precision, drop, drop_args, narrow, pad_rank, pair_key, row_key
+from .tl_utils import (
+    FLOATS,
+    cast,
+    dot,
+    dot_precision,
+    drop,
+    drop_args,
+    launching,
+    narrow,
+    pad_rank,
+    pair_key,
+    row_key,
+)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -73,7 +85,7 @@ def project(
     BLOCK_R = pad_rank(R)
     tile = tile_for("project", x.device, x.element_size(), BLOCK_R)
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, BLOCK_R),)
-    with torch.cuda.device_of(x):
+    with launching("project", x):
         _project_kernel[grid](
             x, M, K, *x.stride(),
             down, *down.stride(),
@@ -173,7 +185,7 @@ def outer(
     columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
     strips, steps = strips_of(M, tile["BLOCK_M"], columns)
     part = out[None] if strips == 1 else tl_utils.empty((strips, R, K), torch.float32, x)
-    with torch.cuda.device_of(x):
+    with launching("outer", x):
         _outer_kernel[columns, strips](
             g, M, *g.stride(),
             x, K, *x.stride(),
@@ -270,7 +282,7 @@ def project_outer(
     g_part = tl_utils.empty((columns, M, R), torch.float32, x)
     out_part = tl_utils.empty((strips, K, R), torch.float32, x)
     BLOCK = 1024
-    with torch.cuda.device_of(x):
+    with launching("project_outer", x):
         _project_outer_kernel[columns, strips](
             x, M, K, *x.stride(),
             down, *down.stride(),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 import triton.language as tl
@@ -33,6 +36,27 @@ def pad_rank(R: int, most: int = 128) -> int:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
     """Where every launcher gets the memory it writes: outputs and partial sums, nothing else."""
     return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+class LaunchError(RuntimeError):
+    """A kernel could not be compiled or launched; ``__cause__`` is what the compiler or the driver raised."""
+
+
+@contextmanager
+def launching(kernel: str, like: torch.Tensor) -> Iterator[None]:
+    """Launch on the device of ``like``; what a compiler or a driver raises becomes a LaunchError.
+
+    Raises:
+        LaunchError: whatever was raised, but for a lack of memory.
+    """
+    with torch.cuda.device_of(like):
+        try:
+            yield
+        except torch.OutOfMemoryError:  # another path would need more
+            raise
+        except Exception as error:  # noqa: BLE001 - compilers and drivers raise what they like
+            reason = " ".join(str(error).split())[:200]
+            raise LaunchError(f"{kernel}: {type(error).__name__}: {reason}") from error
 
 
 def drop_args(p: float, seed: torch.Tensor | None) -> dict:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import forgetless as fl
-from forgetless.ops import autograd as ops
 from forgetless.ops import blas, reference
+from forgetless.ops import dispatch as ops
 from forgetless.ops import dispatch as plans
 from forgetless_bench import gpu
 from forgetless_bench.bytes import available_bytes
@@ -210,11 +210,11 @@ def round_trip(device: torch.device) -> str:
 
 def kernel_checks(device: torch.device) -> list[Check]:
     """What is asked of the Triton kernels."""
-    if ops._kernels is None:
+    if ops.kernels is None:
         return [("kernels", _no_triton, "pip install triton")]
     where = "interpreter" if device.type == "cpu" else "native"
     return [
-        *((f"{name}, {where}", lambda name=name: launchers(ops._kernels, [name], device), AVOID) for name in FUNCTIONS),
+        *((f"{name}, {where}", lambda name=name: launchers(ops.kernels, [name], device), AVOID) for name in FUNCTIONS),
         (f"descriptors, {where}", lambda: descriptors(device), AVOID),
         *((f"plan {plan}, {where}", lambda plan=plan: by_plan(plan, device), AVOID) for plan in FUSED),
         (f"guard pages, {where}", lambda: guard_pages(device), AVOID),
@@ -251,7 +251,7 @@ def descriptors(device: torch.device) -> str:
                     )
                     for stored in (plainly[1], plainly[1].t().contiguous().t()):
                         given = [plainly[0], stored, *plainly[2:]]
-                        ours = call(ops._kernels, "matmul_lowrank", given, p, seed)
+                        ours = call(ops.kernels, "matmul_lowrank", given, p, seed)
                         yield f"{short(dtype)} {size} dropout={p}", *errors(ours[0], eager[0], truth[0])
 
         return within(rows())
@@ -293,7 +293,7 @@ def guard_pages(device: torch.device) -> str:
                     plainly = operands(function, 33, 50, 65, 24, dtype, device)
                     given = [padded(t.shape, math.nan, t.dtype).copy_(t) for t in plainly]
                     buffers.clear()
-                    results = call(ops._kernels, function, given, 0.0, seed, plan)
+                    results = call(ops.kernels, function, given, 0.0, seed, plan)
                     title = f"{function} {plan} {short(dtype)}"
                     if not all(bool(t.isfinite().all()) for t in results):
                         raise Trouble(f"{title} read beside its operands", AVOID)
@@ -308,12 +308,12 @@ def guard_pages(device: torch.device) -> str:
 
 def masks(device: torch.device) -> str:
     """The dropout masks of the kernels are the reference's, bit for bit."""
-    assert ops._kernels is not None
+    assert ops.kernels is not None
     seed = torch.tensor(SEED, dtype=torch.int32, device=device)
     for p in (1e-4, 0.1, 0.5, 0.9):
         want = reference.keep_mask(seed, p, 33, 64).float()
         ones = torch.ones(33, 64, device=device)
-        found = ops._kernels.project(ones, torch.eye(64, device=device), p=p, seed=seed)
+        found = ops.kernels.project(ones, torch.eye(64, device=device), p=p, seed=seed)
         if not torch.equal(found, want) or not torch.equal(blas.keep_bits(seed, p, 33, 64) != 0, want != 0):
             raise Trouble(f"dropout {p} drops other elements than the reference does", AVOID)
     return "dropout masks equal the reference's, bit for bit"

@@ -12,8 +12,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from forgetless.ops import autograd as ops
+from forgetless.ops import dispatch as ops
 from forgetless.ops import reference
+from forgetless.ops.autograd import lowrank_linear
 from forgetless_bench import gpu
 from forgetless_bench.harness import short
 
@@ -66,7 +67,7 @@ def one_step(tensors: list[Tensor], dropout: float) -> list[Tensor]:
     """y and the gradients of x, down and up."""
     x, weight, down, up = tensors
     seed = torch.tensor(SEED, dtype=torch.int32, device=x.device)
-    y = ops.lowrank_linear(x, weight, down, up, None, SCALE, dropout, seed)
+    y = lowrank_linear(x, weight, down, up, None, SCALE, dropout, seed)
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, down, up])]
 
 
@@ -143,7 +144,7 @@ def launchers(
     module: Any, functions: Sequence[str], device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES
 ) -> str:
     """Launchers of one backend over sizes, dtypes, strides and dropout, against float64."""
-    advice = AVOID if module is ops._kernels else "reinstall torch: its matrix products are wrong here"
+    advice = AVOID if module is ops.kernels else "reinstall torch: its matrix products are wrong here"
     return within((row for function in functions for row in _launched(module, function, device, dtypes)), advice)
 
 
@@ -151,7 +152,7 @@ def _launched(
     module: Any, function: str, device: torch.device, dtypes: Sequence[torch.dtype]
 ) -> Iterator[tuple[str, float, float]]:
     seed = torch.tensor(SEED, dtype=torch.int32, device=device)
-    around = math.nan if module is ops._kernels else 7.0  # a vendor's GEMM may multiply its padding by zero
+    around = math.nan if module is ops.kernels else 7.0  # a vendor's GEMM may multiply its padding by zero
     whole = function == "linear_lowrank"
     with one_sweep():
         for turn, (size, dtype) in enumerate(itertools.product(SIZES, dtypes)):
@@ -188,7 +189,7 @@ def errors(ours: Tensor, eager: Tensor, truth: Tensor) -> tuple[float, float]:
 @contextlib.contextmanager
 def one_sweep() -> Iterator[None]:
     """project_outer in one pass over x wherever it can, not only where that pays"""
-    if ops._kernels is None:
+    if ops.kernels is None:
         yield
         return
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetless.ops import autograd as ops
 from forgetless.ops import blas, reference
 from forgetless.ops import dispatch as plans
+from forgetless.ops.autograd import Call, Need, Saved, gradients
 
 #: out_features x in_features of Llama-3-8B, Qwen2.5-7B and Mistral-7B, most frequent first.
 SHAPES = ["4096x4096", "1024x4096", "14336x4096", "4096x14336", "3584x3584", "512x3584", "18944x3584", "3584x18944"]
@@ -82,12 +82,13 @@ def runner(wanted: plans.Problem, module: Any, plan: str, t: dict[str, Tensor]) 
     """One call of the sweep by one module and plan."""
     if wanted.sweep == "forward":
         return lambda: list(module.linear_lowrank(t["x"], t["weight"], t["down"], t["up"], scale=1.0, plan=plan))
-    need = [True, False, True, True, False]
     dtype = t["x"].dtype
-    arguments = (t["dy"], None, t["x"], t["weight"], t["down"], t["up"], t["h"], None, 1.0, 0.0, need, dtype, dtype)
+    saved = Saved(t["x"], t["h"], None, [t["weight"]], [t["down"]], [t["up"]])
+    need = Need(True, [False], [False], [True], [True], dtype, [dtype])
 
     def run() -> list[Tensor]:
-        return [grad for grad in ops._gradients(module, plan, *arguments) if grad is not None]
+        grads = gradients(Call(), saved, need, [t["dy"]], None, plans.Route(module, plan))
+        return [grad for grad in grads if grad is not None]
 
     return run
 
@@ -100,7 +101,7 @@ def truth(wanted: plans.Problem, t: dict[str, Tensor]) -> list[Tensor]:
 
 def with_tile(candidate: Candidate, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
     def forced() -> list[Tensor]:
-        with ops.tile_forced(candidate.tile):
+        with plans.tile_forced(candidate.tile):
             return run()
 
     return forced if candidate.tile else run
@@ -114,7 +115,7 @@ def measure(
     seconds: Callable[..., list[float]] = plans.time_interleaved,
 ) -> dict[str, Any]:
     """The row of one problem: the winner, and the milliseconds of everything that was right."""
-    kernels = ops._kernels
+    kernels = plans.kernels
     t = operands(wanted, device)
     right = truth(wanted, t)
     runs: dict[Candidate, Callable[[], list[Tensor]]] = {}
@@ -185,7 +186,7 @@ def wanted_problems(options: argparse.Namespace) -> Iterable[plans.Problem]:
     Raises:
         ValueError: no GPU or no Triton, or an option that makes no sense.
     """
-    if ops._kernels is None:
+    if plans.kernels is None:
         raise ValueError("Triton is not installed; there is nothing to choose between")
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not (options.toy and interpreting):
@@ -201,7 +202,7 @@ def wanted_problems(options: argparse.Namespace) -> Iterable[plans.Problem]:
         if min(N, K, M, R) < 1:
             raise ValueError(f"--shape {text}, --tokens {M}, --rank {R}: all must be at least 1")
         for sweep in ("forward", "backward"):
-            yield plans.problem(device, sweep, M, N, K, R, getattr(torch, options.dtype))
+            yield plans.problem_of(device, sweep, M, N, K, R, getattr(torch, options.dtype))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from .. import compat
 from ..adapter import Adapter, Site, whole
 from ..methods.base import Method
 from ..ops.add_lowrank import Term, add_terms
-from ..ops.autograd import as_rows, autocasts, exact_products, lowrank_linear, quantised, settled_module
-from .groups import Group, Result, families, lowrank_linears
+from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, prepare
+from .groups import Group, families
 from .quantized import kind_of, stand_in
 from .tensor_parallel import cut_of
 
@@ -91,7 +91,7 @@ def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
 class Trace:
     """What the last forward pass left behind."""
 
-    x: Tensor  # (tokens, K) every so many tokens of x, DRIFT_TOKENS at most, detached
+    x: Tensor | None  # (tokens, K) every so many tokens of x, DRIFT_TOKENS at most, detached; None if not recorded
     hidden: Tensor | None  # (M, R) with its graph, only if a penalty needs it
 
 
@@ -122,6 +122,8 @@ class AdaptedLinear(nn.Module):
     around: bool = False
     #: Why the base runs itself, where it does.
     reason = "the frozen layer has hooks and runs itself"
+    #: ``fl.drift`` may be asked after training passes, too.
+    records_drift = False
     #: Its dropout mask may be that of its siblings.
     shares_dropout = True
     cut: Any = None  # tensor parallelism: this rank's part
@@ -164,34 +166,48 @@ class AdaptedLinear(nn.Module):
         return hooked(base) or not (type(base) is nn.Linear or is_conv1d(base))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        adapter, group = self.adapter, self.group
         if compat.transforms_active() or torch.jit.is_tracing():
             return self._transformed(x)
         if self.runs_base():
             if self.cut is None:
                 self._check_whole(getattr(self.base, "weight", None))
             return self._around(x)
+        adapter, compiling = self.adapter, torch.compiler.is_compiling()
+        group = None if self.group is None or compiling or self.group.scope is None else self.group
         dropout = adapter.dropout if self.training else 0.0
-        inside = group is not None and not torch.compiler.is_compiling() and group.scope is not None
-        made, result = group.take(self, x, dropout) if inside else (False, None)  # type: ignore[union-attr]
+        waiting, result = (False, None) if group is None else group.take(self, x, dropout)
         if result is None:
-            weight, bias = self.stored()
-            if self.transposed:
-                weight = weight.T
-            if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-                self._check_whole(weight)
-            if inside and not made:
-                result = self._with_siblings(x, weight, dropout)
-            if result is None:
-                result = adapter.shortcut(x, weight, bias, self.needs_hidden)
-            if result is None:
-                down, up = adapter.factors()
-                seed = group.seed(x) if inside and dropout and self.shares_dropout else None  # type: ignore[union-attr]
-                found = lowrank_linear(x, weight, down, up, bias, adapter.scale, dropout, seed, self.needs_hidden)
-                result = found if self.needs_hidden else (found, None)
+            members = [self] if group is None or waiting else self._members(group, x, dropout)
+            layers = Operands(*zip(*(member.operands() for member in members), strict=True))
+            seed = group.seed(x) if group is not None and dropout and self.shares_dropout else None
+            return_h = any(member.needs_hidden for member in members)
+            arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h=return_h)
+            outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
+            ys, h = (outputs[:-1], hidden(arguments[0], outputs[-1])) if return_h else (outputs, None)
+            if len(members) == 1:
+                result = ys[0] if return_h else ys, h
+            else:
+                ranks = [up.shape[1] for up in layers.ups]
+                hs = [None] * len(ranks) if h is None else h.split(ranks, dim=1)
+                result = group.share(self, x, dropout, list(zip(ys, hs, strict=True)))  # type: ignore[union-attr]
         y, h = result
-        self.trace = self._trace(x, h)
-        return y
+        self._record(x, h)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """The weight as (N, K), bias, down and up, as they are now."""
+        weight, bias = self.stored()
+        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+            self._check_whole(weight)
+        return weight.T if self.transposed else weight, bias, *self.adapter.factors()
+
+    def _members(self, group: Group, x: Tensor, dropout: float) -> list[AdaptedLinear]:
+        """The siblings to compute with this layer, itself included; it alone where one of them differs."""
+        members: list[AdaptedLinear] = group.partners(self)
+        weight, _ = self.stored()
+        if len(members) < 2 or x.is_nested or x.is_inference():  # a change of an inference tensor could not be seen
+            return [self]
+        return members if all(member._joins(self, weight, dropout) for member in members) else [self]
 
     def _around(self, x: Tensor) -> Tensor:
         """By the base's own forward, the low-rank product added to what it returns."""
@@ -202,7 +218,9 @@ class AdaptedLinear(nn.Module):
         term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0)
         base, fresh = runs_by(self.base)
         y, (h,) = add_terms(base, x, [term], cut, fresh)
-        self.trace = None if compat.transforms_active() else self._trace(x, h)
+        self.trace = None
+        if not compat.transforms_active():
+            self._record(x, h)
         return y
 
     def _transformed(self, x: Tensor) -> Tensor:
@@ -222,42 +240,6 @@ class AdaptedLinear(nn.Module):
                 "parallelize_module first, then fl.adapt; with FSDP2 call the model that fully_shard was given"
             )
 
-    def _with_siblings(self, x: Tensor, weight: Tensor, dropout: float) -> Result | None:
-        """Compute for all partners and leave their results in the scope; None where this cannot be done together."""
-        group = self.group
-        assert group is not None
-        members: list[AdaptedLinear] = group.partners(self)
-        if len(members) < 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1] or x.is_inference() or x.is_nested:
-            return None  # nonsense is refused by the op; a change of an inference tensor could not be seen
-        if not all(member._joins(self, weight, dropout) for member in members):
-            return None
-        pairs = [member.stored() for member in members]
-        weights = [w.T if member.transposed else w for member, (w, _) in zip(members, pairs, strict=True)]
-        biases = [bias for _, bias in pairs]
-        factors = [member.adapter.factors() for member in members]
-        device, dtype = x.device, x.dtype
-        if autocasts(device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device.type)
-            weights = [other.to(dtype) for other in weights]
-            biases = [None if bias is None else bias.to(dtype) for bias in biases]
-            rows = x.to(dtype)
-        elif dtype != weight.dtype or any(bias is not None and bias.dtype != dtype for bias in biases):
-            return None
-        else:
-            rows = x
-        scale = self.adapter.scale
-        if dtype == torch.float16 and scale != 1.0:
-            return None  # alone, the op keeps the scale out of h
-        downs, ups = [down for down, _ in factors], [up for _, up in factors]
-        run = settled_module(rows, weights[0], downs[0])
-        if run is None:
-            return None
-        p = quantised(dropout) if dropout else 0.0
-        seed = group.seed(x) if p else None
-        wants_h = any(member.needs_hidden for member in members)
-        results = lowrank_linears(rows, weights, downs, ups, biases, scale, p, seed, wants_h, run)
-        return group.share(self, x, dropout, results)
-
     def _joins(self, first: AdaptedLinear, like: Tensor, dropout: float) -> bool:
         """Whether this layer, as it is now, can be computed in the call of ``first``, whose weight is ``like``."""
         if self.runs_base() or hooked(self):
@@ -268,25 +250,26 @@ class AdaptedLinear(nn.Module):
             type(weight) in (nn.Parameter, Tensor)  # neither a shard nor packed
             and weight.dtype == like.dtype
             and weight.device == like.device
-            and weight.shape[0 if self.transposed else 1] == like.shape[1]
+            and self.in_features == first.in_features
             and (adapter.dropout if self.training else 0.0) == dropout
             and adapter.scale == first.adapter.scale
             and not weight.requires_grad
             and not weight.is_inference()
-            and (bias is None or not bias.requires_grad and bias.device == like.device)
+            and (bias is None or not bias.requires_grad and bias.device == like.device and bias.dtype == like.dtype)
             and all(
                 type(t) in (nn.Parameter, Tensor) and not t.is_inference() and t.device == like.device
                 for t in adapter.factors()
             )
         )
 
-    def _trace(self, x: Tensor, h: Tensor | None) -> Trace:
-        hidden = as_rows(h) if self.needs_hidden and h is not None else None
-        return Trace(_sample(x), hidden)
+    def _record(self, x: Tensor, h: Tensor | None) -> None:
+        """Keep what penalties need of this pass, and some of x for ``drift``: in training only if that is asked for."""
+        sampled = self.records_drift or not (self.training and torch.is_grad_enabled())
+        self.trace = Trace(_sample(x) if sampled else None, as_rows(h) if self.needs_hidden and h is not None else None)
 
     def drift(self) -> float | None:
-        """Mean over tokens of ||delta x|| / ||x|| in the last forward pass, CLoRA's F (Eq. 3); None before one."""
-        if self.trace is None or self.trace.x.shape[0] == 0:
+        """Mean over tokens of ||delta x|| / ||x|| in the last forward pass, CLoRA's F (Eq. 3); None if not recorded."""
+        if self.trace is None or self.trace.x is None or self.trace.x.shape[0] == 0:
             return None
         x = self.trace.x.float()
         with torch.no_grad(), exact_products(x.device.type):

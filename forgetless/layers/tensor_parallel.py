@@ -49,13 +49,6 @@ class Cut:
         torch.distributed.broadcast(seed, group=self.group, group_src=0)
         return seed if self.dim == 0 else seed + torch.tensor([0, self.start], dtype=seed.dtype, device=seed.device)
 
-    def join(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """From this rank's h (M, R): what up multiplies, and the h of all ranks, for penalties and reports."""
-        if self.dim == 0:
-            return _SumBackward.apply(h, self.group), h
-        h = _SumForward.apply(h, self.group)
-        return h, h
-
 
 def cut_of(module: nn.Module) -> Cut | None:
     """How a linear layer's weight is cut over a one-dimensional mesh; None if it is whole."""
@@ -113,28 +106,3 @@ class _Own(torch.autograd.Function):
         whole.narrow(cut.dim, cut.start, cut.size).copy_(grad)
         torch.distributed.all_reduce(whole, group=cut.group)
         return whole, None
-
-
-class _SumBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
-        dh = dh.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(dh, group=ctx.group)
-        return dh, None
-
-
-class _SumForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, group: Any) -> Tensor:
-        h = h.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(h, group=group)
-        return h
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
-        return dh, None

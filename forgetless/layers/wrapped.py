@@ -72,7 +72,7 @@ class AdaptedSharded(AdaptedAround):
     def drift(self) -> float | None:
         """As of AdaptedLinear; a collective call where the weight is cut row-wise."""
         trace = self.trace
-        if trace is None or self.cut.dim == 0:
+        if trace is None or trace.x is None or self.cut.dim == 0:
             return super().drift()
         self.trace = Trace(gathered_columns(trace.x, self.cut), None)
         try:

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, adapter_dtype, whole
-from ..ops import blas
-from ..ops.autograd import autocasts, module_for
-from ..ops.curlora_blas import gathered_linear
 from ..penalties import Penalty
 from .base import Method, check_fields, register
 
@@ -121,27 +118,6 @@ class CURLoRAAdapter(Adapter):
     def out_of(self) -> Tensor:
         """Indices of ``lift`` among its columns."""
         return self.rows if self.transposed else self.columns
-
-    def still_of(self, weight: Tensor) -> bool:
-        """Whether C and R are columns and rows of ``weight`` (N, K) as it is now: compared in every call."""
-        return torch.equal(self.down, weight[self.into]) and torch.equal(self.lift, weight[:, self.out_of])
-
-    def shortcut_reason(self, weight: Tensor) -> str | None:
-        if module_for(weight.device, weight.dtype) is not blas or weight.is_inference() or not self.still_of(weight):
-            return None
-        return "both skinny products are gathered from the frozen ones; x is not kept"
-
-    def shortcut(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, return_h: bool = True
-    ) -> tuple[Tensor, Tensor | None] | None:
-        plain = x.dim() > 0 and x.dtype == weight.dtype and x.shape[-1] == weight.shape[1] and not weight.requires_grad
-        if not plain or torch.compiler.is_compiling() or autocasts(x.device.type):
-            return None
-        if self.shortcut_reason(weight) is None:
-            return None
-        core = self.core.T if self.transposed else self.core
-        rows, columns = self.into, self.out_of
-        return gathered_linear(x, weight, core, self.lift, self.down, rows, columns, bias, self.scale, return_h)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name in ("rows", "columns"):

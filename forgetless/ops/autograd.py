@@ -1,110 +1,79 @@
-"""The functional op: a frozen linear layer plus a low-rank update, with its gradients.
+"""The op: n frozen linear layers of one x, each with a low-rank update, as one autograd function.
 
-    h  = s * drop(x) @ down.T          s = scale / (1 - dropout)
-    y  = x @ weight.T + bias + h @ up.T
-    g  = s * (dy @ up + dh)
-    dx = dy @ weight + drop(g @ down),   ddown = g.T @ drop(x),   dup = dy.T @ h
+    h   = scale * drop(x) @ [down_1 .. down_n].T                     one pass over x
+    y_i = x @ weight_i.T + bias_i + h_i @ up_i.T
+    g_i = scale * (dy_i @ up_i + dh_i),    dup_i = dy_i.T @ h_i
+    dx  = sum_i dy_i @ weight_i + drop([g_1 .. g_n] @ [down_1 .. down_n])
+    [ddown_1 .. ddown_n] = [g_1 .. g_n].T @ drop(x)                  one pass over x
 
-Saved for backward: x (only if ``down`` or ``weight`` is trained), h, and eight bytes of dropout seed.
-This is the only module that names the kernels. In eager mode the op is an autograd function, under torch.compile a
-custom op over the same two bodies, because a custom op's dispatch costs more than a small layer's arithmetic.
+The single layer is n = 1. In place of the weight a layer may give ``base``, what it made of x itself; then y = base +
+bias + h @ up.T, and the layer's own part of dx is its own affair. Saved for backward: x (only if ``down`` or ``weight``
+is trained), h, and eight bytes of dropout seed. ``forward`` and ``gradients`` are the only bodies; torch.compile sees
+them as a custom op, because it cannot look into kernels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import ModuleType
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import compat
-from . import blas, reference
-from . import dispatch as plans
-from .check import check, dtype_name, plainly_right
-
-try:
-    from forgetless_kernels import fused as _kernels
-except ImportError as error:
-    if error.name is None or not error.name.startswith("triton"):
-        raise
-    _kernels = None
-
-#: Module that runs the op, by device type. All offer the functions of ``reference`` with one signature.
-BACKENDS: dict[str, ModuleType] = {"cpu": blas}
-if _kernels is not None:
-    BACKENDS["cuda"] = _kernels
-
-#: Dtypes that the fused kernels take; others run on BLAS.
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from . import dispatch, reference
+from .check import check
+from .dispatch import LaunchError, Route
 
 
-def module_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that runs the op on that device in that dtype, before any plan is chosen."""
-    module = BACKENDS.get(device.type, blas)
-    return blas if module is _kernels and dtype not in KERNEL_DTYPES else module
+@dataclass(frozen=True)
+class Call:
+    """One call of the op: all that is not a tensor.
 
-
-def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: int) -> tuple[str, str]:
-    """The plan's name for a layer, and the reason in words; for 4096 tokens where it depends on them.
-
-    Args:
-        device, dtype: of the activations.
-        N, K, R: out_features, in_features, rank.
-
-    Raises:
-        ValueError: ``FORGETLESS_PLAN`` holds something else than a plan or "strict".
+    Attributes:
+        count: layers.
+        scale: factor of h, 1 / (1 - p) included.
+        up_scale: factor of up. float16 has the whole scale here: scale * h may overflow where y does not.
+        p: dropout, a multiple of 2**-15.
+        return_h: also return h.
+        onto: ``weights`` holds what the layers made of x themselves.
+        in_place: that memory may be written.
+        sum_h, sum_g: process groups to sum h and g over (tensor parallelism).
+        module: of the backend that was asked for, if any; the backward pass runs on it, too.
     """
-    module = module_for(device, dtype)
-    if module is not _kernels or _kernels is None:
-        if BACKENDS.get(device.type) is _kernels and _kernels is not None:
-            return "blas", f"the fused kernels do not take {dtype_name(dtype)}"
-        if module is blas and device.type == "cuda":
-            return "blas", "Triton is not installed"
-        return module.__name__.rpartition(".")[2], f"in-place BLAS is the {device.type} path" if module is blas else ""
-    choice = plans.choose(plans.problem(device, "forward", 4096, N, K, R, dtype))
-    return choice.plan, choice.reason
+
+    count: int = 1
+    scale: float = 1.0
+    up_scale: float = 1.0
+    p: float = 0.0
+    return_h: bool = False
+    onto: bool = False
+    in_place: bool = False
+    sum_h: Any = None
+    sum_g: Any = None
+    module: Any = None
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Run the op on one backend within the block: "reference", "blas" or "triton".
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of the layers, a list each."""
 
-    For the whole process, whatever the device; to measure or to check, not to train with.
-
-    Raises:
-        ValueError: another name, or Triton is not installed.
-    """
-    known = {"reference": reference, "blas": blas, "triton": _kernels}
-    if known.get(name) is None:
-        have = [key for key, module in known.items() if module is not None]
-        raise ValueError(f"backend is {name!r}, wants one of {have}")
-    before = dict(BACKENDS)
-    BACKENDS.update(dict.fromkeys([*before, "cuda"], known[name]))
-    try:
-        yield
-    finally:
-        BACKENDS.clear()
-        BACKENDS.update(before)
+    weights: Sequence[Tensor]  # (N_i, K); or with ``onto`` base (..., N_i)
+    biases: Sequence[Tensor | None]  # (N_i,)
+    downs: Sequence[Tensor]  # (R_i, K)
+    ups: Sequence[Tensor]  # (N_i, R_i)
 
 
-def quantised(dropout: float) -> float:
+def quantized_rate(dropout: float) -> float:
     """The nearest rate that the generator can give, below 1."""
-    return min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS
+    return min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS if dropout else 0.0
 
 
 def draw_seed(device: torch.device) -> Tensor:  # (2,) int32
     """A dropout seed from torch's generator of that device: follows manual_seed, checkpointing and graph capture."""
     return torch.randint(-(1 << 31), (1 << 31) - 1, (2,), dtype=torch.int32, device=device)
-
-
-def draw_mask(dropout: float, device: torch.device) -> tuple[float, Tensor | None]:
-    """The rate as the generator can give it, and a seed; 0 and None where nothing would be dropped."""
-    p = quantised(dropout) if dropout else 0.0
-    return p, draw_seed(device) if p else None
 
 
 def autocasts(device: str) -> bool:
@@ -113,286 +82,262 @@ def autocasts(device: str) -> bool:
 
 
 def exact_products(device: str) -> AbstractContextManager[Any]:
-    """Products in the dtype they are written in: autocast has done its work at the door."""
+    """Products in the dtype they are written in: the op has cast its arguments already."""
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def as_rows(x: Tensor) -> Tensor:  # (..., K) -> (M, K)
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 # ---------------------------------------------------------------------------------------- bodies
 
 
-def _forward(
+def forward(
+    call: Call,
     x: Tensor,  # (M, K)
-    weight: Tensor,  # (N, K)
-    down: Tensor,  # (R, K)
-    up: Tensor,  # (N, R)
-    bias: Tensor | None,  # (N,)
     seed: Tensor | None,  # (2,) int32
-    scale: float,
-    p: float,
-) -> tuple[Tensor, Tensor]:  # y (M, N), h (M, R)
-    if _plainly_blas(x):
-        return blas.linear_lowrank(x, weight, down, up, bias, scale / (1.0 - p), p, seed)
-    arguments = (x, weight, down, up, bias, scale / (1.0 - p), p, seed)
-    device = x.device
-    run = module_for(device, x.dtype)
-    if run is not _kernels or _kernels is None:
-        with exact_products(device.type):
-            return run.linear_lowrank(*arguments)
-    wanted = _problem("forward", x, weight, down)
-    kernels = _kernels
-    return _planned(
-        wanted,
-        x.device,
-        lambda plan: kernels.linear_lowrank(*arguments, plan=plan),
-        lambda: blas.linear_lowrank(*arguments),
-    )
-
-
-def _plainly_blas(t: Tensor) -> bool:
-    """The usual case on a CPU, found out in the fewest lookups."""
-    return t.is_cpu and BACKENDS["cpu"] is blas and not torch.is_autocast_enabled("cpu")
-
-
-def _problem(sweep: str, like: Tensor, weight: Tensor, down: Tensor) -> plans.Problem:
-    N, K = weight.shape
-    return plans.problem(like.device, sweep, like.shape[0], N, K, down.shape[0], like.dtype)
-
-
-def settled_module(x: Tensor, weight: Tensor, down: Tensor) -> ModuleType | None:
-    """The module that the plan for this layer comes down to; None while a first use has yet to be checked."""
-    run = module_for(x.device, x.dtype)
-    if run is not _kernels or _kernels is None:
-        return run
-    wanted = _problem("forward", x, weight, down)
-    if not weight.numel() or plans.dropped(_problem("backward", x, weight, down)):
-        return blas
-    if checkable(x.device) and plans.undecided(wanted):
-        return None
-    return blas if plans.choose(wanted).plan == "blas" else run
-
-
-def gives_way(run: Any, sweep: str, like: Tensor, weight: Tensor, down: Tensor, error: Exception) -> bool:
-    """Whether BLAS may take over from a backend that raised: one warning, or ``error`` itself where that is wanted."""
-    if run is not _kernels or isinstance(error, torch.OutOfMemoryError):
-        return False
-    plans.fail(_problem(sweep, like, weight, down), plans.forced()[0] or plans.DEFAULT, error)
-    return True
-
-
-def _planned(wanted: plans.Problem, device: torch.device, fused: Any, trusted: Any) -> Any:
-    """The result by the chosen plan; ``trusted`` (blas) where the fused one is out or fails."""
-    if not wanted.N * wanted.K:  # no grid to launch
-        return trusted()
-    if checkable(device) and plans.undecided(wanted):
-        plans.first_use(wanted, lambda: _given(fused(plans.DEFAULT)), lambda: _given(trusted()), device)
-    choice = plans.choose(wanted)
-    if choice.plan == "blas":
-        return trusted()
+    layers: Operands,
+    route: Route | None = None,
+) -> tuple[list[Tensor], Tensor]:  # y_i (M, N_i), h (M, sum of R_i)
+    """y of each layer and h of all, by the backend and plan that dispatch chooses, or by BLAS where a kernel fails."""
+    downs, ups = layers.downs, layers.ups
+    if route is None:
+        route = dispatch.choose_route("forward", x, (ups[0].shape[0], x.shape[1], downs[0].shape[0]), call.module)
+        if route.unchecked and not call.onto:  # which may write in place and wait for other processes
+            route = dispatch.first_use(route, lambda r: _flat(forward(call, x, seed, layers, r)), x.device)
+    if call.up_scale != 1.0:
+        ups = [call.up_scale * up.float() for up in ups]
+    run, s, p = route.module, call.scale, call.p
     try:
-        with tile_forced(choice.tile):
-            return fused(choice.plan)
-    except torch.OutOfMemoryError:  # blas needs more
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
-        plans.fail(wanted, choice.plan, error)
-        return trusted()
+        with route.tiles():
+            if route.plan != "split" and call.count == 1 and not call.onto:
+                y, h = run.linear_lowrank(
+                    x, layers.weights[0], downs[0], ups[0], layers.biases[0], s, p, seed, plan=route.plan
+                )
+                return [y], h
+            h = run.project(x, downs[0] if call.count == 1 else torch.cat(list(downs)), s, p, seed)
+            if call.sum_h is not None:
+                torch.distributed.all_reduce(h, group=call.sum_h)
+            if call.onto:
+                return [_add(call, layers.weights[0], h, ups[0], layers.biases[0])], h
+            if call.count == 1:
+                return [run.matmul_lowrank(x, layers.weights[0], h, ups[0], layers.biases[0])], h
+            parts = h.split_with_sizes([up.shape[1] for up in ups], 1)
+            each = zip(layers.weights, parts, ups, layers.biases, strict=True)
+            return [run.matmul_lowrank(x, *layer) for layer in each], h
+    except LaunchError as error:
+        return forward(call, x, seed, layers, dispatch.failed(route, error))
 
 
-@contextmanager
-def tile_forced(tile: tuple[tuple[str, int], ...]) -> Iterator[None]:
-    """Within the block the GEMM kernels run with these tile fields; none leaves them as they are."""
-    if not tile:
-        yield
-        return
-    from forgetless_kernels import tiles
-
-    with tiles.forced("matmul_lowrank", **dict(tile)), tiles.forced("matmul_lowrank_t", **dict(tile)):
-        yield
+def _add(call: Call, base: Tensor, h: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    """base + h @ up.T + bias, in the memory of base where that is allowed"""
+    y = base if call.in_place else base.clone(memory_format=torch.contiguous_format)
+    rows = y.view(h.shape[0], y.shape[-1])
+    torch.addmm(rows, h.to(y.dtype), up.to(y.dtype).t(), out=rows)
+    return y if bias is None else y.add_(bias)
 
 
-def checkable(device: torch.device) -> bool:
-    """Whether a first use may be checked there now: launches can be timed and nothing is being recorded."""
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+@dataclass(frozen=True)
+class Need:
+    """Which gradients are wanted, and the dtypes of those of the factors."""
+
+    x: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
+    downs: Sequence[bool]
+    ups: Sequence[bool]
+    down_dtype: torch.dtype
+    up_dtypes: Sequence[torch.dtype]
 
 
-def _given(results: Any) -> list[Tensor]:
-    return [t for t in results if t is not None]
+@dataclass(frozen=True)
+class Saved:
+    """What the backward pass reads."""
+
+    x: Tensor | None  # (M, K), only for ddown and dweight
+    h: Tensor | None  # (M, sum of R_i), only for dup
+    seed: Tensor | None
+    weights: Sequence[Tensor]  # (N_i, K), None with ``onto``
+    downs: Sequence[Tensor]
+    ups: Sequence[Tensor]
 
 
-def _backward(
-    dy: Tensor,  # (M, N)
-    dh: Tensor | None,  # (M, R)
-    x: Tensor | None,  # (M, K)
-    weight: Tensor,  # (N, K)
-    down: Tensor,  # (R, K)
-    up: Tensor,  # (N, R)
-    h: Tensor | None,  # (M, R)
-    seed: Tensor | None,
-    scale: float,
-    p: float,
-    need: list[bool],  # of x, weight, down, up, bias
-    down_dtype: torch.dtype,  # of the gradients; the factors themselves may have been cast
-    up_dtype: torch.dtype,
-) -> list[Tensor | None]:
-    if _plainly_blas(dy):
-        return _gradients(
-            blas, "split", dy, dh, x, weight, down, up, h, seed, scale / (1.0 - p), p, need, down_dtype, up_dtype
-        )
-    arguments = (dy, dh, x, weight, down, up, h, seed, scale / (1.0 - p), p, need, down_dtype, up_dtype)
-    device = dy.device
-    run = module_for(device, dy.dtype)
-    if run is not _kernels or _kernels is None:
-        with exact_products(device.type):
-            return _gradients(run, "split", *arguments)
-    return _planned(
-        _problem("backward", dy, weight, down),
-        dy.device,
-        lambda plan: _gradients(_kernels, plan, *arguments),
-        lambda: _gradients(blas, "split", *arguments),
-    )
+def gradients(
+    call: Call,
+    saved: Saved,
+    need: Need,
+    dys: Sequence[Tensor | None],  # (M, N_i) each, at least one
+    dh: Tensor | None,  # (M, sum of R_i)
+    route: Route | None = None,
+) -> list[Tensor | None]:  # of x, then of all weights, biases, downs, ups
+    """The gradients that are needed: each dy_i is read for g_i and dup_i at once, then for dx; x for ddown."""
+    like = next(dy for dy in dys if dy is not None)
+    downs, ups, x = saved.downs, saved.ups, saved.x
+    if route is None:
+        R, K = downs[0].shape
+        route = dispatch.choose_route("backward", like, (ups[0].shape[0], K, R), call.module)
+        if route.unchecked and not call.onto:
+            route = dispatch.first_use(route, lambda r: _given(gradients(call, saved, need, dys, dh, r)), like.device)
+    if call.up_scale != 1.0:
+        ups = [call.up_scale * up.float() for up in ups]
+    run, s, p, seed, n = route.module, call.scale, call.p, saved.seed, call.count
+    ranks = [up.shape[1] for up in ups]
+    need_down, need_g = any(need.downs), need.x or any(need.downs)
+    hs = [None] * n if saved.h is None else [saved.h] if n == 1 else saved.h.split_with_sizes(ranks, 1)
+    dx = ddown = None
+    gs: list[Tensor] = []
+    dups: list[Tensor | None] = [None] * n
+    try:
+        with route.tiles():
+            whole = route.plan != "split" and n == 1 and need.x and dh is None and not call.onto
+            if whole:  # g inside the kernel that makes dx
+                options = {"drop_output": True, "plan": route.plan}
+                dx, g = run.linear_lowrank(like, saved.weights[0].T, ups[0].T, downs[0].T, None, s, p, seed, **options)
+                gs.append(g)
+            for i, dy in enumerate(dys):
+                if dy is None:
+                    if need_g:
+                        gs.append(like.new_zeros(like.shape[0], ranks[i]))
+                elif need_g and not whole and need.ups[i]:
+                    g, dup = run.project_outer(dy, ups[i].T, hs[i], s, need.up_dtypes[i])
+                    gs.append(g)
+                    dups[i] = dup.T
+                elif need.ups[i]:
+                    dups[i] = run.outer(hs[i], dy, 0.0, None, need.up_dtypes[i]).T
+                elif need_g and not whole:
+                    gs.append(run.project(dy, ups[i].T, s))
+            g = gs[0] if len(gs) == 1 else torch.cat(gs, 1) if gs else None
+            if g is not None:
+                if call.sum_g is not None:
+                    torch.distributed.all_reduce(g, group=call.sum_g)
+                if dh is not None:
+                    g = g.add_(dh, alpha=s)
+                if dx is None:
+                    dx, ddown = run.dx_and_ddown(
+                        *_frozen_part(call, dys, saved.weights, g, downs), g, downs, x if need_down else None,
+                        p, seed, need_dx=need.x, dtype=need.down_dtype,
+                    )  # fmt: skip
+                elif need_down:
+                    ddown = run.outer(g, x, p, seed, need.down_dtype)
+    except LaunchError as error:
+        return gradients(call, saved, need, dys, dh, dispatch.failed(route, error))
+    if call.up_scale != 1.0:
+        dups = [None if dup is None else dup.mul_(call.up_scale) for dup in dups]
+    ddowns = [None] * n if ddown is None else [ddown] if n == 1 else list(ddown.split_with_sizes(ranks))
+    ddowns = [ddown if wants else None for ddown, wants in zip(ddowns, need.downs, strict=True)]
+    dweights: list[Tensor | None] = [None] * n
+    for i, dy in enumerate(dys):
+        if need.weights[i] and dy is not None and x is not None:
+            dweights[i] = dy.T @ x
+    dbiases = [dy.sum(0) if wants and dy is not None else None for dy, wants in zip(dys, need.biases, strict=True)]
+    return [dx, *dweights, *dbiases, *ddowns, *dups]
 
 
-def _gradients(
-    run: Any,
-    plan: str,
-    dy: Tensor,
-    dh: Tensor | None,
-    x: Tensor | None,
-    weight: Tensor,
-    down: Tensor,
-    up: Tensor,
-    h: Tensor | None,
-    seed: Tensor | None,
-    s: float,
-    p: float,
-    need: list[bool],
-    down_dtype: torch.dtype,
-    up_dtype: torch.dtype,
-) -> list[Tensor | None]:
-    """The gradients that are needed, by one backend: dy is read for g and dup at once, then for dx; x for ddown."""
-    if run is blas:  # one function does it all, here for a layer that stands alone
-        if down.dtype != dy.dtype or up.dtype != dy.dtype:
-            down, up = down.to(dy.dtype), up.to(dy.dtype)
-        need_x, need_weight, need_down, need_up, need_bias = need
-        dx, ddown, (dup,) = blas.gradients(
-            (dy,), dh, x, (weight,), down, (up,), h, seed, s, p, need_x, need_down, (need_up,), down_dtype, (up_dtype,)
-        )
-        dweight = dy.T @ x if need_weight else None  # type: ignore[operator]
-        return [dx, dweight, ddown, dup, dy.sum(0) if need_bias else None]
-    dx = dweight = ddown = dup = dbias = g = None
-    if need[0] and dh is None and plan in ("full", "once"):  # g inside the kernel that makes dx
-        dx, g = run.linear_lowrank(dy, weight.T, up.T, down.T, None, s, p, seed, True, plan)
-    elif (need[0] or need[2]) and need[3]:
-        assert h is not None
-        g, out = run.project_outer(dy, up.T, h, s, up_dtype)
-        dup = out.T
-    elif need[0] or need[2]:
-        g = run.project(dy, up.T, s)
-    if dup is None and need[3]:
-        assert h is not None
-        dup = run.outer(h, dy, 0.0, None, up_dtype).T
-    if g is not None and dh is not None:
-        g = g.add_(dh, alpha=s)
-    if need[0] and dx is None:
-        assert g is not None
-        dx = run.matmul_lowrank(dy, weight.T, g, down.T, None, p, seed)
-    if need[2]:
-        assert x is not None and g is not None
-        ddown = run.outer(g, x, p, seed, down_dtype)
-    if need[1]:
-        assert x is not None
-        dweight = dy.T @ x
-    if need[4]:
-        dbias = dy.sum(0)
-    return [dx, dweight, ddown, dup, dbias]
+def _frozen_part(
+    call: Call, dys: Sequence[Tensor | None], weights: Sequence[Tensor], g: Tensor, downs: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """dy_i and weight_i of dx = sum_i dy_i @ weight_i + ..: all of them, as g is; with ``onto`` empty ones."""
+    if call.onto:
+        return [g.new_empty(g.shape[0], 0)], [g.new_empty(0, downs[0].shape[1])]
+    return [
+        g.new_zeros(g.shape[0], weight.shape[0]) if dy is None else dy for dy, weight in zip(dys, weights, strict=True)
+    ], list(weights)
 
 
-def _save(
-    ctx: Any, inputs: tuple[Any, ...], h: Tensor, dtypes: tuple[torch.dtype, torch.dtype], need: tuple[bool, ...]
-) -> None:
-    x, weight, down, up, _, seed, scale, p = inputs
-    need_x, need_weight, need_down, need_up, need_bias = need
-    ctx.save_for_backward(
-        x if need_down or need_weight else None,
-        weight,
-        down,
-        up,
-        h if need_up else None,
-        seed,
-    )
-    ctx.need = [need_x, need_weight, need_down, need_up, need_bias]
-    ctx.rest = scale, p, ctx.need, *dtypes
+def _flat(result: tuple[list[Tensor], Tensor]) -> list[Tensor]:
+    return [*result[0], result[1]]
+
+
+def _given(grads: list[Tensor | None]) -> list[Tensor]:
+    return [grad for grad in grads if grad is not None]
+
+
+# ---------------------------------------------------------------------------------------- eager
+
+
+class LowrankLinear(torch.autograd.Function):
+    """y_i of each layer, then h if it is wanted. x is (M, K); the tensors those of ``Operands``, list after list."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, seed: Tensor | None, *tensors: Tensor | None) -> Any:
+        n = call.count
+        lists: Any = [tensors[i * n : (i + 1) * n] for i in range(4)]
+        with exact_products(x.device.type):
+            ys, h = forward(call, x, seed, Operands(*lists))
+        weights, biases, downs, ups = lists
+        ctx.call, ctx.dtype = call, x.dtype
+        ctx.need = _need(ctx.needs_input_grad[1:], call, downs[0].dtype, [up.dtype for up in ups])
+        ctx.pending, ctx.kept = set(range(n)), None
+        need_x = any(ctx.need.downs) or any(ctx.need.weights)
+        ctx.save_for_backward(
+            x if need_x else None, h if any(ctx.need.ups) else None, seed,
+            *((None,) * n if call.onto else weights), *downs, *ups,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        if call.in_place:
+            ctx.mark_dirty(weights[0])
+        if call.return_h:
+            return (*ys, h)
+        return ys[0] if n == 1 else tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        call, need = ctx.call, ctx.need
+        n = call.count
+        x, h, seed, *rest = _saved(ctx, grads)
+        saved = Saved(x, h, seed, rest[:n], rest[n : 2 * n], rest[2 * n :])
+        dys = [None if dy is None else as_rows(dy).to(ctx.dtype) for dy in grads[:n]]
+        dh = grads[n] if call.return_h else None
+        if all(dy is None for dy in dys):
+            if dh is None:
+                return (None,) * (3 + 4 * n)
+            dys[0] = dh.new_zeros(dh.shape[0], saved.ups[0].shape[0])
+        like = next(dy for dy in dys if dy is not None)
+        with exact_products(like.device.type):
+            dx, *others = gradients(call, saved, need, dys, dh)
+        if call.onto:
+            others[0] = grads[0]  # of base
+        return (None, dx, None, *others)
+
+
+def _need(
+    wanted: Sequence[bool], call: Call, down_dtype: torch.dtype, up_dtypes: Sequence[torch.dtype]
+) -> Need:  # wanted: of x, seed, weights, biases, downs, ups
+    n = call.count
+    weights, biases, downs, ups = (wanted[2 + i * n : 2 + (i + 1) * n] for i in range(4))
+    if call.onto:
+        weights = [False]  # base takes its gradient as it comes
+    return Need(wanted[0], weights, biases, downs, ups, down_dtype, up_dtypes)
+
+
+def _saved(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Any]:
+    """The saved tensors; kept here while siblings have had no gradient, so that each may run backward by itself.
+
+    Autograd frees what was saved after the first pass, and looks at changes in place only then: so does this.
+    """
+    if ctx.kept is None:
+        saved = ctx.saved_tensors
+        if len(ctx.pending) < 2:
+            return saved
+        versions = [None if t is None else t._version for t in saved]
+    else:
+        saved, versions = ctx.kept
+        if versions != [None if t is None else t._version for t in saved]:
+            raise RuntimeError(
+                "a variable needed for gradient computation was modified by an in-place operation after a sibling of "
+                "the layer ran backward"
+            )
+    ctx.pending -= {i for i, grad in enumerate(grads) if grad is not None}
+    ctx.kept = (saved, versions) if ctx.pending else None
+    return saved
 
 
 def refuse_second_derivative() -> None:
     """With create_graph the results would look differentiable and be constants."""
     if torch.is_grad_enabled():
         raise RuntimeError("forgetless has no second derivative: call backward without create_graph, once per forward")
-
-
-# ---------------------------------------------------------------------------------------- eager
-
-
-def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply``, without the microseconds that it takes to look for tensors left over from ``torch.func``.
-
-    Within ``torch.func`` transforms ``function.apply`` itself, which says that it cannot be.
-    """
-    bare = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def apply(*arguments: Any) -> Any:
-        transformed = compat.transforms_active()
-        return function.apply(*arguments) if transformed else bare(*arguments)
-
-    return apply
-
-
-def as_rows(x: Tensor) -> Tensor:  # (..., K) -> (M, K)
-    dims = x.dim()
-    return x if dims == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def shaped(rows: Tensor, like: torch.Size) -> Tensor:  # (M, N) -> (*like[:-1], N)
-    """No view to autograd, so that the result may be changed in place: nobody else holds ``rows``."""
-    return rows if len(like) == 2 else rows.view(*like[:-1], rows.shape[1]).data
-
-
-class _LowrankLinear(torch.autograd.Function):
-    """y, and h if it is wanted: an output less is microseconds less."""
-
-    @staticmethod
-    def forward(ctx: Any, want_h: bool, *inputs: Any) -> Any:
-        x, weight, down, up, bias, seed, scale, p = inputs
-        dtypes = down.dtype, up.dtype
-        need = ctx.needs_input_grad[1:6]
-        shape = ctx.shape = x.shape
-        x = as_rows(x)
-        if x.is_cpu:  # BLAS wants one dtype: cast the factors once for both passes
-            down, up = blas.as_dtype(down, x.dtype), blas.as_dtype(up, x.dtype)
-        y, h = _forward(x, weight, down, up, bias, seed, scale, p)
-        _save(ctx, (x, weight, down, up, bias, seed, scale, p), h, dtypes, need)
-        y = shaped(y, shape)
-        if not want_h:
-            return y
-        ctx.set_materialize_grads(False)
-        return y, shaped(h, shape)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        x, weight, down, up, h, seed = ctx.saved_tensors
-        if dy is None:
-            if dh is None:
-                return (None,) * 9
-            dy = dh.new_zeros(*dh.shape[:-1], weight.shape[0])
-        dy, dh = as_rows(dy), None if dh is None else as_rows(dh)
-        grads = _backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
-        if grads[0] is not None:
-            grads[0] = grads[0].view(ctx.shape)
-        return (None, *grads, None, None, None)
-
-
-_lowrank_linear = applied(_LowrankLinear)
 
 
 # -------------------------------------------------------------------------------------- compiled
@@ -406,14 +351,20 @@ def _op(
     up: Tensor,  # (N, R)
     bias: Tensor | None,  # (N,)
     seed: Tensor | None,  # (2,) int32
-    scale: float,
-    p: float,
+    factors: list[float],  # scale, up_scale, p of ``Call``
 ) -> tuple[Tensor, Tensor]:  # y (M, N), h (M, R)
-    return _forward(x, weight, down, up, bias, seed, scale, p)
+    with exact_products(x.device.type):
+        (y,), h = forward(_call(factors), x, seed, Operands([weight], [bias], [down], [up]))
+    return y, h
+
+
+def _call(factors: list[float]) -> Call:
+    scale, up_scale, p = factors
+    return Call(1, scale, up_scale, p, module=dispatch.asked_module())
 
 
 @_op.register_fake
-def _(x, weight, down, up, bias, seed, scale, p):  # type: ignore[no-untyped-def]
+def _(x, weight, down, up, bias, seed, factors):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], down.shape[0])
 
 
@@ -421,27 +372,25 @@ def _(x, weight, down, up, bias, seed, scale, p):  # type: ignore[no-untyped-def
 def _op_backward(
     dy: Tensor,
     dh: Tensor | None,
-    x: Tensor | None,
-    weight: Tensor,
-    down: Tensor,
-    up: Tensor,
-    h: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    p: float,
-    need: list[bool],
-    down_dtype: torch.dtype,
+    saved: list[Tensor | None],  # x, h, seed, weight, down, up
+    factors: list[float],
+    need: list[bool],  # of x, weight, bias, down, up
+    down_dtype: torch.dtype,  # of the gradients; the factors themselves may have been cast
     up_dtype: torch.dtype,
 ) -> list[Tensor]:  # an empty tensor stands for a gradient nobody asked for
-    grads = _backward(dy, dh, x, weight, down, up, h, seed, scale, p, need, down_dtype, up_dtype)
+    x, h, seed, weight, down, up = saved
+    assert weight is not None and down is not None and up is not None
+    needs = _need([need[0], False, *need[1:]], Call(), down_dtype, [up_dtype])
+    with exact_products(dy.device.type):
+        grads = gradients(_call(factors), Saved(x, h, seed, [weight], [down], [up]), needs, [dy], dh)
     return [dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
 @_op_backward.register_fake
-def _(dy, dh, x, weight, down, up, h, seed, scale, p, need, down_dtype, up_dtype):  # type: ignore[no-untyped-def]
-    dx, dbias = (dy.shape[0], weight.shape[1]), (weight.shape[0],)
-    shapes = [dx, weight.shape, down.shape, up.shape, dbias]
-    dtypes = [dy.dtype, dy.dtype, down_dtype, up_dtype, dy.dtype]
+def _(dy, dh, saved, factors, need, down_dtype, up_dtype):  # type: ignore[no-untyped-def]
+    weight, down, up = saved[3:]
+    shapes = [(dy.shape[0], weight.shape[1]), weight.shape, (weight.shape[0],), down.shape, up.shape]
+    dtypes = [dy.dtype, dy.dtype, dy.dtype, down_dtype, up_dtype]
     return [
         dy.new_empty(shape, dtype=dtype) if wanted else dy.new_empty(0)
         for shape, dtype, wanted in zip(shapes, dtypes, need, strict=True)
@@ -449,25 +398,66 @@ def _(dy, dh, x, weight, down, up, h, seed, scale, p, need, down_dtype, up_dtype
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, down, up, _, seed, factors = inputs
+    need_x, need_weight, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
     ctx.set_materialize_grads(False)
-    _save(ctx, inputs, output[1], (inputs[2].dtype, inputs[3].dtype), ctx.needs_input_grad[:5])
+    ctx.save_for_backward(
+        x if need_down or need_weight else None, output[1] if need_up else None, seed, weight, down, up
+    )
+    ctx.need = [need_x, need_weight, need_bias, need_down, need_up]
+    ctx.rest = factors, ctx.need, down.dtype, up.dtype
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, down, up, h, seed = ctx.saved_tensors
+    saved = list(ctx.saved_tensors)
     if dy is None:
         if dh is None:
-            return (None,) * 8
-        dy = dh.new_zeros(dh.shape[0], weight.shape[0])
-    grads = torch.ops.forgetless.lowrank_linear_backward(dy, dh, x, weight, down, up, h, seed, *ctx.rest)
-    wanted = [grad if need else None for grad, need in zip(grads, ctx.need, strict=True)]
-    return (*wanted, None, None, None)
+            return (None,) * 7
+        dy = dh.new_zeros(dh.shape[0], saved[3].shape[0])
+    grads = torch.ops.forgetless.lowrank_linear_backward(dy, dh, saved, *ctx.rest)
+    dx, dweight, dbias, ddown, dup = (grad if need else None for grad, need in zip(grads, ctx.need, strict=True))
+    return dx, dweight, ddown, dup, dbias, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 # ---------------------------------------------------------------------------------------- public
+
+
+def prepare(
+    x: Tensor,  # (..., K)
+    layers: Operands,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    *,
+    return_h: bool = False,
+    call: Call = Call(),  # noqa: B008 - frozen
+) -> tuple[Any, ...]:
+    """The arguments of ``LowrankLinear``, checked, cast by autocast, with a seed where something will be dropped.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    weights, biases = layers.weights, layers.biases
+    device = x.device.type
+    if autocasts(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        if not call.onto:
+            weights = [weight.to(dtype) for weight in weights]
+            biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    for weight, bias, down, up in zip(weights, biases, layers.downs, layers.ups, strict=True):
+        check(x, None if call.onto else weight, down, up, bias, scale=scale, dropout=dropout, seed=seed)
+    p = quantized_rate(dropout)
+    seed = None if p == 0.0 else draw_seed(x.device) if seed is None else seed
+    s = scale / (1.0 - p)
+    factors = (1.0, s) if x.dtype == torch.float16 else (s, 1.0)
+    asked = None if torch.compiler.is_compiling() else dispatch.asked_module()
+    groups = call.sum_h, call.sum_g
+    made = Call(len(weights), *factors, p, return_h, call.onto, call.in_place, *groups, asked)
+    return made, as_rows(x), seed, *weights, *biases, *layers.downs, *layers.ups
 
 
 def lowrank_linear(
@@ -502,26 +492,24 @@ def lowrank_linear(
     Raises:
         ValueError: a shape, dtype or device does not fit; names the argument, what it got and what it wants.
     """
-    device = "cpu" if x.is_cpu else x.device.type
-    if autocasts(device):
-        dtype = torch.get_autocast_dtype(device)
-        if x.dtype != torch.float64:
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-    if not plainly_right(x, weight, down, up, bias, scale, dropout, seed):
-        check(x, weight, down, up, bias, scale, dropout, seed)
-        if dropout != 0.0:
-            dropout = quantised(dropout)
-            if dropout != 0.0 and seed is None:
-                seed = draw_seed(x.device)
-        if dropout == 0.0:
-            seed = None
-    if x.dtype == torch.float16 and scale != 1.0:  # scale * x @ down.T may overflow where the result does not
-        y = lowrank_linear(x, weight, down, scale * up.float(), bias, 1.0, dropout, seed, return_h)
-        return (y[0], scale * y[1]) if return_h else y
-    if not torch.compiler.is_compiling():
-        return _lowrank_linear(return_h, x, weight, down, up, bias, seed, scale, dropout)
-    rows, lead = as_rows(x), x.shape[:-1]
-    y, h = torch.ops.forgetless.lowrank_linear(rows, weight, down, up, bias, seed, float(scale), float(dropout))
-    y = y.view(*lead, y.shape[-1])
-    return (y, h.view(*lead, h.shape[-1])) if return_h else y
+    layers = Operands((weight,), (bias,), (down,), (up,))
+    arguments = prepare(x, layers, scale, dropout, seed, return_h=return_h)
+    result = compiled(*arguments) if torch.compiler.is_compiling() else LowrankLinear.apply(*arguments)
+    lead = x.shape[:-1]
+    if not return_h:
+        return result.view(*lead, result.shape[-1])
+    y, h = result
+    return y.view(*lead, y.shape[-1]), hidden(arguments[0], h).view(*lead, h.shape[-1])
+
+
+def compiled(call: Call, x: Tensor, seed: Tensor | None, *tensors: Any) -> Any:
+    """``LowrankLinear`` of one layer, for torch.compile to trace."""
+    weight, bias, down, up = tensors
+    factors = [call.scale, call.up_scale, call.p]
+    y, h = torch.ops.forgetless.lowrank_linear(x, weight, down, up, bias, seed, factors)
+    return (y, h) if call.return_h else y
+
+
+def hidden(call: Call, h: Tensor) -> Tensor:
+    """The h that users see, scale * drop(x) @ down.T, from that of ``LowrankLinear``."""
+    return h if call.up_scale == 1.0 else h * call.up_scale

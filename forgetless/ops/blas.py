@@ -2,7 +2,8 @@
 
 Same names and signatures as ``forgetless.ops.reference``. This is the CPU path, and on other devices the path wherever
 the fused kernels do not run. Nothing of size (M, N) or (M, K) is written beside the results and, under dropout, one
-bit mask that is rebuilt from the seed and thrown away.
+bit mask that is rebuilt from the seed and thrown away. Sums are accumulated by ``out=``, into memory allocated here: so
+tools that watch products see them, and none is changed that a tool may keep.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, mix
 
@@ -112,16 +112,17 @@ def matmul_lowrank(
 ) -> Tensor:  # (M, N), dtype of x
     """y = x @ weight.T + bias + drop(h @ up.T)"""
     up = as_dtype(up, x.dtype)
-    plain = seed is None or p == 0.0
-    if plain and bias is not None:  # which the large product adds for nothing
-        return linear(x, weight, bias).addmm_(h, up.t())
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    if bias is not None and (seed is None or p == 0.0):  # the large product adds the bias for nothing
+        torch.addmm(bias, x, weight.t(), out=y)
+        return torch.addmm(y, h, up.t(), out=y)
     # the low-rank term first: it is the smaller one, and what the large product rounds is the sum
-    y = torch.mm(h, up.t())
-    if not plain:
-        _drop_(y, keep_bits(seed, p, x.shape[0], weight.shape[0]))  # type: ignore[arg-type]
+    torch.mm(h, up.t(), out=y)
+    if seed is not None and p > 0.0:
+        _drop_(y, keep_bits(seed, p, x.shape[0], weight.shape[0]))
         if bias is not None:
             y.add_(bias)
-    return y.addmm_(x, weight.t())
+    return torch.addmm(y, x, weight.t(), out=y)
 
 
 def outer(
@@ -152,6 +153,34 @@ def project_outer(
     return project(x, down, scale), as_dtype(torch.mm(x.t(), h), dtype or x.dtype).t()
 
 
+def dx_and_ddown(
+    dys: Sequence[Tensor],  # (M, N_i) each
+    weights: Sequence[Tensor],  # (N_i, K)
+    g: Tensor,  # (M, sum of R_i)
+    downs: Sequence[Tensor],  # (R_i, K)
+    x: Tensor | None,  # (M, K); None if ddown is not needed
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+    *,
+    need_dx: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # dx (M, K), dtype of g; ddown (sum of R_i, K), dtype given or that of x
+    """dx = sum_i dy_i @ weight_i + drop(g @ down) and ddown = g.T @ drop(x), with one mask; dx is added to in place"""
+    bits = None if seed is None or p == 0.0 else keep_bits(seed, p, g.shape[0], downs[0].shape[1])
+    dx = ddown = None
+    if need_dx:
+        down = as_dtype(downs[0] if len(downs) == 1 else torch.cat(list(downs)), g.dtype)
+        dx = g.new_empty(g.shape[0], down.shape[1])
+        torch.mm(g, down, out=dx)  # first, alone, to be masked
+        if bits is not None:
+            _drop_(dx, bits)
+        for dy, weight in zip(dys, weights, strict=True):
+            torch.addmm(dx, dy, weight, out=dx)
+    if x is not None:
+        ddown = as_dtype(torch.mm(g.t(), x if bits is None else _dropped(x, bits)), dtype or x.dtype)
+    return dx, ddown
+
+
 def linear_lowrank(
     x: Tensor,  # (M, K)
     weight: Tensor,  # (N, K), dtype of x
@@ -161,67 +190,10 @@ def linear_lowrank(
     scale: float = 1.0,
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
+    *,
     drop_output: bool = False,
     plan: str = "split",
 ) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
     """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x"""
     h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
     return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h
-
-
-def gradients(
-    dys: Sequence[Tensor | None],  # (M, N_i) each
-    dh: Tensor | None,  # (M, sum of R_i)
-    x: Tensor | None,  # (M, K), only for ddown
-    weights: Sequence[Tensor],  # (N_i, K)
-    down: Tensor,  # (sum of R_i, K), dtype of x
-    ups: Sequence[Tensor],  # (N_i, R_i), dtype of x
-    h: Tensor | None,  # (M, sum of R_i), only for dups
-    seed: Tensor | None,  # (2,) int32
-    scale: float,
-    p: float,
-    need_x: bool,
-    need_down: bool,
-    need_ups: Sequence[bool],
-    down_dtype: torch.dtype,
-    up_dtypes: Sequence[torch.dtype],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:  # dx (M, K), ddown (sum of R_i, K), dups (N_i, R_i)
-    """Backward of layers that share x, y_i = x @ weight_i.T + h_i @ up_i.T with h = scale * drop(x) @ down.T, at once.
-
-    One mask serves all of it; dx is written once and added to in place. At least one of ``dys`` is given.
-    """
-    need_g = need_x or need_down
-    dups: list[Tensor | None] = []
-    parts: list[Tensor] = []
-    start = 0
-    for dy, up, need_up, up_dtype in zip(dys, ups, need_ups, up_dtypes):  # noqa: B905 - strict costs time
-        rank = up.shape[1]
-        dup = None
-        if dy is None:
-            rows = next(t for t in dys if t is not None)
-            parts.append(rows.new_zeros(rows.shape[0], rank))
-        else:
-            if need_g:
-                parts.append(_product(dy, up, scale))
-            if need_up:
-                part = h if len(ups) == 1 else h[:, start : start + rank]  # type: ignore[index]
-                dup = as_dtype(torch.mm(dy.t(), part), up_dtype)  # type: ignore[arg-type]
-        dups.append(dup)
-        start += rank
-    if not need_g:
-        return None, None, dups
-    g = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    if dh is not None:
-        g.add_(dh, alpha=scale)
-    bits = None if seed is None or p == 0.0 else keep_bits(seed, p, g.shape[0], down.shape[1])
-    dx = ddown = None
-    if need_x:
-        dx = torch.mm(g, down)  # first, alone, to be masked
-        if bits is not None:
-            _drop_(dx, bits)
-        for dy, weight in zip(dys, weights):  # noqa: B905
-            if dy is not None:
-                dx.addmm_(dy, weight)
-    if need_down:
-        ddown = as_dtype(torch.mm(g.t(), x if bits is None else _dropped(x, bits)), down_dtype)  # type: ignore[arg-type]
-    return dx, ddown, dups

@@ -1,4 +1,7 @@
-"""Which plan runs a layer on a GPU, and why.
+"""Where a layer runs, and why: the backend, the plan and the tile. The one module that names the kernels.
+
+A call of the op runs on the fused kernels if its tensors are on a CUDA device, Triton is installed and the dtype is
+one of theirs; on ``blas`` otherwise; on what ``backend`` says within its block. The kernels have these plans:
 
     blas    in-place BLAS: two skinny products beside the vendor's GEMM
     split   h first, in one skinny pass; then one GEMM whose accumulator takes h @ up.T
@@ -24,13 +27,36 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import compat
+from . import blas, reference
+from .check import dtype_name
+
+kernels: Any = None
+try:
+    from forgetless_kernels import fused as kernels  # type: ignore[no-redef]
+    from forgetless_kernels import tiles
+    from forgetless_kernels.tl_utils import LaunchError
+except ImportError as error:
+    if error.name is None or not error.name.startswith("triton"):
+        raise
+
+    class LaunchError(RuntimeError):  # type: ignore[no-redef]
+        """A kernel could not be compiled or launched."""
+
+
+#: Dtypes that the fused kernels take; others run on BLAS.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 PLANS = ("blas", "split", "full", "once")
 DEFAULT = "split"
@@ -64,9 +90,136 @@ class Choice:
     tile: tuple[tuple[str, int], ...] = ()
 
 
-#: What the first use found, and what failed, in this process.
-_found: dict[Problem, Choice] = {}
+#: What the first use measured, and what failed, in this process.
+_measured: dict[Problem, Choice] = {}
 _failed: dict[tuple[Problem, str], str] = {}
+
+
+# --------------------------------------------------------------------------------------- backends
+
+
+@dataclass(frozen=True)
+class Route:
+    """The module that runs one call of the op, the plan and tile of the kernels, and what they were chosen for."""
+
+    module: Any
+    plan: str = "split"
+    tile: tuple[tuple[str, int], ...] = ()
+    problem: Problem | None = None
+    unchecked: bool = False  # first use: to be compared with blas
+
+    def tiles(self) -> AbstractContextManager[Any]:
+        """The block in which the kernels run with this tile."""
+        return tile_forced(self.tile) if self.tile else nullcontext()
+
+
+BLAS = Route(blas)
+REFERENCE = Route(reference)
+
+_asked: ContextVar[ModuleType | None] = ContextVar("forgetless backend", default=None)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the op on one backend within the block: "reference", "blas" or "triton".
+
+    In this thread, whatever the device; a call's backward pass runs where its forward pass did. To measure or to
+    check, not to train with.
+
+    Raises:
+        ValueError: another name, or Triton is not installed.
+    """
+    known = {"reference": reference, "blas": blas, "triton": kernels}
+    if known.get(name) is None:
+        have = [key for key, module in known.items() if module is not None]
+        raise ValueError(f"backend is {name!r}, wants one of {have}")
+    token = _asked.set(known[name])
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def asked_module() -> ModuleType | None:
+    """The module of the ``backend`` block that runs now; None outside of one."""
+    return _asked.get()
+
+
+def module_for(device: torch.device, dtype: torch.dtype, asked: Any = None) -> Any:
+    """The module that runs the op on that device in that dtype, before any plan is chosen."""
+    module = asked or (kernels if device.type == "cuda" and kernels is not None else blas)
+    return blas if module is kernels and dtype not in KERNEL_DTYPES else module
+
+
+def choose_route(sweep: str, like: Tensor, sizes: tuple[int, int, int], asked: Any = None) -> Route:
+    """Backend, plan and tile for one call.
+
+    Args:
+        sweep: "forward" or "backward".
+        like: (M, ..) x, or dy: device, dtype and rows.
+        sizes: out_features, in_features, rank of the first layer.
+        asked: the module of a ``backend`` block.
+    """
+    module = module_for(like.device, like.dtype, asked)
+    if compat.is_batched(like):  # torch.autograd.grad(is_grads_batched=True): only what torch can vectorise
+        return REFERENCE
+    if module is not kernels:
+        return REFERENCE if module is reference else BLAS
+    N, K, R = sizes
+    if not N * K:  # no grid to launch
+        return BLAS
+    problem = problem_of(like.device, sweep, like.shape[0], N, K, R, like.dtype)
+    choice = choose(problem)
+    if choice.plan == "blas":
+        return Route(blas, problem=problem)
+    return Route(kernels, choice.plan, choice.tile, problem, checkable(like.device) and undecided(problem))
+
+
+def failed(route: Route, error: Exception) -> Route:
+    """The route to take after ``error``: BLAS, with one warning; raises ``error`` where that is asked for."""
+    if route.problem is None:
+        raise error
+    fail(route.problem, route.plan, error)
+    return BLAS
+
+
+def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: int) -> tuple[str, str]:
+    """The plan's name for a layer, and the reason in words; for 4096 tokens where it depends on them.
+
+    Args:
+        device, dtype: of the activations.
+        N, K, R: out_features, in_features, rank.
+
+    Raises:
+        ValueError: ``FORGETLESS_PLAN`` holds something else than a plan or "strict".
+    """
+    asked = asked_module()
+    module = module_for(device, dtype, asked)
+    if module is kernels and kernels is not None:
+        choice = choose(problem_of(device, "forward", 4096, N, K, R, dtype))
+        return choice.plan, choice.reason
+    if module is reference:
+        return "reference", ""
+    if asked is kernels is not None or device.type == "cuda" and kernels is not None and asked is None:
+        return "blas", f"the fused kernels do not take {dtype_name(dtype)}"
+    if device.type == "cuda" and kernels is None:
+        return "blas", "Triton is not installed"
+    return "blas", f"in-place BLAS is the {device.type} path"
+
+
+@contextmanager
+def tile_forced(tile: tuple[tuple[str, int], ...]) -> Iterator[None]:
+    """Within the block the GEMM kernels run with these tile fields."""
+    with tiles.forced("matmul_lowrank", **dict(tile)), tiles.forced("matmul_lowrank_t", **dict(tile)):
+        yield
+
+
+def checkable(device: torch.device) -> bool:
+    """Whether a first use may be checked there now: launches can be timed and nothing is being recorded."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+# ------------------------------------------------------------------------------------------ plans
 
 
 def bucket(M: int) -> int:
@@ -80,7 +233,7 @@ def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def problem(device: torch.device, sweep: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> Problem:
+def problem_of(device: torch.device, sweep: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> Problem:
     return Problem(gpu_name(device), sweep, bucket(M), N, K, R, str(dtype).removeprefix("torch."))
 
 
@@ -121,53 +274,46 @@ def plan_for(gpu: str, M: int, N: int, K: int, R: int, dtype: torch.dtype | str,
     return choose(Problem(gpu, sweep, bucket(M), N, K, R, str(dtype).removeprefix("torch.")))
 
 
-def choose(wanted: Problem) -> Choice:
+def choose(problem: Problem) -> Choice:
     plan, _ = forced()
     if plan is not None:
         return Choice(plan, "FORGETLESS_PLAN asks for it")
-    rows = measured().get(wanted.gpu, {})
-    row = rows.get(wanted.key)
-    if row is not None and (wanted, row["plan"]) not in _failed:
+    rows = measured().get(problem.gpu, {})
+    row = rows.get(problem.key)
+    if row is not None and (problem, row["plan"]) not in _failed:
         tile = tuple(sorted(row.get("tile", {}).items()))
         return Choice(row["plan"], "measured on this card by forgetless tune", tile)
-    found = _found.get(wanted)
-    if found is not None:
-        return found
-    if (wanted, DEFAULT) in _failed:
-        return Choice("blas", f"{DEFAULT} failed here: {_failed[wanted, DEFAULT]}")
+    if problem in _measured:
+        return _measured[problem]
+    if (problem, DEFAULT) in _failed:
+        return Choice("blas", f"{DEFAULT} failed here: {_failed[problem, DEFAULT]}")
     return Choice(DEFAULT, "the default on this device, not measured yet")
 
 
-def undecided(wanted: Problem) -> bool:
+def undecided(problem: Problem) -> bool:
     """Whether a first-use check would tell something new."""
     return (
-        wanted not in _found
+        problem not in _measured
         and forced()[0] is None
-        and wanted.key not in measured().get(wanted.gpu, {})
-        and (wanted, DEFAULT) not in _failed
+        and problem.key not in measured().get(problem.gpu, {})
+        and (problem, DEFAULT) not in _failed
     )
 
 
-def dropped(wanted: Problem) -> bool:
-    """Whether a plan failed for this problem in this process."""
-    return any(problem == wanted for problem, _ in _failed)
-
-
-def fail(wanted: Problem, plan: str, error: Exception) -> None:
+def fail(problem: Problem, plan: str, error: Exception) -> None:
     """A plan raised: drop it for this problem with one warning, or raise if ``FORGETLESS_PLAN`` says strict."""
     if forced()[1]:
-        raise error
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    drop(wanted, plan, reason)
+        raise error.__cause__ or error
+    drop(problem, plan, " ".join(str(error).split())[:240])
 
 
-def drop(wanted: Problem, plan: str, reason: str) -> None:
+def drop(problem: Problem, plan: str, reason: str) -> None:
     """Never use this plan for this problem again in this process."""
-    if (wanted, plan) not in _failed:
-        _failed[wanted, plan] = reason
-        warnings.warn(f"forgetless: plan {plan!r} dropped for {wanted.key} on {wanted.gpu}: {reason}", stacklevel=2)
-    if _found.get(wanted, Choice("", "")).plan == plan:
-        del _found[wanted]
+    if (problem, plan) not in _failed:
+        _failed[problem, plan] = reason
+        warnings.warn(f"forgetless: plan {plan!r} dropped for {problem.key} on {problem.gpu}: {reason}", stacklevel=2)
+    if _measured.get(problem, Choice("", "")).plan == plan:
+        del _measured[problem]
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -176,38 +322,32 @@ Run = Callable[[], Sequence[Tensor]]
 
 
 def first_use(
-    wanted: Problem,
-    fused: Run,
-    blas: Run,
+    route: Route,
+    run: Callable[[Route], Sequence[Tensor]],
     device: torch.device,
-    plan: str = DEFAULT,
     seconds: Callable[[list[Run], torch.device], list[float]] | None = None,
-) -> Choice:
-    """Check ``fused`` against ``blas`` and remember the winner.
+) -> Route:
+    """Check what ``run`` gives by this route against blas, remember the winner and return its route.
 
     Numbers first: a fused plan that fails or disagrees is dropped with one warning. Then a few launches are timed.
     """
-    trusted = list(blas())
-    try:
-        ours = list(fused())
-        reason = disagreement(ours, trusted)
-    except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
-        fail(wanted, plan, error)
-        reason = None
+    problem, plan = route.problem, route.plan
+    assert problem is not None
+    fused = replace(route, unchecked=False)
+    expected = run(BLAS)
+    reason = disagreement(run(fused), expected)  # blas took over already if a launch failed
+    if reason is not None:
+        if forced()[1]:
+            raise RuntimeError(f"plan {plan!r} disagrees with blas for {problem.key}: {reason}")
+        drop(problem, plan, reason)
+    if (problem, plan) in _failed:
+        choice = Choice("blas", f"{plan} was dropped: {_failed[problem, plan]}")
     else:
-        if reason is not None:
-            if forced()[1]:
-                raise RuntimeError(f"plan {plan!r} disagrees with blas for {wanted.key}: {reason}")
-            drop(wanted, plan, reason)
-    if (wanted, plan) in _failed:
-        choice = Choice("blas", f"{plan} was dropped: {_failed[wanted, plan]}")
-    else:
-        ours_s, blas_s = (seconds or time_interleaved)([fused, blas], device)
+        ours_s, blas_s = (seconds or time_interleaved)([lambda: run(fused), lambda: run(BLAS)], device)
         ratio = blas_s / ours_s
-        winner = plan if ratio >= 1.0 else "blas"
-        choice = Choice(winner, f"first use: {plan} at {ratio:.2f}x the speed of blas")
-    _found[wanted] = choice
-    return choice
+        choice = Choice(plan if ratio >= 1.0 else "blas", f"first use: {plan} at {ratio:.2f}x the speed of blas")
+    _measured[problem] = choice
+    return BLAS if choice.plan == "blas" else fused
 
 
 def disagreement(ours: Sequence[Tensor], trusted: Sequence[Tensor]) -> str | None:
@@ -322,5 +462,5 @@ def store(rows: dict[str, dict[str, Any]], path: Path | None = None) -> Path:
 def forget() -> None:
     """Forget the table as read and this process' findings: the next choice starts from the files."""
     _read.cache_clear()
-    _found.clear()
+    _measured.clear()
     _failed.clear()

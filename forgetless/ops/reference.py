@@ -8,11 +8,13 @@ Three products carry the forward and the backward of every method (see ``forgetl
 
 ``drop`` zeroes the elements that ``keep_mask`` says; it does not rescale, callers fold 1 / (1 - p) into ``scale``.
 Products are taken in float32 (float64 for float64 inputs) and rounded once, to the dtype of the first argument.
-``project_outer`` and ``linear_lowrank`` are pairs of them, which a kernel may do in one launch. The modules
-``forgetless.ops.blas`` and ``forgetless_kernels.fused`` offer the same names with the same signatures.
+``project_outer``, ``dx_and_ddown`` and ``linear_lowrank`` are made of them; a kernel may do each in one launch. The
+modules ``forgetless.ops.blas`` and ``forgetless_kernels.fused`` offer the same names with the same signatures.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -145,6 +147,29 @@ def project_outer(
     return project(x, down, scale), outer(h, x, dtype=dtype)
 
 
+def dx_and_ddown(
+    dys: Sequence[Tensor],  # (M, N_i) each
+    weights: Sequence[Tensor],  # (N_i, K)
+    g: Tensor,  # (M, sum of R_i)
+    downs: Sequence[Tensor],  # (R_i, K)
+    x: Tensor | None,  # (M, K); None if ddown is not needed
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+    *,
+    need_dx: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # dx (M, K), dtype of g; ddown (sum of R_i, K), dtype given or that of x
+    """dx = sum_i dy_i @ weight_i + drop(g @ down) and ddown = g.T @ drop(x), with one mask"""
+    ddown = None if x is None else outer(g, x, p, seed, dtype)
+    if not need_dx:
+        return None, ddown
+    wide = _wide(g.dtype)
+    dx = _drop(g.to(wide) @ torch.cat([down.to(g.dtype).to(wide) for down in downs]), p, seed)
+    for dy, weight in zip(dys, weights, strict=True):
+        dx = dx + dy.to(wide) @ weight.to(wide)
+    return dx.to(g.dtype), ddown
+
+
 def linear_lowrank(
     x: Tensor,  # (M, K)
     weight: Tensor,  # (N, K), dtype of x
@@ -154,6 +179,7 @@ def linear_lowrank(
     scale: float = 1.0,
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
+    *,
     drop_output: bool = False,
     plan: str = "split",
 ) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x

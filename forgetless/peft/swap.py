@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import versions
+from .. import compat, versions
 from ..adapter import Adapter, Site
 from ..layers.linear import AdaptedLinear, form_groups, hooked, is_conv1d, runs_by, stored
 from ..methods import LoRA
-from ..ops import autograd as ops
+from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.check import FLOATS
 from ..penalties import Penalty
@@ -244,10 +244,10 @@ def _surroundings_allow(x: Any) -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
     return not (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        compat.transforms_active()
+        or compat.forward_mode_active()
         or torch.jit.is_tracing()
-        or nn.modules.module._has_any_global_hook()
+        or compat.has_global_hooks()
     )
 
 
@@ -513,7 +513,7 @@ class _Taker:
             base, fresh, rest = active[0].forward, True, active[1:]  # its result is ours
         y, hidden = add_terms(base, x, [view.term() for view in rest], fresh=fresh)
         for view, h in zip(rest, hidden, strict=True):
-            view.trace = view._trace(x, h)
+            view._record(x, h)
         return y
 
     def forget(self) -> None:
@@ -584,7 +584,7 @@ def _op_report(active: list[_View]) -> tuple[str, str]:
         return "onto", f"{own}, the low-rank product is added to its result{several}"
     weight = first.weight
     N, K = first.out_features, first.in_features
-    path, reason = ops.explain_path(weight.device, weight.dtype, N, K, down.shape[0])
+    path, reason = explain_path(weight.device, weight.dtype, N, K, down.shape[0])
     members = first.group.partners(first) if first.group else []
     partners = [view.name.rpartition(".")[2] for view in members if view is not first]
     like, dropout = first.stored()[0], first.adapter.dropout

@@ -65,9 +65,10 @@ class Original:
         found = {}
         for name, (layer, start) in self.layers.items():
             wrapped = adapted.get(name)
-            x = self.seen.get(name) if wrapped is None else None if wrapped.trace is None else wrapped.trace.x.float()
-            if x is None or not len(x):
+            seen = self.seen.get(name) if wrapped is None else None if wrapped.trace is None else wrapped.trace.x
+            if seen is None or not len(seen):
                 continue
+            x = seen.float()
             delta = layer.weight.float() - start.float()  # type: ignore[operator]
             delta = delta.T if is_conv1d(layer) else delta  # (N, K)
             if wrapped is not None:

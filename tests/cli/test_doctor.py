@@ -10,13 +10,13 @@ import torch
 
 from forgetless.cli import checks, doctor, launched
 from forgetless.cli import main as cli
-from forgetless.ops import autograd as ops
 from forgetless.ops import blas, reference
+from forgetless.ops import dispatch as ops
 from forgetless.ops import dispatch as plans
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(ops._kernels is None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(ops.kernels is None, reason="Triton is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def wrong(function: Any, how: Any) -> Any:
     "how", [lambda t: t * 1.02, lambda t: t * float("nan"), lambda t: t[:1]], ids=["2 %", "nan", "short"]
 )
 def test_a_wrong_kernel_is_found(name, how, monkeypatch, capsys):
-    monkeypatch.setattr(ops._kernels, name, wrong(getattr(ops._kernels, name), how))
+    monkeypatch.setattr(ops.kernels, name, wrong(getattr(ops.kernels, name), how))
     failing(capsys, f"{name},", "against float64", "FORGETLESS_PLAN=blas")
 
 
@@ -106,22 +106,26 @@ def test_a_wrong_blas_is_found(name, monkeypatch, capsys):
 
 
 def test_a_wrong_gradient_is_found(monkeypatch, capsys):
-    plain = ops.blas.gradients
+    plain = ops.blas.dx_and_ddown
 
-    def gradients(*arguments: Any) -> Any:
-        dx, ddown, dups = plain(*arguments)
-        return dx, None if ddown is None else -ddown, dups
+    def dx_and_ddown(*arguments: Any, **options: Any) -> Any:
+        dx, ddown = plain(*arguments, **options)
+        return dx, None if ddown is None else -ddown
 
-    monkeypatch.setattr(ops.blas, "gradients", gradients)
+    monkeypatch.setattr(ops.blas, "dx_and_ddown", dx_and_ddown)
     failing(capsys, "op on cpu", "ddown", "FORGETLESS_PLAN=blas")
 
 
-def broken(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("out of resource: shared memory")
+def broken(x: Any, *_: Any, **__: Any) -> Any:
+    from forgetless_kernels.tl_utils import launching
+
+    with launching("a kernel", x):
+        raise RuntimeError("out of resource: shared memory")
 
 
 def test_a_kernel_that_does_not_compile_is_found(monkeypatch, capsys):
-    monkeypatch.setattr(ops._kernels, "linear_lowrank", broken)
+    for name in ("matmul_lowrank", "linear_lowrank"):
+        monkeypatch.setattr(ops.kernels, name, broken)
     for plan in checks.FUSED:
         failing(capsys, f"plan {plan}", "out of resource: shared memory", "FORGETLESS_PLAN=blas")
     assert "FORGETLESS_PLAN" not in doctor.os.environ
@@ -129,39 +133,38 @@ def test_a_kernel_that_does_not_compile_is_found(monkeypatch, capsys):
 
 def test_a_fallback_is_a_failure(monkeypatch, capsys):
     """It gives the right numbers by another path than the one that was chosen."""
-    monkeypatch.setattr(ops._kernels, "linear_lowrank", broken)
+    monkeypatch.setattr(ops.kernels, "matmul_lowrank", broken)
     with ops.backend("triton"):
         failing(capsys, "op on cpu", "plan 'split' dropped", "FORGETLESS_PLAN=blas")
 
 
 def test_writing_beside_a_result_is_found(monkeypatch, capsys):
-    plain = ops._kernels.project
+    plain = ops.kernels.project
 
     def project(*arguments: Any, **options: Any) -> Any:
         h = plain(*arguments, **options)
         h.as_strided((1,), (1,), h.storage_offset() + h.numel()).fill_(3.0)
         return h
 
-    monkeypatch.setattr(ops._kernels, "project", project)
+    monkeypatch.setattr(ops.kernels, "project", project)
     failing(capsys, "guard pages", "project split float32 wrote beside its results", "report")
 
 
 def test_reading_beside_an_operand_is_found(monkeypatch, capsys):
-    plain = ops._kernels.project
+    plain = ops.kernels.project
 
     def project(x: Any, *arguments: Any, **options: Any) -> Any:
         return plain(x, *arguments, **options).add_(x.as_strided((1,), (1,), x.storage_offset() - 1))
 
-    monkeypatch.setattr(ops._kernels, "project", project)
+    monkeypatch.setattr(ops.kernels, "project", project)
     failing(capsys, "guard pages", "project split float32 read beside its operands", "report")
 
 
 def test_results_that_change_from_run_to_run_are_found(monkeypatch, capsys):
     gen = torch.Generator().manual_seed(0)
-    plain = ops.blas.linear_lowrank
+    plain = ops.blas.matmul_lowrank
     noisy = wrong(plain, lambda y: y + 1e-3 * torch.randn(y.shape, generator=gen).to(y.dtype))
-    monkeypatch.setattr(ops.blas, "linear_lowrank", noisy)
-    monkeypatch.setitem(ops.BACKENDS, "cpu", blas)
+    monkeypatch.setattr(ops.blas, "matmul_lowrank", noisy)
     failing(capsys, "same bits", "y in float32 differs from run to run", "report")
 
 

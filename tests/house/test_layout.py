@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from forgetless.ops import autograd as ops
 from forgetless.ops import blas, reference
+from forgetless.ops import dispatch as ops
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +27,7 @@ LIBRARY = [path for path in sorted((ROOT / "forgetless").rglob("*.py")) if path.
 STUDY = [path for path in LIBRARY if {"study", "cli"} & set(path.relative_to(ROOT).parts)]
 LIBRARY = [path for path in LIBRARY if path not in STUDY]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-LAUNCHERS = ("project", "matmul_lowrank", "outer", "project_outer", "linear_lowrank")
+LAUNCHERS = ("project", "matmul_lowrank", "outer", "project_outer", "dx_and_ddown", "linear_lowrank")
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
@@ -57,15 +57,15 @@ def test_kernels_know_torch_triton_and_each_other_alone(path):
     assert all(level <= depth for _, level in imports(path))
 
 
-def test_ops_alone_names_the_kernels():
+def test_dispatch_alone_names_the_kernels():
     naming = {short(path) for path in [*LIBRARY, *STUDY] if "forgetless_kernels" in roots(path)}
-    assert naming <= {"forgetless/ops/autograd.py", *map(short, STUDY)}
-    assert "forgetless/ops/autograd.py" in naming
+    assert naming <= {"forgetless/ops/dispatch.py", *map(short, STUDY)}
+    assert "forgetless/ops/dispatch.py" in naming
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=short)
 def test_the_library_needs_torch_and_safetensors_alone_and_never_the_study(path):
-    own = {"forgetless_kernels"} if path.name == "autograd.py" else set()
+    own = {"forgetless_kernels"} if path.name == "dispatch.py" else set()
     assert roots(path) <= {"torch", "safetensors"} | own | sys.stdlib_module_names
     assert not [name for name, _ in imports(path) if f"{name}.".startswith("forgetless.study.")]
 
@@ -90,7 +90,7 @@ def test_kernels_and_bench_are_namespace_folders():
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_backends_are_twins(launcher):
-    backends = [reference, blas, ops._kernels]
+    backends = [reference, blas, ops.kernels]
     if backends[-1] is None:
         pytest.skip("Triton is not installed")
     assert len({inspect.signature(getattr(module, launcher)) for module in backends}) == 1

@@ -10,8 +10,8 @@ from torch import nn
 import forgetless as fl
 from forgetless.layers import groups
 from forgetless.layers.groups import families
-from forgetless.ops import autograd as ops
-from forgetless.ops import blas, reference
+from forgetless.ops import autograd, blas, reference
+from forgetless.ops import dispatch as ops
 
 
 class Attention(nn.Module):
@@ -110,7 +110,7 @@ def test_dropout_is_of_x_once_for_all_siblings(backend, monkeypatch):
     model, _ = pair(fl.LoRA(4, dropout=0.5), torch.float64 if backend != "triton" else torch.float32)
     dtype = model.q_proj.weight.dtype
     seed = torch.tensor([3, 4], dtype=torch.int32)
-    monkeypatch.setattr(ops, "draw_seed", lambda device: seed)
+    monkeypatch.setattr(autograd, "draw_seed", lambda device: seed)
     monkeypatch.setattr(groups, "draw_seed", lambda device: seed)
     x = torch.randn(6, 24, dtype=dtype, requires_grad=True)
     siblings = [model.q_proj, model.k_proj, model.v_proj]

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 import forgetless as fl
 from forgetless.methods import METHODS, Adapter, Method, Site, register
 from forgetless.methods.curlora import draw
-from forgetless.ops import autograd as ops
+from forgetless.ops import dispatch as ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, K = 20, 24
@@ -76,7 +76,7 @@ every_layer = pytest.mark.parametrize("kind", LAYERS)
 
 @pytest.fixture(params=["reference", "blas", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton" and ops._kernels is None:
+    if request.param == "triton" and ops.kernels is None:
         pytest.skip("Triton is not installed")
     with ops.backend(request.param):
         yield request.param

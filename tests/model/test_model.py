@@ -18,7 +18,7 @@ import forgetless as fl
 from forgetless.layers.linear import DRIFT_TOKENS, AdaptedLinear
 from forgetless.methods import LoRA, Method
 from forgetless.methods.lora import LoRAAdapter
-from forgetless.ops import autograd as ops
+from forgetless.ops import dispatch as ops
 from forgetless.targets import find_layers
 
 BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -288,9 +288,30 @@ def test_drift_is_of_the_adapters_as_they_are_now():
 
 def test_drift_is_the_same_in_training_with_dropout():
     model = stir(fl.adapt(tiny_llama(), lora(dropout=0.5), ["q_proj"])).train()
+    assert fl.record_drift(model) is model
     seen = watch(model)
     model(**token_batch())
     assert fl.drift(model) == pytest.approx(moved_by(model, seen), rel=1e-5)
+
+
+def test_drift_of_training_passes_is_recorded_when_asked_for():
+    """What an earlier pass left behind is never told as that of a later one."""
+    model = stir(fl.adapt(tiny_llama(), lora(), ["q_proj"])).train()
+    with torch.no_grad():
+        model(**token_batch())
+    assert len(fl.drift(model)) == 2
+    model(**token_batch())
+    assert fl.drift(model) == {}
+    fl.record_drift(model)
+    model(**token_batch())
+    assert len(fl.drift(model)) == 2
+    fl.record_drift(model, False)
+    model(**token_batch())
+    assert fl.drift(model) == {}
+    model.eval()(**token_batch())
+    assert len(fl.drift(model)) == 2
+    with pytest.raises(ValueError, match="no adapters"):
+        fl.record_drift(tiny_llama())
 
 
 def test_drift_before_any_forward_pass_or_of_no_token_is_left_out():
@@ -599,7 +620,7 @@ def test_siblings_compile_whole():
 
 def test_drift_of_an_input_buffer_that_is_refilled():
     """As under CUDA graphs: the same tensor, other numbers."""
-    model, x = heads(), rows(7)
+    model, x = fl.record_drift(heads()), rows(7)
     model(x)
     x.copy_(rows(7, seed=5) * torch.linspace(0, 3, 9))
     seen = watch(model)

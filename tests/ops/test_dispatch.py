@@ -6,11 +6,13 @@ import warnings
 import pytest
 import torch
 
-from forgetless.ops import autograd as ops
 from forgetless.ops import dispatch as plans
+from forgetless.ops.autograd import draw_seed, lowrank_linear
+
+tl_utils = pytest.importorskip("forgetless_kernels.tl_utils")
 
 pytestmark = [
-    pytest.mark.skipif(ops._kernels is None, reason="Triton is not installed"),
+    pytest.mark.skipif(plans.kernels is None, reason="Triton is not installed"),
     pytest.mark.usefixtures("no_plans"),
 ]
 
@@ -23,8 +25,17 @@ def wanted(**fields):
     )
 
 
+def route():
+    return plans.Route(plans.kernels, "split", problem=wanted())
+
+
 def results(value=1.0):
     return lambda: [torch.full((4, 4), value)]
+
+
+def by(fused):
+    """What is run: ``fused`` by the kernels, ones by blas."""
+    return lambda route: results()() if route == plans.BLAS else fused()
 
 
 def timed(*seconds):
@@ -64,7 +75,7 @@ def test_a_wrong_environment_is_refused(text, monkeypatch):
 
 def test_a_measured_tile_is_used(monkeypatch):
     seen = []
-    plain = ops._kernels.linear_lowrank
+    plain = plans.kernels.matmul_lowrank
 
     def looking(*arguments, **rest):
         from forgetless_kernels import tiles
@@ -73,18 +84,18 @@ def test_a_measured_tile_is_used(monkeypatch):
         return plain(*arguments, **rest)
 
     x, weight, down, up = layer()
-    key = plans.problem(CPU, "forward", 5, 24, 20, 4, torch.float32).key
+    key = plans.problem_of(CPU, "forward", 5, 24, 20, 4, torch.float32).key
     plans.store({"cpu": {key: {"plan": "split", "tile": {"BLOCK_M": 16}}}})
-    monkeypatch.setattr(ops._kernels, "linear_lowrank", looking)
-    truth = ops.lowrank_linear(x, weight, down, up)
-    with ops.backend("triton"):
-        y = ops.lowrank_linear(x, weight, down, up)
+    monkeypatch.setattr(plans.kernels, "matmul_lowrank", looking)
+    truth = lowrank_linear(x, weight, down, up)
+    with plans.backend("triton"):
+        y = lowrank_linear(x, weight, down, up)
     assert seen == [16]
     torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-4)
 
 
 def test_the_measured_table_beats_the_first_use():
-    plans.first_use(wanted(), results(), results(), CPU, seconds=timed(1.0, 2.0))
+    plans.first_use(route(), by(results()), CPU, seconds=timed(1.0, 2.0))
     plans.store({"cpu": {wanted().key: {"plan": "once"}}})
     assert plans.choose(wanted()).plan == "once"
     assert plans.choose(wanted(gpu="another card")).plan == "split"
@@ -93,15 +104,17 @@ def test_the_measured_table_beats_the_first_use():
 @pytest.mark.parametrize("ours, blas, plan", [(1.0, 2.0, "split"), (2.0, 1.0, "blas")])
 def test_the_first_use_keeps_the_faster(ours, blas, plan):
     assert plans.undecided(wanted())
-    choice = plans.first_use(wanted(), results(), results(), CPU, seconds=timed(ours, blas))
-    assert choice.plan == plan and plans.choose(wanted()) == choice and not plans.undecided(wanted())
+    chosen = plans.first_use(route(), by(results()), CPU, seconds=timed(ours, blas))
+    choice = plans.choose(wanted())
+    assert choice.plan == plan and not plans.undecided(wanted())
+    assert chosen == (plans.BLAS if plan == "blas" else route())
     assert f"{blas / ours:.2f}x the speed of blas" in choice.reason
 
 
 @pytest.mark.parametrize("fused", [results(1.5), results(float("nan")), lambda: [torch.ones(4, 5)]])
 def test_a_plan_that_disagrees_is_dropped_with_one_warning(fused):
     with pytest.warns(UserWarning, match="'split' dropped for forward M16 N8 K8 R4 float32 on cpu: result 0"):
-        plans.first_use(wanted(), fused, results(), CPU)
+        plans.first_use(route(), by(fused), CPU)
     assert plans.choose(wanted()).plan == "blas"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -118,25 +131,26 @@ def test_rounding_is_no_disagreement():
     assert plans.disagreement([torch.empty(0, 3)], [torch.empty(0, 3)]) is None
 
 
-def broken(*_, **__):
-    raise RuntimeError("out of resource: shared memory")
+def broken(x, *_, **__):
+    with tl_utils.launching("a kernel", x):
+        raise RuntimeError("out of resource: shared memory")
 
 
 def test_a_kernel_that_fails_gives_way_with_the_same_numbers(monkeypatch):
     x, weight, down, up = layer()
-    truth = ops.lowrank_linear(x, weight, down, up)
+    truth = lowrank_linear(x, weight, down, up)
     dtruth = torch.autograd.grad(truth.square().sum(), [x, down, up])
-    monkeypatch.setattr(ops._kernels, "linear_lowrank", broken)
-    monkeypatch.setattr(ops._kernels, "project_outer", broken)
-    with ops.backend("triton"):
+    monkeypatch.setattr(plans.kernels, "matmul_lowrank", broken)
+    monkeypatch.setattr(plans.kernels, "project_outer", broken)
+    with plans.backend("triton"):
         with pytest.warns(UserWarning, match="dropped for forward .* out of resource"):
-            y = ops.lowrank_linear(x, weight, down, up)
+            y = lowrank_linear(x, weight, down, up)
         with pytest.warns(UserWarning, match="dropped for backward"):
             grads = torch.autograd.grad(y.square().sum(), [x, down, up])
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # one warning each, not one a call
-            again = ops.lowrank_linear(x, weight, down, up)
-        path, reason = ops.explain_path(CPU, torch.float32, 24, 20, 4)
+            again = lowrank_linear(x, weight, down, up)
+        path, reason = plans.explain_path(CPU, torch.float32, 24, 20, 4)
     assert torch.equal(y, truth) and torch.equal(again, truth)
     assert all(torch.equal(a, b) for a, b in zip(grads, dtruth, strict=True))
     assert path in ("split", "blas") and reason
@@ -144,20 +158,20 @@ def test_a_kernel_that_fails_gives_way_with_the_same_numbers(monkeypatch):
 
 def test_strict_makes_a_fallback_an_error(monkeypatch):
     monkeypatch.setenv("FORGETLESS_PLAN", "split,strict")
-    monkeypatch.setattr(ops._kernels, "linear_lowrank", broken)
-    with ops.backend("triton"), pytest.raises(RuntimeError, match="shared memory"):
-        ops.lowrank_linear(*layer())
+    monkeypatch.setattr(plans.kernels, "matmul_lowrank", broken)
+    with plans.backend("triton"), pytest.raises(RuntimeError, match="shared memory"):
+        lowrank_linear(*layer())
     with pytest.raises(RuntimeError, match="disagrees with blas"):
-        plans.first_use(wanted(), results(1.5), results(), CPU)
+        plans.first_use(route(), by(results(1.5)), CPU)
 
 
 def test_running_out_of_memory_is_not_hidden(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(ops._kernels, "linear_lowrank", full)
-    with ops.backend("triton"), pytest.raises(torch.OutOfMemoryError):
-        ops.lowrank_linear(*layer())
+    monkeypatch.setattr(plans.kernels, "matmul_lowrank", full)
+    with plans.backend("triton"), pytest.raises(torch.OutOfMemoryError):
+        lowrank_linear(*layer())
 
 
 @pytest.mark.parametrize("plan", plans.PLANS)
@@ -165,11 +179,11 @@ def test_running_out_of_memory_is_not_hidden(monkeypatch):
 def test_every_plan_computes_the_layer(plan, p, monkeypatch):
     monkeypatch.setenv("FORGETLESS_PLAN", f"{plan},strict")
     tensors = layer()
-    seed = ops.draw_seed(CPU)
+    seed = draw_seed(CPU)
     found = []
     for backend in ("reference", "triton"):
-        with ops.backend(backend):
-            y = ops.lowrank_linear(*tensors, scale=1.5, dropout=p, seed=seed)
+        with plans.backend(backend):
+            y = lowrank_linear(*tensors, scale=1.5, dropout=p, seed=seed)
             found.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
     for ours, truth in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
@@ -182,8 +196,8 @@ def test_two_runs_give_the_same_bits(plan, monkeypatch):
     runs = []
     for _ in range(2):
         torch.manual_seed(3)
-        with ops.backend("triton"):
-            y = ops.lowrank_linear(*tensors, dropout=0.2)
+        with plans.backend("triton"):
+            y = lowrank_linear(*tensors, dropout=0.2)
             runs.append([y, *torch.autograd.grad(y.float().square().sum(), tensors)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -245,13 +259,13 @@ def test_tune_measures_stores_and_resumes(tune, tmp_path, capsys):
 
 
 def test_tune_leaves_out_a_candidate_that_is_wrong(tune, tmp_path, monkeypatch, capsys):
-    plain = ops._kernels.linear_lowrank
+    plain = plans.kernels.linear_lowrank
 
     def wrong(*arguments, plan="split", **rest):
         y, h = plain(*arguments, **rest)
         return (y + (plan == "full"), h)
 
-    monkeypatch.setattr(ops._kernels, "linear_lowrank", wrong)
+    monkeypatch.setattr(plans.kernels, "linear_lowrank", wrong)
     assert tune.main(["--toy", "--dtype", "float32"]) == 0
     row = json.loads((tmp_path / "plans.json").read_text())["gpus"]["cpu"]["forward M32 N48 K40 R4 float32"]
     assert "full" not in row["ms"] and "full: left out: result 0 differs" in capsys.readouterr().out

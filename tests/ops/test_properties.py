@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import forgetless as fl
-from forgetless.ops import autograd as ops
+from forgetless.ops import dispatch as ops
 from forgetless.ops import reference
-from forgetless.ops.autograd import lowrank_linear
+from forgetless.ops.autograd import lowrank_linear, quantized_rate
 
 EXAMPLES = int(os.environ.get("FORGETLESS_EXAMPLES", "0"))
 common = settings(
@@ -32,7 +32,7 @@ common = settings(
 NAMES = ("x", "weight", "down", "up", "bias")
 ODD = (math.nan, math.inf, -math.inf)
 HALF = (torch.float16, torch.bfloat16)
-BACKENDS = ["blas", "triton"] if ops._kernels is not None else ["blas"]
+BACKENDS = ["blas", "triton"] if ops.kernels is not None else ["blas"]
 SEED = torch.tensor([77, -5], dtype=torch.int32)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -94,7 +94,7 @@ def plain(x: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Any, scale:
     """The formula, as people write it."""
     dropped = x
     if dropout:
-        p = ops.quantised(dropout)
+        p = quantized_rate(dropout)
         rows = math.prod(x.shape[:-1])
         dropped = x * reference.keep_mask(SEED.to(x.device), p, rows, x.shape[-1]).view(x.shape) * (1 / (1 - p))
     h = scale * (dropped @ down.to(x.dtype).T)

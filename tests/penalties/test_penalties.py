@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import forgetless as fl
 from forgetless.methods import Site
 from forgetless.model import build
-from forgetless.ops import autograd as ops
-from forgetless.ops import reference
+from forgetless.ops import autograd, reference
 from forgetless.penalties import PENALTIES, Penalty
 from forgetless.penalties.nullspace import hadamard_blocks, make_basis
 
@@ -227,7 +226,7 @@ def test_output_deviation_is_the_mean_squared_change_of_the_output(method, lead)
 
 def test_output_deviation_counts_the_dropped_out_x(monkeypatch):
     seed = torch.tensor([5, 6], dtype=torch.int32)
-    monkeypatch.setattr(ops, "draw_seed", lambda device: seed)
+    monkeypatch.setattr(autograd, "draw_seed", lambda device: seed)
     model = network(fl.OutputDeviation(weight=0.3), dropout=0.25).train()
     x = tokens().requires_grad_()
     model(x)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from forgetless.ops import autograd as ops
+from forgetless.ops import dispatch as ops
 from forgetless_kernels import project, tiles
 
 #: "descriptors" is the plan split, its GEMMs on tensor descriptors as on sm_90 and sm_100

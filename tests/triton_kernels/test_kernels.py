@@ -11,8 +11,8 @@ import torch
 from helpers import assert_as_good_as_eager
 from kernel_plans import PLANS, on_kernels
 
-from forgetless.ops import autograd as ops
 from forgetless.ops import reference
+from forgetless.ops.autograd import lowrank_linear
 from forgetless_kernels import fused, matmul_lowrank, project, tiles, tl_utils
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -240,13 +240,14 @@ def descriptors_forced(monkeypatch, **tile):
     """matmul_lowrank on descriptors, on any device; yields the calls that took that way"""
     calls = []
 
-    plain = matmul_lowrank.matmul_lowrank_descriptor
+    plain = matmul_lowrank._matmul_lowrank_descriptor_kernel
 
-    def spy(*args):
-        calls.append(args)
-        return plain(*args)
+    class Spy:
+        def __getitem__(self, grid):
+            calls.append(grid)
+            return plain[grid]
 
-    monkeypatch.setattr(matmul_lowrank, "matmul_lowrank_descriptor", spy)
+    monkeypatch.setattr(matmul_lowrank, "_matmul_lowrank_descriptor_kernel", Spy())
     with (
         tiles.forced("matmul_lowrank_descriptor", **tile),
         tiles.forced("matmul_lowrank_t_descriptor", **tile),
@@ -317,7 +318,7 @@ def test_every_plan_is_the_same_layer(plan, drop_output, M, N, K, R, dtype):
     x, weight, _, up, bias = operands("matmul_lowrank", M, N, K, R, dtype)
     down, seed, scale = draw(R, K) / K**0.5, seeds(*SEED), 0.5
     with tiles.forced(plan, BLOCK_M=32, BLOCK_N=32, BLOCK_K=16) if plan != "split" else contextlib.nullcontext():
-        y, h = fused.linear_lowrank(x, weight, down, up, bias, scale, P, seed, drop_output, plan)
+        y, h = fused.linear_lowrank(x, weight, down, up, bias, scale, P, seed, drop_output=drop_output, plan=plan)
     keep = reference.keep_mask(seed, P, M, N if drop_output else K)
     keep_x, keep_y = (None, keep) if drop_output else (keep, None)
 
@@ -370,7 +371,7 @@ def test_every_gradient_of_every_plan(plan, dtype, dropout, monkeypatch):
     keep = reference.keep_mask(seed, dropout, M, K)
 
     def ours(x, weight, down, up, bias):
-        return ops.lowrank_linear(x, weight, down, up, bias, scale, dropout, seed if dropout else None)
+        return lowrank_linear(x, weight, down, up, bias, scale, dropout, seed if dropout else None)
 
     def plainly(x, weight, down, up, bias):
         h = plain("project", x, down, scale=scale / (1 - dropout), keep=keep)
@@ -405,7 +406,7 @@ def test_the_same_bits_whatever_the_order_of_programs(plan, monkeypatch):
     leaves, dy = layer(72, 64, 40, 8, torch.bfloat16), draw(72, 64, dtype=torch.bfloat16, seed=6)
 
     def run(x, weight, down, up, bias):
-        return ops.lowrank_linear(x, weight, down, up, bias, 0.5, P, seeds(*SEED))
+        return lowrank_linear(x, weight, down, up, bias, 0.5, P, seeds(*SEED))
 
     with on_kernels(plan, monkeypatch):
         first, again = (with_gradients(run, leaves, dy) for _ in range(2))
