@@ -1,4 +1,4 @@
-"""LaLoRA: LoRA held where the source domain's loss is curved (Sliwa et al., arXiv 2512.17720)."""
+"""LaLoRA: LoRA with a penalty weighted by the curvature of the loss on source text (arXiv 2512.17720)."""
 
 from __future__ import annotations
 
