@@ -66,6 +66,15 @@ def check_readme(index: int, space: Namespace) -> None:
         fl.load(space["base_model"](), "adapter")
 
 
+def check_index(index: int, space: Namespace) -> None:
+    if index == 3:  # load and remove leave the base model
+        torch.manual_seed(0)
+        base, batch = space["LlamaForCausalLM"](space["config"]), space["batches"][0]
+        assert torch.equal(space["loaded"](**batch).logits, base(**batch).logits)
+    if index == 4:
+        assert all(not layer.adapter.up.any() for layer in fl.adapters(space["model"]).values())
+
+
 def check_peft(index: int, space: Namespace) -> None:
     if index == 1:
         assert any("forgetless_penalties" in key for key in space["model"].state_dict())
@@ -126,6 +135,7 @@ CHECKS: dict[str, Callable[[int, Namespace], None]] = {
     "README.md": check_readme,
     "architecture.md": check_architecture,
     "compile.md": check_compile,
+    "index.md": check_index,
     "peft.md": check_peft,
     "quantized.md": check_quantized,
     "training.md": check_training,
