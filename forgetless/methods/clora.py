@@ -19,7 +19,9 @@ class CLoRA(Method):
     Lu et al., ACL 2025, arXiv 2410.16801, with the conventions of the authors' code.
 
     Args:
-        rank, alpha, dropout: as of ``LoRA``.
+        rank: as of ``LoRA``.
+        alpha: as of ``LoRA``.
+        dropout: as of ``LoRA``.
         k: width of the protected subspace, the paper's main knob (128 to 2048 there).
         weight: factor of the penalty, 1 in the paper.
         basis: "orthogonal" (the paper's), "shared" (one per width) or "hadamard" (no storage); see ``NullSpace``.

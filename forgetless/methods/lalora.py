@@ -1,4 +1,4 @@
-"""LaLoRA: LoRA held where the source domain's loss is curved (Sliwa et al., arXiv 2512.17720)."""
+"""LaLoRA: LoRA with a penalty weighted by the curvature of the loss on source text (arXiv 2512.17720)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ class LaLoRA(Method):
     Sliwa et al., arXiv 2512.17720, the penalty of its Eq. 5.
 
     Args:
-        rank, alpha, dropout: as of ``LoRA``.
+        rank: as of ``LoRA``.
+        alpha: as of ``LoRA``.
+        dropout: as of ``LoRA``.
         weight: factor of the penalty.
         curvature: "diag", "kfac" or "tri_kfac".
-        fisher, prior_precision, columns, at_zero: see ``Laplace``, also for what happens to A at the usual start.
+        fisher: as of ``Laplace``.
+        prior_precision: as of ``Laplace``.
+        columns: as of ``Laplace``.
+        at_zero: as of ``Laplace``, which also says what happens to A when B starts at zero.
         penalties: more of them.
 
     Raises:

@@ -187,8 +187,11 @@ def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: in
     """The plan's name for a layer, and the reason in words; for 4096 tokens where it depends on them.
 
     Args:
-        device, dtype: of the activations.
-        N, K, R: out_features, in_features, rank.
+        device: of the activations.
+        dtype: of the activations.
+        N: out_features.
+        K: in_features.
+        R: rank.
 
     Raises:
         ValueError: ``FORGETLESS_PLAN`` holds something else than a plan or "strict".

@@ -153,12 +153,11 @@ def test_a_fit_that_failed_leaves_no_second_penalty(pl: Any, tmp_path: Path) -> 
 
 def test_the_how_to_runs(pl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).resolve().parents[2] / "docs" / "lightning.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    module = module_of(pl, method=False)
-    module.model.requires_grad_(True)
-    module.configure_optimizers = lambda: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], LR)
-    space: dict[str, Any] = {"module": module, "loader": torch.utils.data.DataLoader(ROWS, batch_size=4)}
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "from lightning" in code)
+    batches = [{"input_ids": rows, "labels": rows} for rows in ROWS.split(4)]
+    model = fl.adapt(tiny_model(), fl.CLoRA(rank=4, alpha=8, k=8))
+    space: dict[str, Any] = {"torch": torch, "fl": fl, "model": model, "batches": batches}
     exec(block, space)  # noqa: S102
     assert space["trainer"].logged_metrics["penalty"] > 0
 

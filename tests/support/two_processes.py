@@ -146,9 +146,9 @@ def tensor_parallel(folder: Path, rank: int) -> None:
 
 
 def how_to(title: str, **space: Any) -> None:
-    """The block under a heading of docs/processes.md."""
+    """The block under a heading of docs/distributed.md."""
     text = (
-        (Path(__file__).resolve().parents[2] / "docs" / "processes.md")
+        (Path(__file__).resolve().parents[2] / "docs" / "distributed.md")
         .read_text(encoding="utf-8")
         .split(f"## {title}\n")[1]
     )
