@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from ..files import write_json
 from .machine import processor
-from .options import BadInput, write_atomically
+from .options import BadInput
 
 #: Raised by one whenever a reader of the old form would misunderstand the new one.
 SCHEMA = 1
@@ -68,7 +69,7 @@ def plain(value: Any) -> Any:
 
 def dump(path: Path, value: Any) -> None:
     """Write JSON, all of it or nothing."""
-    write_atomically(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+    write_json(path, plain(value))
 
 
 def read_results(folder: Path) -> dict[str, Any]:
