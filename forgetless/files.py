@@ -8,8 +8,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,28 @@ def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
         ValueError: ``value`` holds NaN or Inf, which JSON does not have.
     """
     write_atomically(path, json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n")
+
+
+@contextmanager
+def folder_atomically(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside ``folder`` to write into, which is renamed to ``folder`` at the end.
+
+    If another process has made ``folder`` meanwhile, that one stays.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
