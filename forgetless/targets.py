@@ -104,7 +104,7 @@ def ready(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
         kind = kind_of(module)
         wanted = shards.refusal(module) if kind is None else kind.wants(module)
         if kind is not None and kind.package is not None:
-            versions.heed(kind.package, f"fl.adapt on {kind.title} layers")
+            versions.warn_untested(kind.package, f"fl.adapt on {kind.title} layers")
         if wanted is not None:
             title = "" if kind is None else f" ({kind.title})"
             raise ValueError(f"targets: {name} cannot be adapted{title}: {wanted}")

@@ -72,10 +72,10 @@ class PenaltyMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _check_trainer(self) -> None:
-        versions.heed("transformers", "PenaltyMixin")
+        versions.warn_untested("transformers", "PenaltyMixin")
         missing = next((name for name in _ASKED if not hasattr(self, name)), None)
         if missing is not None:
-            raise versions.lacking("transformers", "PenaltyMixin", f"Trainer.{missing}")
+            raise versions.missing_error("transformers", "PenaltyMixin", f"Trainer.{missing}")
 
     def _with_penalty(self, model: nn.Module, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         trainer: Any = self
@@ -139,7 +139,7 @@ class _LightningPenalty:
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if versions.installed("lightning") != "unknown":
-            versions.heed("lightning", "PenaltyCallback")
+            versions.warn_untested("lightning", "PenaltyCallback")
         if not adapted(pl_module):
             raise ValueError("the module has no adapters; call fl.adapt(model, method) on its model first")
         if not pl_module.automatic_optimization:

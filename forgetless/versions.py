@@ -1,4 +1,4 @@
-"""Which versions of other people's packages this has been tested with, where it leans on more than their interface."""
+"""Which versions of packages were tested, for code that uses more than their documented interface."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def tested(package: str) -> str:
 
 
 @functools.cache
-def heed(package: str, what: str) -> None:
-    """Warn, once, where ``what`` meets a version that it has not been tested with."""
-    found = installed(package)
-    numbers = re.match(r"(\d+)\.(\d+)", found)
+def warn_untested(package: str, what: str) -> None:
+    """Warn once if ``what`` was not tested with the installed version."""
+    version = installed(package)
+    numbers = re.match(r"(\d+)\.(\d+)", version)
     low, high = TESTED[package]
     if numbers and not low <= (int(numbers[1]), int(numbers[2])) <= high:
-        warnings.warn(f"{what} was tested with {tested(package)}; {found} is installed", stacklevel=3)
+        warnings.warn(f"{what} was tested with {tested(package)}; {version} is installed", stacklevel=3)
 
 
-def lacking(package: str, what: str, missing: str) -> RuntimeError:
-    """The error where a version lacks what ``what`` leans on."""
+def missing_error(package: str, what: str, missing: str) -> RuntimeError:
+    """The error if the installed version has no ``missing``, which ``what`` needs."""
     return RuntimeError(f"{what} finds no {missing} in {package} {installed(package)}; tested with {tested(package)}")

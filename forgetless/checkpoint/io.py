@@ -15,39 +15,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-import time
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from ..adapter import whole
 from ..calibrate import share_statistics
+from ..files import newest, read_json, write_together
 from ..layers.linear import AdaptedLinear, site_of
 from ..layers.quantized import weight_mark
-from ..methods import LoRA, Method
+from ..methods import Method
 from ..methods.curlora import CURLoRAAdapter, weight_hash
 from ..methods.lora import LoRAAdapter
-from ..model import adapt, adapters
+from ..model import adapt, adapters, remove
 from ..targets import find_layers
+from . import peft_format
+from .peft_format import CONFIG, WEIGHTS, read_tensors, tensor_bytes
 
 FORMAT = 1
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 OURS = "forgetless.json"
 STATE = "forgetless_state.safetensors"
-#: A folder of this name in an adapter's folder holds files that are whole and have yet to be put in place.
-_WHOLE = ".saved-"
-#: Seconds after which no process can still be at work on a folder of half-written files.
-_STALE = 3600
-_PEFT_PREFIX = "base_model.model."
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -66,40 +56,32 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: the model has no adapters, or they are of several methods.
         OSError: the folder cannot be written.
     """
-    found, method = _of_one_method(model)
-    tensors: dict[str, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    for name, layer in found.items():
-        layers[name] = {"in_features": layer.in_features, "out_features": layer.out_features}
-        if isinstance(layer.adapter, LoRAAdapter):
-            tensors.update(_lora_tensors(name, layer))
-        else:
-            for key, tensor in _own_tensors(layer).items():
-                tensors[f"{name}.{key}"] = whole(tensor)
-            for index, factors in enumerate(layer.folded):
-                tensors.update(zip(_folded_keys(name, index), factors, strict=True))
-        if isinstance(layer.adapter, CURLoRAAdapter):
-            layers[name]["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(weight_mark(layer.base))
-        for index, penalty in enumerate(layer.adapter.penalty_states()):
-            for key, tensor in penalty.state_dict().items():
-                state[f"{name}.{index}.{key}"] = tensor
-    weights = _bytes(tensors)
-    ours: dict[str, Any] = {
+    layers, method = _of_one_method(model)
+    first = next(iter(layers.values()))
+    facts = {name: _facts(layer) for name, layer in layers.items()}
+    tensors = {key: tensor for name, layer in layers.items() for key, tensor in _saved_tensors(name, layer).items()}
+    state = {
+        f"{name}.{index}.{key}": tensor
+        for name, layer in layers.items()
+        for index, penalty in enumerate(layer.adapter.penalty_states())
+        for key, tensor in penalty.state_dict().items()
+    }
+    if isinstance(first.adapter, LoRAAdapter):
+        config = peft_format.config_of(model, layers, method)
+    else:
+        config = {"peft_type": method.name.upper(), "base_model_name_or_path": peft_format.base_name(model)}
+    files = {WEIGHTS: tensor_bytes(tensors)}
+    if state:
+        files[STATE] = tensor_bytes(state)
+    ours = {
         "format": FORMAT,
         "method": method.to_json(),
-        "layers": layers,
-        "consolidated": len(next(iter(found.values())).folded),
-        "sha256": {WEIGHTS: hashlib.sha256(weights).hexdigest()},
+        "layers": facts,
+        "consolidated": len(first.folded),
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
-    own = {"peft_type": method.name.upper(), "base_model_name_or_path": _base_name(model)}
-    lora = isinstance(next(iter(found.values())).adapter, LoRAAdapter)
-    files = {WEIGHTS: weights, CONFIG: _json(_peft_config(model, found, method) if lora else own)}
-    if state:
-        files[STATE] = _bytes(state)
-        ours["sha256"][STATE] = hashlib.sha256(files[STATE]).hexdigest()
-    files[OURS] = _json(ours)  # last: it vouches for the others
-    _write_once(Path(folder), files, found)
+    files |= {CONFIG: _json(config), OURS: _json(ours)}  # last: it has the hashes of the others
+    _write_once(Path(folder), files, layers)
 
 
 def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -118,12 +100,14 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             ``fl.save``, which this one would not fit.
         OSError: the folder cannot be written.
     """
-    found, method = _of_one_method(model)
-    if _newest(Path(folder), OURS).exists():
+    layers, method = _of_one_method(model)
+    if newest(Path(folder), OURS).exists():
         raise ValueError(f"folder {folder} holds a checkpoint of fl.save ({OURS}); export into another one")
-    tensors = {key: tensor for name, layer in found.items() for key, tensor in _lora_tensors(name, layer).items()}
-    files = {WEIGHTS: _bytes(tensors), CONFIG: _json(_peft_config(model, found, method))}
-    _write_once(Path(folder), files, found)
+    tensors = {}
+    for name, layer in layers.items():
+        tensors.update(peft_format.tensors_of(name, layer))
+    files = {WEIGHTS: tensor_bytes(tensors), CONFIG: _json(peft_format.config_of(model, layers, method))}
+    _write_once(Path(folder), files, layers)
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
@@ -141,76 +125,72 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder with a saved adapter")
-    about = _newest(folder, OURS)
-    ours = _read_json(about) if about.exists() else None
-    if ours is None:
+    path = newest(folder, OURS)
+    if not path.exists():
         return _load_peft(model, folder)
-    if ours.get("format") != FORMAT:
-        raise ValueError(f"{folder / OURS}: format {ours.get('format')!r}, this version reads {FORMAT}")
-    digests, layers = ours.get("sha256"), ours.get("layers")
-    if not (
-        isinstance(layers, dict)
-        and layers
-        and all(isinstance(facts, dict) for facts in layers.values())
-        and isinstance(digests, dict)
-        and isinstance(digests.get(WEIGHTS), str)
-        and isinstance(ours.get("method"), dict)
-    ):
-        raise ValueError(f"{folder / OURS}: damaged, wants method, layers and sha256")
-    count = ours.get("consolidated", 0)
-    if type(count) is not int or count < 0:
-        raise ValueError(f"{folder / OURS}: consolidated is {count!r}, wants a count")
+    ours = _checked(read_json(path), folder / OURS)
+    facts, digests, count = ours["layers"], ours["sha256"], ours.get("consolidated", 0)
     method = Method.from_json(ours["method"])
-    tensors = _read_tensors(_newest(folder, WEIGHTS), digests.get(WEIGHTS))
-    state = _read_tensors(_newest(folder, STATE), digests[STATE]) if STATE in digests else {}
+    tensors = read_tensors(newest(folder, WEIGHTS), digests[WEIGHTS])
+    state = read_tensors(newest(folder, STATE), digests[STATE]) if STATE in digests else {}
     if count > max([len(tensors), *(size for t in tensors.values() for size in t.shape)]):
         raise ValueError(f"{folder / OURS}: consolidated is {count}, more than {WEIGHTS} holds")
-    linear = _find(model, layers, folder)
-    for name, facts in layers.items():
-        site = site_of(name, linear[name])
-        if (facts.get("out_features"), facts.get("in_features")) != tuple(site.weight.shape):
-            raise ValueError(
-                f"{folder}: {name} was (out {facts.get('out_features')}, in {facts.get('in_features')}), "
-                f"this model's is {tuple(site.weight.shape)}"
-            )
-        if "weight_sha256" in facts and weight_hash(weight_mark(linear[name])) != facts["weight_sha256"]:
-            raise ValueError(
-                f"{folder}: the weight of {name} is not the one this {method.name} adapter was made on; "
-                "load it onto the same base model, in the same dtype"
-            )
+    _check_layers(model, facts, method, folder)
     try:
-        adapt(model, method, list(layers))
+        adapt(model, method, list(facts))
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, MemoryError, RuntimeError, TypeError) as error:  # a number beyond all bounds
         raise ValueError(f"{folder / OURS}: no adapter can be made of {method}: {error}") from None
     try:
-        folded = {name: _take_folded(tensors, layer, count) for name, layer in adapters(model).items()}
-        filled = _fill(model, tensors, state)
-        for target, tensor in filled:
-            target.copy_(tensor)
-        for name, layer in adapters(model).items():
-            if isinstance(layer.adapter, CURLoRAAdapter):
-                layer.adapter.gather(site_of(layer.name, layer.base, values=True).weight)
-                layer.adapter.weight_sha256 = layers[name].get("weight_sha256")
-            for factors in folded[name]:
-                layer.fold(factors)
-        share_statistics(model)
+        _restore(model, facts, tensors, state, count)
     except Exception:
-        from ..model import remove
-
         remove(model)
         raise
     return model
 
 
-def _find(model: nn.Module, names: Any, folder: Path) -> dict[str, nn.Module]:
-    present = dict(model.named_modules())
-    for name in names:
-        if name not in present:
-            raise ValueError(f"{folder}: the adapter has a layer {name}, this {type(model).__name__} has none")
-    found = find_layers(model, list(names))
-    return {name: found[name] for name in names}
+def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
+    """Load a LoRA checkpoint that PEFT wrote."""
+    method, names, tensors = peft_format.read(folder)
+    _find(model, names, folder)
+    adapt(model, method, names)
+    try:
+        _fill(model, tensors, {})
+    except Exception:
+        remove(model)
+        raise
+    return model
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def _of_one_method(model: nn.Module) -> tuple[dict[str, AdaptedLinear], Method]:
+    layers = adapters(model)
+    if not layers:
+        raise ValueError("model has no adapters; call fl.adapt(model, method) first")
+    method = next(iter(layers.values())).method
+    if any(layer.method != method for layer in layers.values()):
+        raise ValueError("model holds adapters of several methods; save wants one")
+    return layers, method
+
+
+def _facts(layer: AdaptedLinear) -> dict[str, Any]:
+    """What the base model's layer must be for this adapter."""
+    facts: dict[str, Any] = {"in_features": layer.in_features, "out_features": layer.out_features}
+    if isinstance(layer.adapter, CURLoRAAdapter):
+        facts["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(weight_mark(layer.base))
+    return facts
+
+
+def _saved_tensors(name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
+    if isinstance(layer.adapter, LoRAAdapter):
+        return peft_format.tensors_of(name, layer)
+    tensors = {f"{name}.{key}": whole(tensor) for key, tensor in _own_tensors(layer).items()}
+    for index, factors in enumerate(layer.folded):
+        tensors.update(zip(_folded_keys(name, index), factors, strict=True))
+    return tensors
 
 
 def _own_tensors(layer: AdaptedLinear) -> dict[str, Tensor]:
@@ -221,86 +201,131 @@ def _folded_keys(name: str, index: int) -> tuple[str, str]:
     return f"{name}.folded.{index}.down", f"{name}.folded.{index}.up"
 
 
-def _take_folded(tensors: dict[str, Tensor], layer: AdaptedLinear, count: int) -> list[tuple[Tensor, Tensor]]:
-    """The factors of ``count`` consolidated tasks, taken out of ``tensors``, checked against the layer."""
-    N, K = layer.out_features, layer.in_features
-    device = layer.weight.device
-    if not isinstance(layer.adapter, LoRAAdapter):
-        found = []
-        for index in range(count):
-            keys = _folded_keys(layer.name, index)
-            R = layer.adapter.factors()[0].shape[0]
-            like = dict(zip(keys, (torch.empty(R, K), torch.empty(N, R)), strict=True))
-            found.append(tuple(tensor.to(device) for _, tensor in _take(tensors, like, WEIGHTS)))
-        return found  # type: ignore[return-value]
-    R = layer.adapter.down.shape[0]
-    a, b = _peft_keys(layer.name).values()
-    like = {a: torch.empty((1 + count) * R, K), b: torch.empty(N, (1 + count) * R)}
-    (_, down), (_, up) = _take(tensors, like, WEIGHTS)
-    downs, ups = down.split(R), [part.contiguous() for part in up.split(R, dim=1)]
-    tensors[a], tensors[b] = downs[0], ups[0]
-    return [(d.to(device), u.to(device)) for d, u in zip(downs[1:], ups[1:], strict=True)]
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _of_one_method(model: nn.Module) -> tuple[dict[str, AdaptedLinear], Method]:
-    found = adapters(model)
-    if not found:
-        raise ValueError("model has no adapters; call fl.adapt(model, method) first")
-    method = next(iter(found.values())).method
-    if any(layer.method != method for layer in found.values()):
-        raise ValueError("model holds adapters of several methods; save wants one")
-    return found, method
-
-
-def _base_name(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
-
-
-def _lora_tensors(name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
-    """lora_A and lora_B; consolidated tasks follow as further ranks: on the original base PEFT computes the whole."""
-    factors = [tuple(factor.detach() for factor in layer.adapter.factors()), *layer.folded]
-    downs, ups = zip(*((down.cpu(), up.cpu()) for down, up in factors), strict=True)
-    return dict(zip(_peft_keys(name).values(), (torch.cat(downs), torch.cat(ups, dim=1)), strict=True))
-
-
-def _write_once(folder: Path, files: dict[str, bytes], found: dict[str, AdaptedLinear]) -> None:
-    """Write them; where parameters are sharded, in the first process alone, and all return when that is done."""
-    sharded = any(hasattr(p, "full_tensor") for layer in found.values() for p in layer.parameters())
+def _write_once(folder: Path, files: dict[str, bytes], layers: dict[str, AdaptedLinear]) -> None:
+    """Write the files. Where parameters are sharded, the first process writes and all return when it has."""
+    sharded = any(hasattr(p, "full_tensor") for layer in layers.values() for p in layer.parameters())
     try:
         if not sharded or torch.distributed.get_rank() == 0:
-            _write(folder, files)
+            write_together(folder, files, (WEIGHTS, CONFIG, STATE, OURS))
     finally:
         if sharded:
             torch.distributed.barrier()
 
 
-def _peft_keys(name: str) -> dict[str, str]:
-    return {"down": f"{_PEFT_PREFIX}{name}.lora_A.weight", "up": f"{_PEFT_PREFIX}{name}.lora_B.weight"}
+# ----------------------------------------------------------------------------------------- reading
+
+
+def _checked(ours: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content of forgetless.json, if it has the entries that ``load`` reads."""
+    if ours.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {ours.get('format')!r}, this version reads {FORMAT}")
+    layers, digests, count = ours.get("layers"), ours.get("sha256"), ours.get("consolidated", 0)
+    if not (
+        isinstance(layers, dict)
+        and layers
+        and all(isinstance(facts, dict) for facts in layers.values())
+        and isinstance(digests, dict)
+        and isinstance(digests.get(WEIGHTS), str)
+        and isinstance(ours.get("method"), dict)
+    ):
+        raise ValueError(f"{path}: damaged, wants method, layers and sha256")
+    if type(count) is not int or count < 0:
+        raise ValueError(f"{path}: consolidated is {count!r}, wants a count")
+    return ours
+
+
+def _find(model: nn.Module, names: Iterable[str], folder: Path) -> dict[str, nn.Module]:
+    names = list(names)
+    present = dict(model.named_modules())
+    for name in names:
+        if name not in present:
+            raise ValueError(f"{folder}: the adapter has a layer {name}, this {type(model).__name__} has none")
+    layers = find_layers(model, names)
+    return {name: layers[name] for name in names}
+
+
+def _check_layers(model: nn.Module, facts: dict[str, Any], method: Method, folder: Path) -> None:
+    """The base model has these layers, of these sizes and, where that is saved, with these weights."""
+    for name, layer in _find(model, facts, folder).items():
+        saved, shape = facts[name], tuple(site_of(name, layer).weight.shape)
+        if (saved.get("out_features"), saved.get("in_features")) != shape:
+            raise ValueError(
+                f"{folder}: {name} was (out {saved.get('out_features')}, in {saved.get('in_features')}), "
+                f"this model's is {shape}"
+            )
+        if "weight_sha256" in saved and weight_hash(weight_mark(layer)) != saved["weight_sha256"]:
+            raise ValueError(
+                f"{folder}: the weight of {name} is not the one this {method.name} adapter was made on; "
+                "load it onto the same base model, in the same dtype"
+            )
+
+
+def _restore(
+    model: nn.Module, facts: dict[str, Any], tensors: dict[str, Tensor], state: dict[str, Tensor], count: int
+) -> None:
+    """Copy what was saved into the adapters, and fold the ``count`` consolidated tasks into the weights."""
+    layers = adapters(model)
+    folded = {name: _take_folded(tensors, layer, count) for name, layer in layers.items()}
+    _fill(model, tensors, state)
+    for name, layer in layers.items():
+        if isinstance(layer.adapter, CURLoRAAdapter):
+            layer.adapter.gather(site_of(layer.name, layer.base, values=True).weight)
+            layer.adapter.weight_sha256 = facts[name].get("weight_sha256")
+        for factors in folded[name]:
+            layer.fold(factors)
+    share_statistics(model)
+
+
+def _take_folded(tensors: dict[str, Tensor], layer: AdaptedLinear, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Remove the factors of ``count`` consolidated tasks from ``tensors``, checked against the layer."""
+    N, K = layer.out_features, layer.in_features
+    device = layer.weight.device
+    if isinstance(layer.adapter, LoRAAdapter):
+        R = layer.adapter.down.shape[0]
+        a, b = peft_format.keys(layer.name).values()
+        shapes = {a: torch.empty((1 + count) * R, K), b: torch.empty(N, (1 + count) * R)}
+        (_, down), (_, up) = _take(tensors, shapes, WEIGHTS)
+        downs, ups = down.split(R), [part.contiguous() for part in up.split(R, dim=1)]
+        tensors[a], tensors[b] = downs[0], ups[0]
+        return [(d.to(device), u.to(device)) for d, u in zip(downs[1:], ups[1:], strict=True)]
+    factors = []
+    for index in range(count):
+        R = layer.adapter.factors()[0].shape[0]
+        shapes = dict(zip(_folded_keys(layer.name, index), (torch.empty(R, K), torch.empty(N, R)), strict=True))
+        (_, down), (_, up) = _take(tensors, shapes, WEIGHTS)
+        factors.append((down.to(device), up.to(device)))
+    return factors
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (tensor in the model, tensor from disk), all checked before any is copied."""
+def _fill(model: nn.Module, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Copy the saved tensors into the model. All are checked before any is copied."""
     pairs = []
     tensors, state = dict(tensors), dict(state)
     for name, layer in adapters(model).items():
         if isinstance(layer.adapter, LoRAAdapter):
-            wanted = {key: getattr(layer.adapter, factor).data for factor, key in _peft_keys(name).items()}
+            targets = {key: getattr(layer.adapter, factor).data for factor, key in peft_format.keys(name).items()}
         else:
-            wanted = {f"{name}.{key}": tensor for key, tensor in _own_tensors(layer).items()}
-        pairs += _take(tensors, wanted, WEIGHTS)
+            targets = {f"{name}.{key}": tensor for key, tensor in _own_tensors(layer).items()}
+        pairs += _take(tensors, targets, WEIGHTS)
         for index, penalty in enumerate(layer.adapter.penalty_states()):
-            wanted = {f"{name}.{index}.{key}": tensor for key, tensor in penalty.state_dict().items()}
-            pairs += _take(state, wanted, STATE)
+            targets = {f"{name}.{index}.{key}": tensor for key, tensor in penalty.state_dict().items()}
+            pairs += _take(state, targets, STATE)
     for file, left in ((WEIGHTS, tensors), (STATE, state)):
         if left:
             raise ValueError(f"{file} holds {min(left)}, which this model has no place for")
-    return pairs
+    for target, tensor in pairs:
+        target.copy_(tensor)
 
 
-def _take(tensors: dict[str, Tensor], wanted: dict[str, Tensor], file: str) -> list[tuple[Tensor, Tensor]]:
+def _take(tensors: dict[str, Tensor], targets: dict[str, Tensor], file: str) -> list[tuple[Tensor, Tensor]]:
+    """Remove the tensors of these keys from ``tensors``; pairs (target, tensor) of equal shape and kind of dtype."""
     pairs = []
-    for key, target in wanted.items():
+    for key, target in targets.items():
         if key not in tensors:
             raise ValueError(f"{file} lacks {key}")
         tensor = tensors.pop(key)
@@ -310,195 +335,3 @@ def _take(tensors: dict[str, Tensor], wanted: dict[str, Tensor], file: str) -> l
             raise ValueError(f"{file}: {key} has dtype {tensor.dtype}, wants {target.dtype}")
         pairs.append((target, tensor))
     return pairs
-
-
-# ------------------------------------------------------------------------------------------ PEFT
-
-
-def _peft_config(model: nn.Module, found: dict[str, AdaptedLinear], method: Method) -> dict[str, Any]:
-    first = next(iter(found.values()))
-    rank = first.adapter.factors()[0].shape[0] * (1 + len(first.folded))
-    exact = isinstance(first.adapter, LoRAAdapter) and not first.folded  # PEFT divides by the rank as the method does
-    rslora = exact and bool(getattr(method, "rslora", False))
-    alpha = getattr(method, "alpha", None) if exact else None
-    if alpha is None:
-        alpha = first.adapter.scale * rank
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": _base_name(model),
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": first.adapter.dropout,
-        "use_rslora": rslora,
-        "fan_in_fan_out": first.transposed,
-        "bias": "none",
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "target_modules": _short_targets(model, found),
-    }
-
-
-def _short_targets(model: nn.Module, found: dict[str, AdaptedLinear]) -> list[str]:
-    """The last parts of the names where they mean the same layers, else the full names."""
-    last = {name.rpartition(".")[2] for name in found}
-    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
-    return sorted(last) if meant == set(found) else sorted(found)
-
-
-def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """A LoRA checkpoint that PEFT wrote."""
-    config = _read_json(_newest(folder, CONFIG))
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, wants 'LORA'")
-    refused = {
-        "use_dora": "DoRA",
-        "modules_to_save": "modules_to_save",
-        "rank_pattern": "per-layer ranks",
-        "alpha_pattern": "per-layer alphas",
-        "lora_bias": "a bias in lora_B",
-        "layer_replication": "replicated layers",
-        "trainable_token_indices": "trained tokens",
-    }
-    for key, what in refused.items():
-        if config.get(key):
-            raise ValueError(f"{folder / CONFIG}: the checkpoint has {what} ({key}), which forgetless does not load")
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
-        raise ValueError(
-            f"{folder / CONFIG}: init_lora_weights is {start!r}, which changes the base weights as well; "
-            "convert the checkpoint to plain LoRA with PEFT first"
-        )
-    tensors = _read_tensors(_newest(folder, WEIGHTS), None)
-    names = []
-    for key in tensors:
-        name = key.removeprefix(_PEFT_PREFIX)
-        for suffix in (".lora_A.weight", ".lora_B.weight"):
-            if name.endswith(suffix):
-                names.append(name.removesuffix(suffix))
-                break
-        else:
-            raise ValueError(f"{folder / WEIGHTS}: {key} is not a LoRA factor of a linear layer")
-    names = list(dict.fromkeys(names))
-    if not names:
-        raise ValueError(f"{folder / WEIGHTS}: holds no tensors")
-    _find(model, names, folder)
-    method = LoRA(
-        rank=config.get("r"),  # type: ignore[arg-type]
-        alpha=config.get("lora_alpha"),  # type: ignore[arg-type]
-        dropout=config.get("lora_dropout") or 0.0,
-        rslora=bool(config.get("use_rslora")),
-    )
-    adapt(model, method, names)
-    try:
-        for target, tensor in _fill(model, tensors, {}):
-            target.copy_(tensor)
-    except Exception:
-        from ..model import remove
-
-        remove(model)
-        raise
-    return model
-
-
-# ----------------------------------------------------------------------------------------- files
-
-
-def _bytes(tensors: dict[str, Tensor]) -> bytes:
-    plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    return serialise(plain, metadata={"format": "pt"})
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """All of them count from the moment when the folder that holds them is renamed: ``_newest`` finds them there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _settle(folder)
-    scratch = Path(tempfile.mkdtemp(prefix=f".saving-{os.getpid()}-", dir=folder))
-    there = folder / scratch.name.replace(".saving-", _WHOLE)
-    try:
-        for name, data in files.items():
-            with open(scratch / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, scratch / f"{name}.old")
-        os.rename(scratch, there)
-        try:
-            for name in files:
-                with suppress(FileNotFoundError):  # another process that saves here has put it in place
-                    os.replace(there / name, folder / name)
-        except BaseException:  # files of two saves do not fit together: put the old ones back
-            os.rename(there, scratch)
-            for name in files:
-                if (scratch / name).exists():
-                    continue
-                if (scratch / f"{name}.old").exists():
-                    os.replace(scratch / f"{name}.old", folder / name)
-                else:
-                    (folder / name).unlink(missing_ok=True)
-            raise
-        if STATE not in files:
-            (folder / STATE).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(there, ignore_errors=True)
-
-
-def _newest(folder: Path, name: str) -> Path:
-    """Where the file is: a save that was killed has not put all of its files in place."""
-    found: dict[Path, int] = {}
-    for path in (*folder.glob(f"{_WHOLE}*/{name}"), folder / name):
-        with suppress(OSError):  # moved meanwhile, or a link to nowhere
-            found[path] = path.stat().st_mtime_ns
-    return max(found, key=lambda path: found[path], default=folder / name)
-
-
-def _settle(folder: Path) -> None:
-    """Put in place what a killed save could not, and throw away what it had not written to its end."""
-    for left in folder.glob(".saving-*"):
-        with suppress(OSError):
-            if time.time() - left.lstat().st_mtime > _STALE:
-                shutil.rmtree(left)
-    for left in folder.glob(f"{_WHOLE}*"):
-        if left.is_symlink() or not left.is_dir():
-            continue
-        for name in (WEIGHTS, CONFIG, STATE, OURS):
-            if _newest(folder, name) == left / name:
-                with suppress(FileNotFoundError):
-                    os.replace(left / name, folder / name)
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path}: wants a file")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; is {path.parent} a folder with a saved adapter?") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits too
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: holds a {type(data).__name__}, wants an object")
-    return data
-
-
-def _read_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    if sha256 is not None:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
-        got = digest.hexdigest() if digest is not None else hashlib.sha256(path.read_bytes()).hexdigest()
-        if got != sha256:
-            raise ValueError(f"{path}: damaged, or of another save than {OURS}: SHA-256 {got}, wants {sha256}")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None

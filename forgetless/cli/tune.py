@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetless.ops import blas, reference
+from forgetless.ops import blas, dispatch, reference
 from forgetless.ops import dispatch as plans
 from forgetless.ops.autograd import Call, Need, Saved, gradients
 
@@ -45,7 +46,7 @@ class Candidate:
 
 def candidates(sweep: str, tiles: bool) -> list[Candidate]:
     """All that is tried for one problem; ``blas`` first, it is what the others must beat."""
-    found = [Candidate(plan) for plan in plans.PLANS]
+    result = [Candidate(plan) for plan in dispatch.PLANS]
     if tiles:
         fields = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
         for values in (
@@ -55,19 +56,19 @@ def candidates(sweep: str, tiles: bool) -> list[Candidate]:
             (64, 256, 64, 8, 4),
             (256, 128, 64, 8, 3),
         ):
-            found.append(Candidate("split", tuple(zip(fields, values, strict=True))))
-    return found
+            result.append(Candidate("split", tuple(zip(fields, values, strict=True))))
+    return result
 
 
-def operands(wanted: plans.Problem, device: torch.device) -> dict[str, Tensor]:
+def operands(problem: dispatch.Problem, device: torch.device) -> dict[str, Tensor]:
     """Inputs whose results are not noise: unit-variance outputs, a low-rank term as large as the frozen one."""
     generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, wanted.dtype)
+    dtype = getattr(torch, problem.dtype)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
-    M, N, K, R = wanted.M, wanted.N, wanted.K, wanted.R
+    M, N, K, R = problem.M, problem.N, problem.K, problem.R
     return {
         "x": normal(M, K),
         "dy": normal(M, N),
@@ -78,25 +79,25 @@ def operands(wanted: plans.Problem, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def runner(wanted: plans.Problem, module: Any, plan: str, t: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
+def runner(problem: dispatch.Problem, module: Any, plan: str, t: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
     """One call of the sweep by one module and plan."""
-    if wanted.sweep == "forward":
+    if problem.sweep == "forward":
         return lambda: list(module.linear_lowrank(t["x"], t["weight"], t["down"], t["up"], scale=1.0, plan=plan))
     dtype = t["x"].dtype
     saved = Saved(t["x"], t["h"], None, [t["weight"]], [t["down"]], [t["up"]])
     need = Need(True, [False], [False], [True], [True], dtype, [dtype])
 
     def run() -> list[Tensor]:
-        grads = gradients(Call(), saved, need, [t["dy"]], None, plans.Route(module, plan))
+        grads = gradients(Call(), saved, need, [t["dy"]], None, dispatch.Route(module, plan))
         return [grad for grad in grads if grad is not None]
 
     return run
 
 
-def truth(wanted: plans.Problem, t: dict[str, Tensor]) -> list[Tensor]:
+def truth(problem: dispatch.Problem, t: dict[str, Tensor]) -> list[Tensor]:
     """The sweep by the reference in float64, rounded once."""
     wide = {name: tensor.double() for name, tensor in t.items()}
-    return [result.to(t["x"].dtype) for result in runner(wanted, reference, "split", wide)()]
+    return [result.to(t["x"].dtype) for result in runner(problem, reference, "split", wide)()]
 
 
 def with_tile(candidate: Candidate, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
@@ -108,22 +109,22 @@ def with_tile(candidate: Candidate, run: Callable[[], list[Tensor]]) -> Callable
 
 
 def measure(
-    wanted: plans.Problem,
+    problem: dispatch.Problem,
     tried: Iterable[Candidate],
     device: torch.device,
     say: Callable[[str], None],
-    seconds: Callable[..., list[float]] = plans.time_interleaved,
+    seconds: Callable[..., list[float]] = dispatch.time_interleaved,
 ) -> dict[str, Any]:
     """The row of one problem: the winner, and the milliseconds of everything that was right."""
-    kernels = plans.kernels
-    t = operands(wanted, device)
-    right = truth(wanted, t)
+    kernels = dispatch.kernels
+    t = operands(problem, device)
+    right = truth(problem, t)
     runs: dict[Candidate, Callable[[], list[Tensor]]] = {}
     for candidate in tried:
         module = blas if candidate.plan == "blas" else kernels
-        run = with_tile(candidate, runner(wanted, module, candidate.plan, t))
+        run = with_tile(candidate, runner(problem, module, candidate.plan, t))
         try:
-            wrong = plans.disagreement(run(), right)
+            wrong = dispatch.disagreement(run(), right)
         except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         if wrong is None:
@@ -131,7 +132,7 @@ def measure(
         else:
             say(f"  {candidate}: left out: {wrong}")
     if not runs:
-        raise RuntimeError(f"no candidate computes {wanted.key} right on {wanted.gpu}")
+        raise RuntimeError(f"no candidate computes {problem.key} right on {problem.gpu}")
     times = dict(zip(runs, seconds(list(runs.values()), device), strict=True))
     best = min(times, key=lambda candidate: times[candidate])
     row: dict[str, Any] = {"plan": best.plan, "ms": {str(c): round(1e3 * s, 6) for c, s in times.items()}}
@@ -149,29 +150,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 1024 and 8192")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tiles", action="store_true", help="try several tiles of the split plan as well")
-    parser.add_argument("--fresh", action="store_true", help="measure again what the table holds already")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the table has already")
     parser.add_argument("--toy", action="store_true", help="tiny sizes; runs in the interpreter without a GPU")
     parser.add_argument("--out", type=Path, help="the table's file")
     options = parser.parse_args(argv)
     try:
-        problems = list(wanted_problems(options))
+        problems = list(problems_of(options))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    path = options.out or plans.table_path()
-    if options.out is not None:
-        os.environ["FORGETLESS_TUNE"] = str(options.out)
-    plans.forget()
-    rows = {gpu: dict(found) for gpu, found in plans.measured().items()}
+    path = options.out or dispatch.table_path()
+    rows = saved_rows(path)
     todo = [p for p in problems if options.fresh or p.key not in rows.get(p.gpu, {})]
     print(f"{len(problems)} problems, {len(problems) - len(todo)} measured before; table: {path}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        for index, wanted in enumerate(todo, 1):
-            print(f"[{index}/{len(todo)}] {wanted.key}", flush=True)
-            row = measure(wanted, candidates(wanted.sweep, options.tiles), device, lambda text: print(text, flush=True))
-            rows.setdefault(wanted.gpu, {})[wanted.key] = row
-            plans.store(rows, path)
+        for index, problem in enumerate(todo, 1):
+            print(f"[{index}/{len(todo)}] {problem.key}", flush=True)
+            row = measure(
+                problem, candidates(problem.sweep, options.tiles), device, lambda text: print(text, flush=True)
+            )
+            rows.setdefault(problem.gpu, {})[problem.key] = row
+            dispatch.store(rows, path)
             times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in row["ms"].items())
             print(f"  {row['plan']} wins: {times}", flush=True)
     except KeyboardInterrupt:
@@ -180,7 +180,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def wanted_problems(options: argparse.Namespace) -> Iterable[plans.Problem]:
+def saved_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of the table at ``path``; empty if there is none, or none that can be read."""
+    try:
+        return dispatch.check_table(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        print(f"ignoring the tuning table {path}: {error}", file=sys.stderr)
+        return {}
+
+
+def problems_of(options: argparse.Namespace) -> Iterable[dispatch.Problem]:
     """What to measure, forward and backward of every combination.
 
     Raises:
@@ -202,7 +213,7 @@ def wanted_problems(options: argparse.Namespace) -> Iterable[plans.Problem]:
         if min(N, K, M, R) < 1:
             raise ValueError(f"--shape {text}, --tokens {M}, --rank {R}: all must be at least 1")
         for sweep in ("forward", "backward"):
-            yield plans.problem_of(device, sweep, M, N, K, R, getattr(torch, options.dtype))
+            yield dispatch.problem_of(device, sweep, M, N, K, R, getattr(torch, options.dtype))
 
 
 if __name__ == "__main__":

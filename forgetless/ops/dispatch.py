@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from ..files import write_json
 from . import blas, reference
 from .check import dtype_name
 
@@ -452,12 +453,7 @@ def store(rows: dict[str, dict[str, Any]], path: Path | None = None) -> Path:
     path = path or table_path()
     check_table({"format": FORMAT, "gpus": rows})
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps({"format": FORMAT, "gpus": rows}, indent=1, sort_keys=True) + "\n", "utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_json(path, {"format": FORMAT, "gpus": rows}, sort_keys=True)
     forget()
     return path
 

@@ -24,7 +24,7 @@ from ..cli.console import Ui
 from . import results as book
 from .data import Collator, Domain, encode_domain
 from .evaluate import facts, nll
-from .machine import commit
+from .machine import commit, machine, versions
 from .metrics import continual, summary
 from .models import describe
 from .options import Plan
@@ -195,8 +195,8 @@ def open_book(session: Session) -> dict[str, Any]:
         "created": book.now(),
         "command": session.options.command,
         "commit": commit(),
-        "machine": book.machine(session.device),
-        "versions": book.versions(),
+        "machine": machine(session.device),
+        "versions": versions(),
         "options": options,
         "model": {**describe(session.model), "checksum": session.checksum},
         "domains": [

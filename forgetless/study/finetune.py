@@ -18,6 +18,7 @@ from . import results as book
 from .batches import Encoded, encode_for_training
 from .data import Collator, Domain, encode_domain, load_domain
 from .evaluate import nll
+from .machine import machine, versions
 from .models import load_model
 from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
 from .session import calibrates, check_fit, source_rows, take_tokens
@@ -133,8 +134,8 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
             fl.save(model, options.out)
         log: dict[str, Any] = {
             "created": book.now(),
-            "versions": book.versions(),
-            "machine": book.machine(next(model.parameters()).device),
+            "versions": versions(),
+            "machine": machine(next(model.parameters()).device),
             "processes": processes.count(),
             "settings": plan.settings,
             "config": dataclasses.asdict(config),

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ..files import folder_atomically, write_json
 from .packages import cache_folder, package_file
 
 DEFAULT_MODEL = "smollm2"
@@ -227,22 +226,12 @@ def _pretrained(
 
 
 def _store(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the checkpoint beside its place and rename it there: a reader sees all of it or none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    """Write the checkpoint, and the checksum of each of its files."""
+    with folder_atomically(folder) as partial:
         with _no_progress_bars():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        sums = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / MANIFEST, {path.name: _digest(path) for path in sorted(partial.iterdir())})
 
 
 def _cache_fault(folder: Path) -> str | None:

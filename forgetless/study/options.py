@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from forgetless.files import half_written
 from forgetless.methods import METHODS
 from forgetless.penalties import PENALTIES
 
@@ -264,38 +264,6 @@ def writable(folder: Path) -> Path:
     except OSError as error:
         raise BadInput(f"cannot write into {folder}: {error.strerror or error}") from None
     return folder
-
-
-def half_written(folder: Path) -> list[Path]:
-    """What ``write_atomically``, ``writable`` and ``fl.save`` of processes that are no more have left in the folder."""
-    found = []
-    for path in (p for pattern in (".*", "runs/.*", "stopped/*/.*") for p in folder.glob(pattern)):
-        mark = re.fullmatch(r"\.(?:writing|saving|probe)-(\d+)-.+", path.name)
-        if mark is not None and not alive(int(mark[1])):
-            found.append(path)
-    return found
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of that number runs here."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # somebody else's; or a number no process has
-        return True
-    return True
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """All of it or nothing: written beside, then renamed."""
-    raw = data.encode() if isinstance(data, str) else data
-    beside = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    try:
-        beside.write_bytes(raw)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def parse_targets(targets: list[str] | None) -> str | list[str]:

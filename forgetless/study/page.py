@@ -8,8 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
 from .metrics import ALMOST_ALL, ENOUGH, summary
-from .options import write_atomically
 from .plots import draw, draw_pareto
 from .report import Table, between, drift_sentence, further_tables, main_table, settings_table
 

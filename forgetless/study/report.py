@@ -12,8 +12,8 @@ from rich import box
 from rich.markup import escape as plain_markup
 from rich.table import Table as RichTable
 
+from ..files import write_atomically
 from .metrics import ALMOST_ALL, drift_and_forgetting, summary
-from .options import write_atomically
 from .plots import draw, draw_pareto
 from .results import by_label
 from .stats import half_width, interval

@@ -4,50 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
 from collections.abc import Iterable
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .machine import processor
-from .options import BadInput, write_atomically
+from ..files import write_json
+from .options import BadInput
 
 #: Raised by one whenever a reader of the old form would misunderstand the new one.
 SCHEMA = 1
 KIND = "forgetless.compare"
 FILE = "results.json"
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on; nothing that names a person, a host or a folder."""
-    about: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": "cpu",
-    }
-    if device.type == "cuda":
-        about["device"] = torch.cuda.get_device_name(device)
-    return about
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("forgetless", "torch", "triton", "transformers", "accelerate", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    found["torch"] = torch.__version__
-    return found
 
 
 def now() -> str:
@@ -68,7 +37,7 @@ def plain(value: Any) -> Any:
 
 def dump(path: Path, value: Any) -> None:
     """Write JSON, all of it or nothing."""
-    write_atomically(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+    write_json(path, plain(value))
 
 
 def read_results(folder: Path) -> dict[str, Any]:

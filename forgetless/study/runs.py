@@ -11,7 +11,7 @@ from typing import Any
 
 from ..cli.console import Ui
 from . import results as book
-from .machine import commit
+from .machine import commit, machine, versions
 from .options import Plan
 from .session import Session
 
@@ -34,8 +34,8 @@ def fingerprint(session: Session, plan: Plan | None, seed: int | None) -> str:
     }
     about: dict[str, Any] = {
         "schema": book.SCHEMA,
-        "versions": book.versions(),
-        "machine": book.machine(session.device),
+        "versions": versions(),
+        "machine": machine(session.device),
         "model": session.checksum,
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
     }

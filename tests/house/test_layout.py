@@ -79,8 +79,20 @@ def test_methods_and_penalties_reach_no_higher():
 
 
 def test_nothing_imports_the_tests_or_the_bench():
-    for path in [*LIBRARY, *KERNELS]:
+    for path in [*LIBRARY, *STUDY, *KERNELS]:
         assert not roots(path) & {"tests", "helpers", "bench", "forgetless_bench"}, short(path)
+
+
+def test_one_module_writes_files():
+    """All that is written goes through ``forgetless/files.py``: to a temporary place, then renamed."""
+    for path in [*LIBRARY, *STUDY]:
+        if path.name == "files.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+                renames = owner == "os" and node.func.attr in ("replace", "rename")
+                assert not renames and node.func.attr not in ("write_text", "write_bytes"), f"{path}:{node.lineno}"
 
 
 def test_kernels_and_bench_are_namespace_folders():

@@ -19,10 +19,10 @@ peft = pytest.importorskip("peft")
 
 @pytest.fixture
 def other(monkeypatch: pytest.MonkeyPatch) -> Any:
-    versions.heed.cache_clear()
+    versions.warn_untested.cache_clear()
     monkeypatch.setattr(versions, "installed", lambda package: "99.1.0rc1")
     yield
-    versions.heed.cache_clear()
+    versions.warn_untested.cache_clear()
 
 
 def loras() -> Any:
@@ -43,11 +43,11 @@ def test_tested_ones_are_not_remarked_upon(monkeypatch: pytest.MonkeyPatch) -> N
         warnings.simplefilter("error", UserWarning)
         for package, bounds in versions.TESTED.items():
             for major, minor in bounds:
-                versions.heed.cache_clear()
+                versions.warn_untested.cache_clear()
                 monkeypatch.setattr(versions, "installed", lambda _, found=f"{major}.{minor}.7": found)
-                versions.heed(package, "it")
+                versions.warn_untested(package, "it")
     assert versions.tested("transformers").startswith("transformers 5.")
-    versions.heed.cache_clear()
+    versions.warn_untested.cache_clear()
 
 
 def test_what_a_version_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ import pytest
 from tiny_study import write_model, write_texts
 
 from forgetless.cli.main import main
+from forgetless.files import half_written, write_atomically
 from forgetless.study import finetune
-from forgetless.study.options import half_written, writable, write_atomically
+from forgetless.study.options import writable
 from forgetless_bench import kept, kills, reliability, tables
 from forgetless_bench.whole import Broken, opened
 

@@ -279,7 +279,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> No
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(models.os, "rename", full)
+    monkeypatch.setattr("os.rename", full)
     with pytest.raises(OSError, match="no space left"):
         models._store(tmp_path / "cache" / "key", tiny_model(), tiny_tokenizer())
     assert list((tmp_path / "cache").iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import tempfile
 
 import pytest
@@ -139,29 +140,58 @@ def test_expanded_tensors(function, axis):
     check(function, *tensors)
 
 
-@every_function
-def test_nothing_beside_the_operands_is_touched(function, monkeypatch):
-    """Guard pages: NaN around what is read, a sentinel around what is written."""
-    buffers = []
+@contextlib.contextmanager
+def guarded(tensors, monkeypatch, contiguous=False):
+    """Yields the tensors with NaN around each; then checks the sentinel around all that was allocated meanwhile.
+
+    ``contiguous``: what is allocated has guards before and after it only, as the kernels of a whole pass need.
+    """
+    buffers, guard = [], 39
 
     def padded(shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> torch.Tensor:
-        pads = [(37, 41)] * len(shape)
-        buffer = torch.full([n + a + b for n, (a, b) in zip(shape, pads, strict=True)], fill, dtype=dtype)
-        buffers.append((buffer.to(DEVICE), shape))
-        return buffers[-1][0][tuple(slice(a, a + n) for n, (a, _) in zip(shape, pads, strict=True))]
+        buffer = torch.full([guard + n + guard for n in shape], fill, dtype=dtype, device=DEVICE)
+        buffers.append((buffer, shape))
+        return buffer[tuple(slice(guard, guard + n) for n in shape)]
 
-    tensors = []
-    for t in operands(function, 33, 50, 65, 24, torch.bfloat16):
-        tensors.append(padded(tuple(t.shape), float("nan"), t.dtype).copy_(t))
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+        if contiguous:
+            nonlocal guard
+            guard = 1 << 14  # elements, more than any tile has
+            return padded((math.prod(shape),), -77.0, dtype).view(shape)
+        return padded(tuple(shape), -77.0, dtype)
+
+    tensors = [padded(tuple(t.shape), float("nan"), t.dtype).copy_(t) for t in tensors]
     del buffers[:]
-    monkeypatch.setattr(tl_utils, "empty", lambda shape, dtype, like: padded(tuple(shape), -77.0, dtype))
-    with tiles.forced(function, BLOCK_M=16):  # several strips
-        check(function, *tensors, p=P)
+    monkeypatch.setattr(tl_utils, "empty", empty)
+    yield tensors
     assert buffers
     for buffer, shape in buffers:
         inside = torch.zeros_like(buffer, dtype=torch.bool)
-        inside[tuple(slice(37, 37 + n) for n in shape)] = True
+        inside[tuple(slice(guard, guard + n) for n in shape)] = True
         assert (buffer[~inside] == -77.0).all()
+
+
+@every_function
+def test_nothing_beside_the_operands_is_touched(function, monkeypatch):
+    """Guard pages: NaN around what is read, a sentinel around what is written."""
+    with guarded(operands(function, 33, 50, 65, 24, torch.bfloat16), monkeypatch) as tensors:
+        with tiles.forced(function, BLOCK_M=16):  # several strips
+            check(function, *tensors, p=P)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", ["project_outer", *fused.PLANS])
+def test_nothing_beside_the_operands_of_a_whole_pass_is_touched(plan, dtype, monkeypatch):
+    monkeypatch.setattr(project, "sweep_pays", lambda *sizes: True)
+    x, weight, h, up, bias = operands("matmul_lowrank", 33, 50, 65, 24, dtype)
+    down = draw(24, 65) / 65**0.5
+    sweep = plan == "project_outer"
+    with guarded([x, down, h] if sweep else [x, weight, down, up, bias], monkeypatch, contiguous=True) as tensors:
+        if sweep:
+            results = fused.project_outer(*tensors)
+        else:
+            results = fused.linear_lowrank(*tensors, 0.5, P, seeds(*SEED), plan=plan)
+        assert all(t.isfinite().all() for t in results)
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-5, 0.1, 0.5, 0.9, 1.0])

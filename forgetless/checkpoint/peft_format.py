@@ -1,0 +1,161 @@
+"""PEFT's folder layout for LoRA: its two files, its key names and its config, written and read without PEFT."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from ..files import newest, read_json
+from ..layers.linear import AdaptedLinear
+from ..methods import LoRA, Method
+from ..methods.lora import LoRAAdapter
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+#: Entries of a config that change what the checkpoint computes and that LoRA here does not have.
+UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules_to_save",
+    "rank_pattern": "per-layer ranks",
+    "alpha_pattern": "per-layer alphas",
+    "lora_bias": "a bias in lora_B",
+    "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained tokens",
+}
+
+
+def keys(name: str) -> dict[str, str]:
+    """Factor -> the key of its tensor, for the layer ``name``."""
+    return {"down": f"{PREFIX}{name}.lora_A.weight", "up": f"{PREFIX}{name}.lora_B.weight"}
+
+
+def tensors_of(name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
+    """lora_A (R, K) and lora_B (N, R) on the CPU.
+
+    The factors of consolidated tasks follow as further ranks, so that PEFT computes the sum on the original base model.
+    """
+    factors = [tuple(factor.detach() for factor in layer.adapter.factors()), *layer.folded]
+    downs, ups = zip(*((down.cpu(), up.cpu()) for down, up in factors), strict=True)
+    return dict(zip(keys(name).values(), (torch.cat(downs), torch.cat(ups, dim=1)), strict=True))
+
+
+def base_name(model: nn.Module) -> str | None:
+    """What the model was loaded from, as transformers records it."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def config_of(model: nn.Module, layers: Mapping[str, AdaptedLinear], method: Method) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    first = next(iter(layers.values()))
+    rank = first.adapter.factors()[0].shape[0] * (1 + len(first.folded))
+    exact = isinstance(first.adapter, LoRAAdapter) and not first.folded  # PEFT divides by the rank as the method does
+    rslora = exact and bool(getattr(method, "rslora", False))
+    alpha = getattr(method, "alpha", None) if exact else None
+    if alpha is None:
+        alpha = first.adapter.scale * rank
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": base_name(model),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": first.adapter.dropout,
+        "use_rslora": rslora,
+        "fan_in_fan_out": first.transposed,
+        "bias": "none",
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": _target_modules(model, layers),
+    }
+
+
+def _target_modules(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> list[str]:
+    """The last parts of the names where they select the same layers, else the full names."""
+    last = {name.rpartition(".")[2] for name in layers}
+    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last) if selected == set(layers) else sorted(layers)
+
+
+def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor]]:
+    """Method, names of the layers and tensors of a LoRA checkpoint that PEFT wrote.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or the checkpoint has what forgetless does not load.
+    """
+    path = folder / CONFIG
+    config = read_json(newest(folder, CONFIG))
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, wants 'LORA'")
+    for key, title in UNSUPPORTED.items():
+        if config.get(key):
+            raise ValueError(f"{path}: the checkpoint has {title} ({key}), which forgetless does not load")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+        raise ValueError(
+            f"{path}: init_lora_weights is {start!r}, which changes the base weights as well; "
+            "convert the checkpoint to plain LoRA with PEFT first"
+        )
+    tensors = read_tensors(newest(folder, WEIGHTS))
+    names = list(dict.fromkeys(_layer_of(key, folder) for key in tensors))
+    if not names:
+        raise ValueError(f"{folder / WEIGHTS}: holds no tensors")
+    method = LoRA(
+        rank=config.get("r"),  # type: ignore[arg-type]
+        alpha=config.get("lora_alpha"),  # type: ignore[arg-type]
+        dropout=config.get("lora_dropout") or 0.0,
+        rslora=bool(config.get("use_rslora")),
+    )
+    return method, names, tensors
+
+
+def _layer_of(key: str, folder: Path) -> str:
+    for suffix in (".lora_A.weight", ".lora_B.weight"):
+        if key.endswith(suffix):
+            return key.removeprefix(PREFIX).removesuffix(suffix)
+    raise ValueError(f"{folder / WEIGHTS}: {key} is not a LoRA factor of a linear layer")
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file of these tensors."""
+    plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return serialise(plain, metadata={"format": "pt"})
+
+
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        path: the file.
+        sha256: hexadecimal digest that the file must have, if one is known.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the digest differs, or it is no safetensors file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if sha256 is not None:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != sha256:
+            raise ValueError(
+                f"{path}: damaged, or of another save than forgetless.json: SHA-256 {digest.hexdigest()}, "
+                f"wants {sha256}"
+            )
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
