@@ -54,8 +54,8 @@ __all__ = ["PLANS", "dx_and_ddown", "linear_lowrank", "matmul_lowrank", "outer",
 
 
 def dx_and_ddown(
-    dys: Sequence[Tensor],  # (M, N_i) each
-    weights: Sequence[Tensor],  # (N_i, K)
+    dys: Sequence[Tensor | None],  # (M, N_i) each; None adds no product with the weight
+    weights: Sequence[Tensor | None],  # (N_i, K)
     g: Tensor,  # (M, sum of R_i)
     downs: Sequence[Tensor],  # (R_i, K)
     x: Tensor | None,  # (M, K); None if ddown is not needed
@@ -70,6 +70,8 @@ def dx_and_ddown(
     if need_dx:
         parts = g.split_with_sizes([down.shape[0] for down in downs], 1)
         for dy, weight, part, down in zip(dys, weights, parts, downs, strict=True):
+            if dy is None or weight is None:
+                dy, weight = g.new_empty(g.shape[0], 0), g.new_empty(0, down.shape[1])
             term = matmul_lowrank(dy, weight.T, part, down.T, None, p, seed)
             dx = term if dx is None else dx.add_(term)
     return dx, None if x is None else outer(g, x, p, seed, dtype)

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from forgetless.ops import blas, dispatch, reference
-from forgetless.ops import dispatch as plans
-from forgetless.ops.autograd import Call, Need, Saved, gradients
+from forgetless.ops.autograd import Call, Saved, gradients
 
 #: out_features x in_features of Llama-3-8B, Qwen2.5-7B and Mistral-7B, most frequent first.
 SHAPES = ["4096x4096", "1024x4096", "14336x4096", "4096x14336", "3584x3584", "512x3584", "18944x3584", "3584x18944"]
@@ -83,9 +82,8 @@ def runner(problem: dispatch.Problem, module: Any, plan: str, t: dict[str, Tenso
     """One call of the sweep by one module and plan."""
     if problem.sweep == "forward":
         return lambda: list(module.linear_lowrank(t["x"], t["weight"], t["down"], t["up"], scale=1.0, plan=plan))
-    dtype = t["x"].dtype
     saved = Saved(t["x"], t["h"], None, [t["weight"]], [t["down"]], [t["up"]])
-    need = Need(True, [False], [False], [True], [True], dtype, [dtype])
+    need = [True, False, False, True, True]  # x, down and up
 
     def run() -> list[Tensor]:
         grads = gradients(Call(), saved, need, [t["dy"]], None, dispatch.Route(module, plan))
@@ -102,7 +100,7 @@ def truth(problem: dispatch.Problem, t: dict[str, Tensor]) -> list[Tensor]:
 
 def with_tile(candidate: Candidate, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
     def forced() -> list[Tensor]:
-        with plans.tile_forced(candidate.tile):
+        with dispatch.tile_forced(candidate.tile):
             return run()
 
     return forced if candidate.tile else run
@@ -197,7 +195,7 @@ def problems_of(options: argparse.Namespace) -> Iterable[dispatch.Problem]:
     Raises:
         ValueError: no GPU or no Triton, or an option that makes no sense.
     """
-    if plans.kernels is None:
+    if dispatch.kernels is None:
         raise ValueError("Triton is not installed; there is nothing to choose between")
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not (options.toy and interpreting):

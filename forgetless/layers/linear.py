@@ -14,7 +14,7 @@ from .. import compat
 from ..adapter import Adapter, Site, whole
 from ..methods.base import Method
 from ..ops.add_lowrank import Term, add_terms
-from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, prepare
+from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
 from .groups import Group, families
 from .quantized import kind_of, stand_in
 from .tensor_parallel import cut_of
@@ -192,7 +192,7 @@ class AdaptedLinear(nn.Module):
                 result = group.share(self, x, dropout, list(zip(ys, hs, strict=True)))  # type: ignore[union-attr]
         y, h = result
         self._record(x, h)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return like_x(y, x)
 
     def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """The weight as (N, K), bias, down and up, as they are now."""

@@ -18,12 +18,13 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .blas import as_dtype
 from .check import check
 from .dispatch import LaunchError, Route
 
@@ -56,8 +57,7 @@ class Call:
     module: Any = None
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """The tensors of the layers, a list each."""
 
     weights: Sequence[Tensor]  # (N_i, K); or with ``onto`` base (..., N_i)
@@ -138,42 +138,29 @@ def _add(call: Call, base: Tensor, h: Tensor, up: Tensor, bias: Tensor | None) -
     return y if bias is None else y.add_(bias)
 
 
-@dataclass(frozen=True)
-class Need:
-    """Which gradients are wanted, and the dtypes of those of the factors."""
-
-    x: bool
-    weights: Sequence[bool]
-    biases: Sequence[bool]
-    downs: Sequence[bool]
-    ups: Sequence[bool]
-    down_dtype: torch.dtype
-    up_dtypes: Sequence[torch.dtype]
-
-
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """What the backward pass reads."""
 
     x: Tensor | None  # (M, K), only for ddown and dweight
     h: Tensor | None  # (M, sum of R_i), only for dup
     seed: Tensor | None
-    weights: Sequence[Tensor]  # (N_i, K), None with ``onto``
-    downs: Sequence[Tensor]
-    ups: Sequence[Tensor]
+    weights: Sequence[Tensor | None]  # (N_i, K); None with ``onto``
+    downs: Sequence[Tensor]  # (R_i, K)
+    ups: Sequence[Tensor]  # (N_i, R_i)
 
 
 def gradients(
     call: Call,
     saved: Saved,
-    need: Need,
+    need: Sequence[bool],  # of x, then of all weights, biases, downs, ups
     dys: Sequence[Tensor | None],  # (M, N_i) each, at least one
     dh: Tensor | None,  # (M, sum of R_i)
     route: Route | None = None,
-) -> list[Tensor | None]:  # of x, then of all weights, biases, downs, ups
+) -> list[Tensor | None]:  # as ``need``
     """The gradients that are needed: each dy_i is read for g_i and dup_i at once, then for dx; x for ddown."""
-    like = next(dy for dy in dys if dy is not None)
-    downs, ups, x = saved.downs, saved.ups, saved.x
+    n, s, p = call.count, call.scale, call.p
+    x, h, seed, weights, downs, ups = saved
+    like: Any = dys[0] if n == 1 else next(dy for dy in dys if dy is not None)
     if route is None:
         R, K = downs[0].shape
         route = dispatch.choose_route("backward", like, (ups[0].shape[0], K, R), call.module)
@@ -181,68 +168,57 @@ def gradients(
             route = dispatch.first_use(route, lambda r: _given(gradients(call, saved, need, dys, dh, r)), like.device)
     if call.up_scale != 1.0:
         ups = [call.up_scale * up.float() for up in ups]
-    run, s, p, seed, n = route.module, call.scale, call.p, saved.seed, call.count
-    ranks = [up.shape[1] for up in ups]
-    need_down, need_g = any(need.downs), need.x or any(need.downs)
-    hs = [None] * n if saved.h is None else [saved.h] if n == 1 else saved.h.split_with_sizes(ranks, 1)
+    run, ranks = route.module, [up.shape[1] for up in ups]
+    need_x, need_downs, need_ups = need[0], need[1 + 2 * n : 1 + 3 * n], need[1 + 3 * n :]
+    need_down = any(need_downs)
+    need_g = need_x or need_down
+    hs: Any = [h] if n == 1 or h is None else h.split_with_sizes(ranks, 1)
     dx = ddown = None
     gs: list[Tensor] = []
     dups: list[Tensor | None] = [None] * n
     try:
         with route.tiles():
-            whole = route.plan != "split" and n == 1 and need.x and dh is None and not call.onto
-            if whole:  # g inside the kernel that makes dx
+            if route.plan != "split" and n == 1 and need_x and dh is None and not call.onto:
+                frozen: Any = weights[0]  # g inside the kernel that makes dx
                 options = {"drop_output": True, "plan": route.plan}
-                dx, g = run.linear_lowrank(like, saved.weights[0].T, ups[0].T, downs[0].T, None, s, p, seed, **options)
-                gs.append(g)
+                dx, g = run.linear_lowrank(like, frozen.T, ups[0].T, downs[0].T, None, s, p, seed, **options)
+                gs, need_g = [g], False
             for i, dy in enumerate(dys):
                 if dy is None:
-                    if need_g:
-                        gs.append(like.new_zeros(like.shape[0], ranks[i]))
-                elif need_g and not whole and need.ups[i]:
-                    g, dup = run.project_outer(dy, ups[i].T, hs[i], s, need.up_dtypes[i])
+                    gs.append(like.new_zeros(like.shape[0], ranks[i]))
+                elif need_g and need_ups[i]:
+                    g, dup = run.project_outer(dy, ups[i].t(), hs[i], s, saved.ups[i].dtype)
                     gs.append(g)
-                    dups[i] = dup.T
-                elif need.ups[i]:
-                    dups[i] = run.outer(hs[i], dy, 0.0, None, need.up_dtypes[i]).T
-                elif need_g and not whole:
-                    gs.append(run.project(dy, ups[i].T, s))
-            g = gs[0] if len(gs) == 1 else torch.cat(gs, 1) if gs else None
-            if g is not None:
+                    dups[i] = dup.t()
+                elif need_ups[i]:
+                    dups[i] = run.outer(hs[i], dy, 0.0, None, saved.ups[i].dtype).t()
+                elif need_g:
+                    gs.append(run.project(dy, ups[i].t(), s))
+            if need_x or need_down:
+                g = gs[0] if len(gs) == 1 else torch.cat(gs, 1)
                 if call.sum_g is not None:
                     torch.distributed.all_reduce(g, group=call.sum_g)
                 if dh is not None:
-                    g = g.add_(dh, alpha=s)
-                if dx is None:
-                    dx, ddown = run.dx_and_ddown(
-                        *_frozen_part(call, dys, saved.weights, g, downs), g, downs, x if need_down else None,
-                        p, seed, need_dx=need.x, dtype=need.down_dtype,
-                    )  # fmt: skip
-                elif need_down:
-                    ddown = run.outer(g, x, p, seed, need.down_dtype)
+                    g.add_(dh, alpha=s)
+                options = {"need_dx": need_x and dx is None, "dtype": downs[0].dtype}
+                found = run.dx_and_ddown(
+                    [None] if call.onto else dys, weights, g, downs, x if need_down else None, p, seed, **options
+                )
+                dx, ddown = found[0] if dx is None else dx, found[1]
     except LaunchError as error:
         return gradients(call, saved, need, dys, dh, dispatch.failed(route, error))
     if call.up_scale != 1.0:
         dups = [None if dup is None else dup.mul_(call.up_scale) for dup in dups]
-    ddowns = [None] * n if ddown is None else [ddown] if n == 1 else list(ddown.split_with_sizes(ranks))
-    ddowns = [ddown if wants else None for ddown, wants in zip(ddowns, need.downs, strict=True)]
-    dweights: list[Tensor | None] = [None] * n
+    ddowns: Any = [ddown] if n == 1 or ddown is None else ddown.split_with_sizes(ranks)
+    others: list[Tensor | None] = [None] * (2 * n)
     for i, dy in enumerate(dys):
-        if need.weights[i] and dy is not None and x is not None:
-            dweights[i] = dy.T @ x
-    dbiases = [dy.sum(0) if wants and dy is not None else None for dy, wants in zip(dys, need.biases, strict=True)]
-    return [dx, *dweights, *dbiases, *ddowns, *dups]
-
-
-def _frozen_part(
-    call: Call, dys: Sequence[Tensor | None], weights: Sequence[Tensor], g: Tensor, downs: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """dy_i and weight_i of dx = sum_i dy_i @ weight_i + ..: all of them, as g is; with ``onto`` empty ones."""
-    if call.onto:
-        return [g.new_empty(g.shape[0], 0)], [g.new_empty(0, downs[0].shape[1])]
-    return [
-        g.new_zeros(g.shape[0], weight.shape[0]) if dy is None else dy for dy, weight in zip(dys, weights, strict=True)
-    ], list(weights)
+        if need[1 + i] and dy is not None and x is not None:
+            others[i] = dy.t() @ x
+        if need[1 + n + i] and dy is not None:
+            others[n + i] = dy.sum(0)
+    if n > 1:
+        ddowns = [ddowns[i] if need_down and need_downs[i] else None for i in range(n)]
+    return [dx, *others, *ddowns, *dups]
 
 
 def _flat(result: tuple[list[Tensor], Tensor]) -> list[Tensor]:
@@ -262,21 +238,20 @@ class LowrankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, seed: Tensor | None, *tensors: Tensor | None) -> Any:
         n = call.count
-        lists: Any = [tensors[i * n : (i + 1) * n] for i in range(4)]
+        layers = Operands(tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :])  # type: ignore[arg-type]
         with exact_products(x.device.type):
-            ys, h = forward(call, x, seed, Operands(*lists))
-        weights, biases, downs, ups = lists
-        ctx.call, ctx.dtype = call, x.dtype
-        ctx.need = _need(ctx.needs_input_grad[1:], call, downs[0].dtype, [up.dtype for up in ups])
-        ctx.pending, ctx.kept = set(range(n)), None
-        need_x = any(ctx.need.downs) or any(ctx.need.weights)
-        ctx.save_for_backward(
-            x if need_x else None, h if any(ctx.need.ups) else None, seed,
-            *((None,) * n if call.onto else weights), *downs, *ups,
-        )  # fmt: skip
-        ctx.set_materialize_grads(False)
+            ys, h = forward(call, x, seed, layers)
         if call.in_place:
-            ctx.mark_dirty(weights[0])
+            ctx.mark_dirty(tensors[0])
+        need = ctx.needs_input_grad
+        if any(need):
+            ctx.call, ctx.dtype = call, x.dtype
+            ctx.pending, ctx.kept = set(range(n)), None
+            need_x = any(need[3 + 2 * n : 3 + 3 * n]) or any(need[3 : 3 + n]) and not call.onto
+            weights = (None,) * n if call.onto else layers.weights
+            need_h = any(need[3 + 3 * n :])
+            ctx.save_for_backward(x if need_x else None, h if need_h else None, seed, *weights, *tensors[2 * n :])
+            ctx.set_materialize_grads(False)
         if call.return_h:
             return (*ys, h)
         return ys[0] if n == 1 else tuple(ys)
@@ -284,32 +259,24 @@ class LowrankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        call, need = ctx.call, ctx.need
+        call, dtype = ctx.call, ctx.dtype
         n = call.count
         x, h, seed, *rest = _saved(ctx, grads)
         saved = Saved(x, h, seed, rest[:n], rest[n : 2 * n], rest[2 * n :])
-        dys = [None if dy is None else as_rows(dy).to(ctx.dtype) for dy in grads[:n]]
+        dys = [None if dy is None else as_dtype(as_rows(dy), dtype) for dy in grads[:n]]
         dh = grads[n] if call.return_h else None
-        if all(dy is None for dy in dys):
+        if not any(dy is not None for dy in dys):
             if dh is None:
                 return (None,) * (3 + 4 * n)
             dys[0] = dh.new_zeros(dh.shape[0], saved.ups[0].shape[0])
-        like = next(dy for dy in dys if dy is not None)
-        with exact_products(like.device.type):
-            dx, *others = gradients(call, saved, need, dys, dh)
+        _, need_x, _, *need = ctx.needs_input_grad
         if call.onto:
-            others[0] = grads[0]  # of base
+            need[0] = False  # base takes its gradient as it comes
+        with exact_products(x.device.type if x is not None else saved.downs[0].device.type):
+            dx, *others = gradients(call, saved, [need_x, *need], dys, dh)
+        if call.onto:
+            others[0] = grads[0]
         return (None, dx, None, *others)
-
-
-def _need(
-    wanted: Sequence[bool], call: Call, down_dtype: torch.dtype, up_dtypes: Sequence[torch.dtype]
-) -> Need:  # wanted: of x, seed, weights, biases, downs, ups
-    n = call.count
-    weights, biases, downs, ups = (wanted[2 + i * n : 2 + (i + 1) * n] for i in range(4))
-    if call.onto:
-        weights = [False]  # base takes its gradient as it comes
-    return Need(wanted[0], weights, biases, downs, ups, down_dtype, up_dtypes)
 
 
 def _saved(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Any]:
@@ -375,22 +342,19 @@ def _op_backward(
     saved: list[Tensor | None],  # x, h, seed, weight, down, up
     factors: list[float],
     need: list[bool],  # of x, weight, bias, down, up
-    down_dtype: torch.dtype,  # of the gradients; the factors themselves may have been cast
-    up_dtype: torch.dtype,
 ) -> list[Tensor]:  # an empty tensor stands for a gradient nobody asked for
     x, h, seed, weight, down, up = saved
-    assert weight is not None and down is not None and up is not None
-    needs = _need([need[0], False, *need[1:]], Call(), down_dtype, [up_dtype])
+    assert down is not None and up is not None
     with exact_products(dy.device.type):
-        grads = gradients(_call(factors), Saved(x, h, seed, [weight], [down], [up]), needs, [dy], dh)
+        grads = gradients(_call(factors), Saved(x, h, seed, [weight], [down], [up]), need, [dy], dh)
     return [dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
 @_op_backward.register_fake
-def _(dy, dh, saved, factors, need, down_dtype, up_dtype):  # type: ignore[no-untyped-def]
+def _(dy, dh, saved, factors, need):  # type: ignore[no-untyped-def]
     weight, down, up = saved[3:]
     shapes = [(dy.shape[0], weight.shape[1]), weight.shape, (weight.shape[0],), down.shape, up.shape]
-    dtypes = [dy.dtype, dy.dtype, dy.dtype, down_dtype, up_dtype]
+    dtypes = [dy.dtype, dy.dtype, dy.dtype, down.dtype, up.dtype]
     return [
         dy.new_empty(shape, dtype=dtype) if wanted else dy.new_empty(0)
         for shape, dtype, wanted in zip(shapes, dtypes, need, strict=True)
@@ -405,7 +369,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         x if need_down or need_weight else None, output[1] if need_up else None, seed, weight, down, up
     )
     ctx.need = [need_x, need_weight, need_bias, need_down, need_up]
-    ctx.rest = factors, ctx.need, down.dtype, up.dtype
+    ctx.rest = factors, ctx.need
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -495,11 +459,14 @@ def lowrank_linear(
     layers = Operands((weight,), (bias,), (down,), (up,))
     arguments = prepare(x, layers, scale, dropout, seed, return_h=return_h)
     result = compiled(*arguments) if torch.compiler.is_compiling() else LowrankLinear.apply(*arguments)
-    lead = x.shape[:-1]
     if not return_h:
-        return result.view(*lead, result.shape[-1])
+        return like_x(result, x)
     y, h = result
-    return y.view(*lead, y.shape[-1]), hidden(arguments[0], h).view(*lead, h.shape[-1])
+    return like_x(y, x), like_x(hidden(arguments[0], h), x)
+
+
+def like_x(rows: Tensor, x: Tensor) -> Tensor:  # (M, N) -> (..., N)
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[1])
 
 
 def compiled(call: Call, x: Tensor, seed: Tensor | None, *tensors: Any) -> Any:

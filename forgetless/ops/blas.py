@@ -154,8 +154,8 @@ def project_outer(
 
 
 def dx_and_ddown(
-    dys: Sequence[Tensor],  # (M, N_i) each
-    weights: Sequence[Tensor],  # (N_i, K)
+    dys: Sequence[Tensor | None],  # (M, N_i) each; None adds no product with the weight
+    weights: Sequence[Tensor | None],  # (N_i, K)
     g: Tensor,  # (M, sum of R_i)
     downs: Sequence[Tensor],  # (R_i, K)
     x: Tensor | None,  # (M, K); None if ddown is not needed
@@ -175,7 +175,8 @@ def dx_and_ddown(
         if bits is not None:
             _drop_(dx, bits)
         for dy, weight in zip(dys, weights, strict=True):
-            torch.addmm(dx, dy, weight, out=dx)
+            if dy is not None and weight is not None:
+                torch.addmm(dx, dy, weight, out=dx)
     if x is not None:
         ddown = as_dtype(torch.mm(g.t(), x if bits is None else _dropped(x, bits)), dtype or x.dtype)
     return dx, ddown

@@ -148,8 +148,8 @@ def project_outer(
 
 
 def dx_and_ddown(
-    dys: Sequence[Tensor],  # (M, N_i) each
-    weights: Sequence[Tensor],  # (N_i, K)
+    dys: Sequence[Tensor | None],  # (M, N_i) each; None adds no product with the weight
+    weights: Sequence[Tensor | None],  # (N_i, K)
     g: Tensor,  # (M, sum of R_i)
     downs: Sequence[Tensor],  # (R_i, K)
     x: Tensor | None,  # (M, K); None if ddown is not needed
@@ -166,7 +166,8 @@ def dx_and_ddown(
     wide = _wide(g.dtype)
     dx = _drop(g.to(wide) @ torch.cat([down.to(g.dtype).to(wide) for down in downs]), p, seed)
     for dy, weight in zip(dys, weights, strict=True):
-        dx = dx + dy.to(wide) @ weight.to(wide)
+        if dy is not None and weight is not None:
+            dx = dx + dy.to(wide) @ weight.to(wide)
     return dx.to(g.dtype), ddown
 
 
