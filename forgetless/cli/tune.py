@@ -82,7 +82,7 @@ def runner(problem: dispatch.Problem, module: Any, plan: str, t: dict[str, Tenso
     """One call of the sweep by one module and plan."""
     if problem.sweep == "forward":
         return lambda: list(module.linear_lowrank(t["x"], t["weight"], t["down"], t["up"], scale=1.0, plan=plan))
-    saved = Saved(t["x"], t["h"], None, [t["weight"]], [t["down"]], [t["up"]])
+    saved = Saved(t["x"], t["h"], None, [t["weight"]], [t["down"]], [t["up"]], [t["x"].dtype] * 2)
     need = [True, False, False, True, True]  # x, down and up
 
     def run() -> list[Tensor]:

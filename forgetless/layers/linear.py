@@ -265,7 +265,9 @@ class AdaptedLinear(nn.Module):
     def _record(self, x: Tensor, h: Tensor | None) -> None:
         """Keep what penalties need of this pass, and some of x for ``drift``: in training only if that is asked for."""
         sampled = self.records_drift or not (self.training and torch.is_grad_enabled())
-        self.trace = Trace(_sample(x) if sampled else None, as_rows(h) if self.needs_hidden and h is not None else None)
+        seen = as_rows(h) if self.needs_hidden and h is not None else None
+        # past nn.Module.__setattr__, which takes longer than the rest of this
+        self.__dict__["trace"] = Trace(_sample(x) if sampled else None, seen) if sampled or seen is not None else None
 
     def drift(self) -> float | None:
         """Mean over tokens of ||delta x|| / ||x|| in the last forward pass, CLoRA's F (Eq. 3); None if not recorded."""

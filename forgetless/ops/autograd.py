@@ -147,6 +147,7 @@ class Saved(NamedTuple):
     weights: Sequence[Tensor | None]  # (N_i, K); None with ``onto``
     downs: Sequence[Tensor]  # (R_i, K)
     ups: Sequence[Tensor]  # (N_i, R_i)
+    dtypes: Sequence[torch.dtype]  # of the gradients of downs, then of ups
 
 
 def gradients(
@@ -159,7 +160,7 @@ def gradients(
 ) -> list[Tensor | None]:  # as ``need``
     """The gradients that are needed: each dy_i is read for g_i and dup_i at once, then for dx; x for ddown."""
     n, s, p = call.count, call.scale, call.p
-    x, h, seed, weights, downs, ups = saved
+    x, h, seed, weights, downs, ups, dtypes = saved
     like: Any = dys[0] if n == 1 else next(dy for dy in dys if dy is not None)
     if route is None:
         R, K = downs[0].shape
@@ -187,11 +188,11 @@ def gradients(
                 if dy is None:
                     gs.append(like.new_zeros(like.shape[0], ranks[i]))
                 elif need_g and need_ups[i]:
-                    g, dup = run.project_outer(dy, ups[i].t(), hs[i], s, saved.ups[i].dtype)
+                    g, dup = run.project_outer(dy, ups[i].t(), hs[i], s, dtypes[n + i])
                     gs.append(g)
                     dups[i] = dup.t()
                 elif need_ups[i]:
-                    dups[i] = run.outer(hs[i], dy, 0.0, None, saved.ups[i].dtype).t()
+                    dups[i] = run.outer(hs[i], dy, 0.0, None, dtypes[n + i]).t()
                 elif need_g:
                     gs.append(run.project(dy, ups[i].t(), s))
             if need_x or need_down:
@@ -200,7 +201,7 @@ def gradients(
                     torch.distributed.all_reduce(g, group=call.sum_g)
                 if dh is not None:
                     g.add_(dh, alpha=s)
-                options = {"need_dx": need_x and dx is None, "dtype": downs[0].dtype}
+                options = {"need_dx": need_x and dx is None, "dtype": dtypes[0]}
                 found = run.dx_and_ddown(
                     [None] if call.onto else dys, weights, g, downs, x if need_down else None, p, seed, **options
                 )
@@ -239,8 +240,11 @@ class LowrankLinear(torch.autograd.Function):
     def forward(ctx: Any, call: Call, x: Tensor, seed: Tensor | None, *tensors: Tensor | None) -> Any:
         n = call.count
         layers = Operands(tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :])  # type: ignore[arg-type]
+        downs, ups = layers.downs, layers.ups
         with exact_products(x.device.type):
-            ys, h = forward(call, x, seed, layers)
+            if x.is_cpu and call.up_scale == 1.0:  # BLAS wants one dtype: cast once for both passes
+                downs, ups = [as_dtype(t, x.dtype) for t in downs], [as_dtype(t, x.dtype) for t in ups]
+            ys, h = forward(call, x, seed, layers._replace(downs=downs, ups=ups))
         if call.in_place:
             ctx.mark_dirty(tensors[0])
         need = ctx.needs_input_grad
@@ -250,7 +254,8 @@ class LowrankLinear(torch.autograd.Function):
             need_x = any(need[3 + 2 * n : 3 + 3 * n]) or any(need[3 : 3 + n]) and not call.onto
             weights = (None,) * n if call.onto else layers.weights
             need_h = any(need[3 + 3 * n :])
-            ctx.save_for_backward(x if need_x else None, h if need_h else None, seed, *weights, *tensors[2 * n :])
+            ctx.dtypes = [t.dtype for t in (*layers.downs, *layers.ups)]
+            ctx.save_for_backward(x if need_x else None, h if need_h else None, seed, *weights, *downs, *ups)
             ctx.set_materialize_grads(False)
         if call.return_h:
             return (*ys, h)
@@ -262,7 +267,7 @@ class LowrankLinear(torch.autograd.Function):
         call, dtype = ctx.call, ctx.dtype
         n = call.count
         x, h, seed, *rest = _saved(ctx, grads)
-        saved = Saved(x, h, seed, rest[:n], rest[n : 2 * n], rest[2 * n :])
+        saved = Saved(x, h, seed, rest[:n], rest[n : 2 * n], rest[2 * n :], ctx.dtypes)
         dys = [None if dy is None else as_dtype(as_rows(dy), dtype) for dy in grads[:n]]
         dh = grads[n] if call.return_h else None
         if not any(dy is not None for dy in dys):
@@ -346,7 +351,8 @@ def _op_backward(
     x, h, seed, weight, down, up = saved
     assert down is not None and up is not None
     with exact_products(dy.device.type):
-        grads = gradients(_call(factors), Saved(x, h, seed, [weight], [down], [up]), need, [dy], dh)
+        values = Saved(x, h, seed, [weight], [down], [up], [down.dtype, up.dtype])
+        grads = gradients(_call(factors), values, need, [dy], dh)
     return [dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 

@@ -91,14 +91,8 @@ def project(
     """h = scale * drop(x) @ down.T"""
     if seed is not None and p > 0.0:
         x = _dropped(x, keep_bits(seed, p, *x.shape))
-    return _product(x, as_dtype(down, x.dtype).t(), scale)
-
-
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * a @ b, rounded once"""
-    if scale == 1.0:
-        return torch.mm(a, b)
-    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+    down = as_dtype(down, x.dtype).t()
+    return torch.mm(x, down) if scale == 1.0 else torch.addmm(x.new_zeros(()), x, down, beta=0, alpha=scale)
 
 
 def matmul_lowrank(
@@ -170,8 +164,7 @@ def dx_and_ddown(
     dx = ddown = None
     if need_dx:
         down = as_dtype(downs[0] if len(downs) == 1 else torch.cat(list(downs)), g.dtype)
-        dx = g.new_empty(g.shape[0], down.shape[1])
-        torch.mm(g, down, out=dx)  # first, alone, to be masked
+        dx = torch.mm(g, down)  # first, alone, to be masked
         if bits is not None:
             _drop_(dx, bits)
         for dy, weight in zip(dys, weights, strict=True):

@@ -44,20 +44,16 @@ def check(
         raise ValueError(f"up has shape {tuple(up.shape)}, weight and down want ({N}, {down.shape[0]})")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, {like} wants ({N},)")
-    for name, t, any_float in (
-        ("weight", weight, False),
-        ("bias", bias, weight is None),
-        ("down", down, True),
-        ("up", up, True),
-    ):
-        if t is None:
-            continue
-        if t.dtype != dtype and not any_float:
-            raise ValueError(f"{name} has dtype {dtype_name(t.dtype)}, x wants {dtype_name(dtype)}")
-        if any_float and not t.is_floating_point():
+    if weight is not None and weight.dtype != dtype:
+        raise ValueError(f"weight has dtype {dtype_name(weight.dtype)}, x wants {dtype_name(dtype)}")
+    if bias is not None and weight is not None and bias.dtype != dtype:
+        raise ValueError(f"bias has dtype {dtype_name(bias.dtype)}, x wants {dtype_name(dtype)}")
+    for name, t in (("down", down), ("up", up)):
+        if t.dtype not in FLOATS:
             raise ValueError(f"{name} has dtype {dtype_name(t.dtype)}, wants a floating-point dtype")
-        if t.device != device:
-            raise ValueError(f"{name} is on {t.device}, x on {device}: they must be on one device")
+    for name, other in (("weight", weight), ("bias", bias), ("down", down), ("up", up)):
+        if other is not None and other.device != device:
+            raise ValueError(f"{name} is on {other.device}, x on {device}: they must be on one device")
     if scale - scale != 0.0:  # NaN or Inf; math.isfinite cannot be traced
         raise ValueError(f"scale is {scale}, wants a finite number")
     if not 0.0 <= dropout < 1.0:
