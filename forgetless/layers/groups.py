@@ -4,6 +4,7 @@ This happens inside one call of their parent's forward and nowhere else. The fir
 all of them; the others, called in the same forward with the very same tensor, pick up their y. A sibling whose scale,
 dropout, dtype or device differs runs alone, and so does one that has changed since, or that is given another x. Results
 are those of the single layers up to the order of summation, except under dropout: x is dropped once for all siblings.
+One change cannot be seen: that of a sibling's tensor through ``.data``, in place, by the parent's forward itself.
 The op for all of them is ``forgetless.ops.autograd``.
 """
 

@@ -30,9 +30,9 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def form_groups(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
-    """Let siblings run together inside a call of their parent, where stored ``down`` factors allow it."""
+    """Let siblings run together inside a call of their parent, where stored factors allow it."""
     for names in families(list(layers)):
-        members = [layers[name] for name in names if not layers[name].around and _holds_down(layers[name].adapter)]
+        members = [layers[name] for name in names if not layers[name].around and _stores_factors(layers[name].adapter)]
         if len(members) > 1 and len({m.in_features for m in members}) == 1:
             group = Group(model.get_submodule(names[0].rpartition(".")[0]), members)
             for member in members:
@@ -60,10 +60,10 @@ def runs_by(base: Any) -> tuple[Callable[[Tensor], Tensor], bool]:
     return (base.forward if fresh else base), fresh
 
 
-def _holds_down(adapter: Adapter) -> bool:
-    """Whether ``adapter.down`` is the factor itself, not something it is made of."""
-    down = getattr(adapter, "down", None)
-    return isinstance(down, Tensor) and adapter.factors()[0] is down
+def _stores_factors(adapter: Adapter) -> bool:
+    """Whether the factors are parameters or buffers: siblings' backward passes could not run apart through products."""
+    with torch.enable_grad():
+        return all(factor.is_leaf for factor in adapter.factors())
 
 
 def stored(base: Any) -> tuple[Tensor, Tensor | None]:
@@ -257,7 +257,7 @@ class AdaptedLinear(nn.Module):
             and not weight.is_inference()
             and (bias is None or not bias.requires_grad and bias.device == like.device and bias.dtype == like.dtype)
             and all(
-                type(t) in (nn.Parameter, Tensor) and not t.is_inference() and t.device == like.device
+                type(t) in (nn.Parameter, Tensor) and t.is_leaf and not t.is_inference() and t.device == like.device
                 for t in adapter.factors()
             )
         )

@@ -91,8 +91,8 @@ def test_a_changed_weight_does_not_move_the_factors():
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_siblings_share_one_pass():
-    """q, k, v of one x, each with rows and columns of its own."""
+def test_siblings_are_right_together_and_apart():
+    """q, k, v of one x, each with rows and columns of its own; their backward passes may run one by one."""
     torch.manual_seed(0)
 
     class Attention(nn.Module):
@@ -114,3 +114,7 @@ def test_siblings_share_one_pass():
     (dx,) = torch.autograd.grad(expected.square().sum(), x)
     torch.testing.assert_close(ours[0], dx)
     assert all(g.abs().sum() > 0 for g in ours[1:])
+    model.forward = lambda x: (model.q_proj(x), model.k_proj(x), model.v_proj(x))
+    for y, core, grad in zip(model(x), cores, ours[1:], strict=True):
+        (alone,) = torch.autograd.grad(y.square().sum(), core)
+        torch.testing.assert_close(alone, grad)
