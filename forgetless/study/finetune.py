@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -20,7 +19,7 @@ from .data import Collator, Domain, encode_domain, load_domain
 from .evaluate import nll
 from .machine import machine, versions
 from .models import load_model
-from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
+from .options import DTYPES, BadInput, FinetuneOptions, Plan, at_least, parse_method, positive, writable
 from .session import calibrates, check_fit, source_rows, take_tokens
 from .train import DIVERGED, INTERRUPTED, TrainConfig, train
 
@@ -29,32 +28,6 @@ LOG = "training.json"
 UNFINISHED = ".unfinished"
 #: Enough held-out text to see the loss fall; it is not a benchmark.
 EVAL_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class FinetuneOptions:
-    """What ``forgetless finetune`` was asked for. Steps win over epochs."""
-
-    out: Path
-    model: str
-    data: str
-    method: str = "clora"
-    source: tuple[str, ...] = ("news", "python")
-    targets: str | list[str] = "all-linear"
-    rank: int | None = None
-    alpha: float | None = None
-    weight: float | None = None
-    lr: float = 3e-4
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    max_length: int = 512
-    calibration: int = 32
-    seed: int = 0
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    overwrite: bool = False
 
 
 @dataclass

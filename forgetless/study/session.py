@@ -19,49 +19,8 @@ from .batches import Encoded, encode_for_training
 from .data import Domain, encode, encode_domain, load_domain
 from .models import load_model
 from .moved import Original
-from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
+from .options import DTYPES, FACTS, BadInput, CompareOptions, Plan, at_least, parse_method, positive, writable
 from .train import TrainConfig
-
-FACTS = "facts"
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """Everything that can be asked of a comparison; the defaults end in minutes on two cores.
-
-    ``evals`` evaluations per task, the last one at its end; ``source`` texts to calibrate on, all kept ones if None;
-    ``sweep`` factors on the weights of ``sweep_methods`` (all if None; a method without a weight: on its learning
-    rate), run with ``sweep_seeds``.
-    """
-
-    out: Path
-    model: str = "smollm2"
-    tasks: tuple[str, ...] = ("django-de", "tool-calls")
-    keep: tuple[str, ...] = ("news", "python", FACTS)
-    methods: tuple[str, ...] = ("lora", "clora", "curlora", "lalora")
-    targets: str | list[str] = "all-linear"
-    seeds: tuple[int, ...] = (0,)
-    rank: int | None = None
-    alpha: float | None = None
-    weight: float | None = None
-    lr: float | None = None
-    steps: int = 16
-    batch_size: int = 6
-    accumulate: int = 1
-    max_length: int = 96
-    eval_tokens: int = 1024
-    eval_length: int = 256
-    calibration: int = 16
-    evals: int = 1
-    source: tuple[str, ...] | None = None
-    sweep: tuple[float, ...] = ()
-    sweep_seeds: tuple[int, ...] | None = None
-    sweep_methods: tuple[str, ...] | None = None
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    fresh: bool = False
-    any_commit: bool = False
-    command: str = "forgetless compare"
 
 
 @dataclass
