@@ -30,6 +30,7 @@ from .models import describe
 from .options import Plan
 from .runs import Store, put_aside, slug
 from .session import CompareOptions, Session, checksum, needs_calibration, prepare
+from .stats import mean
 from .train import DIVERGED, FINISHED, INTERRUPTED, Step, TrainConfig, train, trainable
 
 #: From so many runs to do on, a few steps are timed first to say how long it will take.
@@ -115,7 +116,7 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
     row["seconds_per_step"] = statistics.median(t["seconds_per_step"] for t in row["tasks"])
     row["peak_mib"] = max(t["peak_mib"] for t in row["tasks"])
     row["seconds"] = time.perf_counter() - started
-    row["drift"] = _mean(row["stages"][-1]["drift"])
+    row["drift"] = mean(row["stages"][-1]["drift"].values())
     book.derive(row, session.results["base"], *session.names)
     row["continual"] = continual(row, session.results["base"], session.names[0])
 
@@ -157,10 +158,6 @@ def batches(session: Session, rows: list[dict[str, list[int]]]) -> list[Any]:
     """Rows for ``fl.calibrate``."""
     collate = Collator(session.tokenizer)
     return [collate(rows[i : i + 4]) for i in range(0, len(rows), 4)]
-
-
-def _mean(values: dict[str, float]) -> float | None:
-    return statistics.fmean(values.values()) if values else None
 
 
 def put_back(session: Session, plan: Plan) -> None:

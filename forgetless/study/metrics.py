@@ -10,7 +10,17 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .stats import explained_by_groups, explained_by_line, interval, pareto, pearson, reached, spearman
+from .stats import (
+    explained_by_groups,
+    explained_by_line,
+    interval,
+    mean,
+    minus,
+    pareto,
+    pearson,
+    reached,
+    spearman,
+)
 
 Row = dict[str, Any]
 #: Below this share of LoRA's learning an equal-learning comparison says little, and is marked.
@@ -37,15 +47,10 @@ def continual(row: Row, base: Row, tasks: list[str], part: str = "losses") -> di
     last, count = len(tasks) - 1, len(tasks)
     return {
         "final": sign * statistics.fmean(score[last]),
-        "backward_transfer": _mean(score[last][j] - score[j][j] for j in range(last)),
-        "forward_transfer": _mean(score[j - 1][j] - sign * base[part][tasks[j]] for j in range(1, count)),
-        "forgetting": _mean(max(score[i][j] for i in range(last)) - score[last][j] for j in range(last)),
+        "backward_transfer": mean(score[last][j] - score[j][j] for j in range(last)),
+        "forward_transfer": mean(score[j - 1][j] - sign * base[part][tasks[j]] for j in range(1, count)),
+        "forgetting": mean(max(score[i][j] for i in range(last)) - score[last][j] for j in range(last)),
     }
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return statistics.fmean(known) if known else None
 
 
 def trajectory(row: Row, base: Row, tasks: list[str], kept: list[str]) -> list[dict[str, float]]:
@@ -63,8 +68,8 @@ def trajectory(row: Row, base: Row, tasks: list[str], kept: list[str]) -> list[d
             point = {
                 "task": float(i),
                 "learnt": sum(falls),
-                "kept": _mean(losses[name] - base["losses"][name] for name in kept) or 0.0,
-                "tasks": _mean(losses[t] - loss for t, loss in done.items()) or 0.0,
+                "kept": mean(losses[name] - base["losses"][name] for name in kept) or 0.0,
+                "tasks": mean(losses[t] - loss for t, loss in done.items()) or 0.0,
             }
             points.append(point)
         if task not in ends:
@@ -115,7 +120,7 @@ def learnt_sum(row: Row) -> float:
 
 def earlier_tasks(row: Row, tasks: list[str]) -> float | None:
     """Mean rise on earlier tasks after the last one, since each was learnt."""
-    return _mean(row["forgotten"][task] for task in tasks[:-1])
+    return mean(row["forgotten"][task] for task in tasks[:-1])
 
 
 def equal_learning(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,7 +150,7 @@ def equal_learning(results: dict[str, Any]) -> list[dict[str, Any]]:
             entry[part] = {
                 "method": interval(mine),
                 "lora": interval(lora),
-                "difference": interval(_minus(a, b) for a, b in zip(mine, lora, strict=True)),
+                "difference": interval(minus(a, b) for a, b in zip(mine, lora, strict=True)),
                 "ratio": _ratio(mine, lora),
             }
         found.append(entry)
@@ -159,10 +164,6 @@ def _at_equal(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> d
     for part in ("kept", "tasks"):
         found[part] = [reached([p["learnt"] for p in curve], [p[part] for p in curve], x) for curve in (ours, theirs)]
     return found
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
 
 
 def _ratio(mine: list[float | None], lora: list[float | None]) -> dict[str, Any] | None:
@@ -190,7 +191,7 @@ def paired(results: dict[str, Any]) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"label": label, "seeds": seeds}
         for name, value in values.items():
             both = [(value(rows[seed]), value(reference[seed])) for seed in seeds]
-            entry[name] = interval(_minus(a, b) for a, b in both)
+            entry[name] = interval(minus(a, b) for a, b in both)
         found.append(entry)
     return found
 
