@@ -24,8 +24,8 @@ from ..study.finetune import how_to_load
 from ..study.models import ModelError
 from ..study.options import FACTS, BadInput, CompareOptions, FinetuneOptions, parse_targets
 from ..study.packages import MissingPackage
-from ..study.page import published, write_page
-from ..study.report import further_tables, main_table, rich_table, write_report
+from ..study.report import published, write_page, write_report
+from ..study.tables import further_tables, main_table
 from ..study.train import DIVERGED, FINISHED, INTERRUPTED
 from .arguments import fail
 from .console import Ui
@@ -171,9 +171,9 @@ def show(folder: Path, results: dict[str, Any], ui: Ui) -> None:
     """Print the tables, write the report, and say where everything is."""
     if not results["base"]:
         return
-    ui.console.print(rich_table(main_table(results)))
+    ui.console.print(main_table(results).rich())
     for title, table in further_tables(results):
-        ui.console.print(rich_table(table, title))
+        ui.console.print(table.rich(title))
     written = write_report(folder, results)
     ui.say(f"written: {', '.join(str(path) for path in [folder / book.FILE, *written])}")
 

@@ -22,7 +22,7 @@ from forgetless.study import metrics, runs
 from forgetless.study.data import Example
 from forgetless.study.moved import Original
 from forgetless.study.options import BadInput, Full, parse_method
-from forgetless.study.page import published, verdicts
+from forgetless.study.report import published, verdicts
 from forgetless.study.session import CompareOptions, check, sweep
 from forgetless.study.train import TrainConfig, train
 
