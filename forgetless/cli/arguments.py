@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 #: Texts that are built in (``forgetless.study.data.BUILTIN``): named in the help without importing the study.
 TEXTS = (
     "django-de", "django-es", "django-fi", "django-fr", "django-pl", "tool-calls",
-    "news", "python", "python-docs", "shakespeare", "wikipedia",
+    "news", "python", "python-docs", "wikipedia",
 )  # fmt: skip
 METHOD = "NAME[+PART]...[:FIELD=VALUE,...], e.g. clora, lora+source=0.03, clora:k=512,lr=1e-3, source+consolidate, full"
 COMMANDS = {

@@ -18,12 +18,9 @@ from ..study import processes
 from ..study import results as book
 from ..study.compare import Stopped
 from ..study.compare import compare as run_compare
-from ..study.data import DataError
 from ..study.finetune import finetune as run_finetune
 from ..study.finetune import how_to_load
-from ..study.models import ModelError
 from ..study.options import FACTS, BadInput, CompareOptions, FinetuneOptions, parse_targets
-from ..study.packages import MissingPackage
 from ..study.report import published, write_page, write_report
 from ..study.tables import further_tables, main_table
 from ..study.train import DIVERGED, FINISHED, INTERRUPTED
@@ -79,7 +76,7 @@ def run(command: str, given: dict[str, Any], line: str) -> int:
             if command == "finetune":
                 return finetune(finetune_options(given))
             return report(**given)
-    except (BadInput, DataError, ModelError, MissingPackage) as error:
+    except BadInput as error:
         return fail(str(error))
     except Stopped as error:
         print(error, file=sys.stderr)

@@ -12,7 +12,7 @@ from .. import __version__
 from .arguments import fail, parser
 
 #: Packages that compare, finetune and report need beyond those of the library.
-EXTRA = ("accelerate", "matplotlib", "rich", "scipy", "transformers")
+EXTRA = ("accelerate", "matplotlib", "polib", "rich", "scipy", "transformers")
 #: Commands that parse their own arguments: name -> (module with ``main(argv) -> int``, help).
 TOOLS = {
     "bench": ("forgetless_bench.cli", "Time kernels, layers and whole steps on this machine."),

@@ -14,8 +14,7 @@ import forgetless as fl
 from ..cli.console import Ui
 from . import processes
 from . import results as book
-from .batches import Encoded, encode_for_training
-from .data import Collator, Domain, encode_domain, load_domain
+from .data import Collator, Domain, Encoded, encode_domain, encode_for_training, load_domain
 from .evaluate import nll
 from .machine import machine, versions
 from .models import load_model

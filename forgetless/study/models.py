@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..files import folder_atomically, write_json
+from .options import BadInput
 from .packages import cache_folder, package_file
 
 DEFAULT_MODEL = "smollm2"
@@ -47,7 +48,7 @@ HASH_LIMIT = 2 << 30  # bytes: a larger weights file is not hashed just to be de
 MANIFEST = "manifest.json"
 
 
-class ModelError(ValueError):
+class ModelError(BadInput):
     """A model that cannot be found or loaded; the message says what was wrong and what would work."""
 
 

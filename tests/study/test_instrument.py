@@ -20,7 +20,7 @@ from forgetless.cli.main import main
 from forgetless.study import compare as module
 from forgetless.study import metrics, runs
 from forgetless.study.data import Example
-from forgetless.study.moved import Original
+from forgetless.study.evaluate import Original
 from forgetless.study.options import BadInput, Full, parse_method
 from forgetless.study.report import published, verdicts
 from forgetless.study.session import CompareOptions, check, sweep

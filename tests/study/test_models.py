@@ -19,8 +19,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from forgetless.study import evaluate, models
-from forgetless.study.data import IGNORED, Collator, Example, FactProbe, encode_domain
-from forgetless.study.evaluate import Score, facts, nll
+from forgetless.study.data import IGNORED, Collator, Example, encode_domain
+from forgetless.study.evaluate import FactProbe, Score, facts, nll
 from forgetless.study.models import ModelError, describe, load_model
 from forgetless.study.packages import MissingPackage
 
