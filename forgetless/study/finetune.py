@@ -18,7 +18,17 @@ from .data import Collator, Domain, Encoded, encode_domain, encode_for_training,
 from .evaluate import nll
 from .machine import machine, versions
 from .models import load_model
-from .options import DTYPES, BadInput, FinetuneOptions, Plan, at_least, parse_method, positive, writable
+from .options import (
+    DTYPES,
+    BadInput,
+    FinetuneOptions,
+    Plan,
+    check_dtype,
+    check_numbers,
+    parse_method,
+    positive,
+    writable,
+)
 from .session import calibrates, check_fit, source_rows, take_tokens
 from .train import DIVERGED, INTERRUPTED, TrainConfig, train
 
@@ -44,15 +54,13 @@ class Work:
 
 def prepare(options: FinetuneOptions) -> Work:
     """Everything that can go wrong before training goes wrong here."""
-    counts = {"steps": options.steps, "batch-size": options.batch_size, "accumulate": options.accumulate}
-    at_least(1, {**counts, "rank": options.rank, "calibration": options.calibration})
-    at_least(2, {"max-length": options.max_length})
+    check_numbers(options, "steps", "batch_size", "accumulate", "rank", "calibration")
+    check_numbers(options, "max_length", least=2)
     if options.batch_size % processes.count():
         raise BadInput(f"--batch-size {options.batch_size} cannot be divided over {processes.count()} processes")
-    at_least(0, {"seed": options.seed, "weight": options.weight})
+    check_numbers(options, "seed", "weight", least=0)
     positive({"lr": options.lr, "epochs": options.epochs, "alpha": options.alpha})
-    if options.dtype not in DTYPES:
-        raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    check_dtype(options.dtype)
     plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
     if plan.alters:
         raise BadInput(f"{plan.label}: finetune trains one adapter; full and consolidate are rows of compare")

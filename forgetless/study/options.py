@@ -313,6 +313,17 @@ def at_least(least: float, values: Mapping[str, float | int | None]) -> None:
             raise BadInput(f"--{name} must be at least {least}, got {value}")
 
 
+def check_numbers(options: Any, *names: str, least: float = 1) -> None:
+    """``at_least`` for fields of ``options``, by their names."""
+    at_least(least, {name.replace("_", "-"): getattr(options, name) for name in names})
+
+
+def check_dtype(name: str) -> None:
+    """Refuse a dtype that is not in ``DTYPES``."""
+    if name not in DTYPES:
+        raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+
+
 def positive(values: Mapping[str, float | None]) -> None:
     """Refuse numbers that are not above zero."""
     for name, value in values.items():

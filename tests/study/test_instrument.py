@@ -367,10 +367,5 @@ def test_other_settings_are_put_aside_and_other_code_is_not_mixed_in(
 
 
 def test_the_time_that_is_left() -> None:
-    clock = module.Clock(4)
-    clock.guess = 100.0
-    assert clock.remaining() == "about 7 min"
-    clock.done(20.0)
-    clock.done(40.0)
-    assert clock.remaining() == "about 60 s" and clock.left == 2
+    assert module.lasting(60.0) == "60 s" and module.lasting(400.0) == "7 min"
     assert module.lasting(3 * 3600 + 61) == "3 h 02 min"
