@@ -14,12 +14,6 @@ TEXTS = (
     "news", "python", "python-docs", "wikipedia",
 )  # fmt: skip
 METHOD = "NAME[+PART]...[:FIELD=VALUE,...], e.g. clora, lora+source=0.03, clora:k=512,lr=1e-3, source+consolidate, full"
-COMMANDS = {
-    "compare": "Teach one base model new tasks with each method; show what each learnt and what it made it forget.",
-    "finetune": "Train one adapter on your examples, save it, and print how to load it. With torchrun, in several "
-    "processes.",
-    "report": "Make the tables, the plots and the page again from results.json.",
-}
 
 
 def fail(message: str) -> int:
@@ -77,8 +71,8 @@ def parser(tools: Mapping[str, str], version: str) -> Parser:
     )
     top.add_argument("--version", action="version", version=f"forgetless {version}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, text in COMMANDS.items():
-        ADD[name](commands.add_parser(name, help=text, description=text))
+    for name, (text, add) in COMMANDS.items():
+        add(commands.add_parser(name, help=text, description=text))
     for name, text in tools.items():
         commands.add_parser(name, help=text)
     return top
@@ -143,4 +137,15 @@ def add_report(to: Parser) -> None:
     to.value("--json", "Also the results in a smaller file, to be committed.", Path)
 
 
-ADD: dict[str, Callable[[Parser], None]] = {"compare": add_compare, "finetune": add_finetune, "report": add_report}
+#: Name -> help, and the function that adds the options.
+COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
+    "compare": (
+        "Teach one base model new tasks with each method; show what each learnt and what it made it forget.",
+        add_compare,
+    ),
+    "finetune": (
+        "Train one adapter on your examples, save it, and print how to load it. With torchrun, in several processes.",
+        add_finetune,
+    ),
+    "report": ("Make the tables, the plots and the page again from results.json.", add_report),
+}

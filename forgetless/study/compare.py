@@ -88,16 +88,9 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
     row["trainable"] = sum(p.numel() for p in trainable(model))
     if needs_calibration(model):
         began = time.perf_counter()
-        fl.calibrate(model, batches(session, session.source))
+        fl.calibrate(model, Collator(session.tokenizer).batches(session.source))
         row["calibrate_seconds"] = time.perf_counter() - began
-    config = TrainConfig(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
-        lr=plan.lr,
-        max_length=options.max_length,
-        seed=seed,
-    )
+    config = TrainConfig.of(options, options.steps, plan.lr, seed)
     for i, task in enumerate(session.tasks):
         with ui.training(f"{plan.label}, seed {seed}: {task.name}", options.steps) as on_step:
             watched = watching(session, plan, i, row, on_step)
@@ -141,21 +134,11 @@ def consolidate(session: Session, task: Domain, row: dict[str, Any]) -> None:
     wanted = None
     if needs_calibration(session.model):
         encoded = encode_domain(task.train, session.tokenizer, session.options.max_length)
-        wanted = batches(session, encoded[: session.options.calibration])
+        wanted = Collator(session.tokenizer).batches(encoded[: session.options.calibration])
     lost = fl.consolidate(session.model, wanted).rounding
     row.setdefault("consolidated", []).append(
-        {
-            "after": task.name,
-            "rounding": statistics.fmean(lost.values()),
-            "seconds": time.perf_counter() - began,
-        }
+        {"after": task.name, "rounding": statistics.fmean(lost.values()), "seconds": time.perf_counter() - began}
     )
-
-
-def batches(session: Session, rows: list[dict[str, list[int]]]) -> list[Any]:
-    """Rows for ``fl.calibrate``."""
-    collate = Collator(session.tokenizer)
-    return [collate(rows[i : i + 4]) for i in range(0, len(rows), 4)]
 
 
 def put_back(session: Session, plan: Plan) -> None:

@@ -242,12 +242,7 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[
     step = length - 1
     for at in range(0, len(ids), step) if start else range(1, len(ids), step):
         before = start or ids[at - 1 : at]
-        cut.append(
-            {
-                "input_ids": before[-1:] + ids[at : at + step],
-                "labels": [IGNORED] + ids[at : at + step],
-            }
-        )
+        cut.append({"input_ids": before[-1:] + ids[at : at + step], "labels": [IGNORED] + ids[at : at + step]})
     return cut
 
 
@@ -286,6 +281,10 @@ class Collator:
             name: pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=value)
             for name, (column, value) in columns.items()
         }
+
+    def batches(self, rows: Sequence[dict[str, list[int]]], size: int = 4) -> list[dict[str, Tensor]]:
+        """Rows as batches of at most ``size``, in their order."""
+        return [self(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

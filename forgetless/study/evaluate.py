@@ -68,10 +68,7 @@ class Score:
 
 
 def nll(
-    model: torch.nn.Module,
-    encoded: Sequence[dict[str, list[int]]],
-    collate: Collator,
-    batch_size: int = 8,
+    model: torch.nn.Module, encoded: Sequence[dict[str, list[int]]], collate: Collator, batch_size: int = 8
 ) -> Score:
     """The mean loss over all label tokens of `encoded` (every token weighs the same, not every row).
 
@@ -114,9 +111,7 @@ def nll(
 
 
 def facts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    probes: Sequence[FactProbe] = FACTS,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[FactProbe] = FACTS
 ) -> tuple[int, int]:
     """(right, asked): a probe is right when the model's greedy continuation starts with the answer.
 
@@ -140,11 +135,7 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes:
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     config = GenerationConfig(
-        max_new_tokens=longest + 1,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=longest + 1, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
     )
     with _evaluating(model), torch.no_grad():
         generate: Any = model.generate

@@ -94,16 +94,8 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
     collate = Collator(tokenizer)
     if work.source:
         ui.say(f"calibrating on {len(work.source)} sequences of {', '.join(options.source)}")
-        rows = work.source
-        fl.calibrate(model, [collate(rows[i : i + 4]) for i in range(0, len(rows), 4)])
-    config = TrainConfig(
-        steps=work.steps,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
-        lr=plan.lr,
-        max_length=options.max_length,
-        seed=options.seed,
-    )
+        fl.calibrate(model, collate.batches(work.source))
+    config = TrainConfig.of(options, work.steps, plan.lr, options.seed)
     before = nll(model, work.held_out, collate).loss
     if processes.number() == 0:
         (options.out / UNFINISHED).touch()

@@ -10,17 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .stats import (
-    explained_by_groups,
-    explained_by_line,
-    interval,
-    mean,
-    minus,
-    pareto,
-    pearson,
-    reached,
-    spearman,
-)
+from .stats import explained_by_groups, explained_by_line, interval, mean, minus, pareto, pearson, reached, spearman
 
 Row = dict[str, Any]
 #: Below this share of LoRA's learning an equal-learning comparison says little, and is marked.
@@ -113,6 +103,17 @@ def groups(rows: Iterable[Row]) -> dict[str, dict[int, Row]]:
     return found
 
 
+def against_baseline(results: dict[str, Any]) -> list[tuple[str, dict[int, tuple[Row, Row]]]]:
+    """Label and seed -> (row, row of plain LoRA with that seed), of every other method that has such seeds."""
+    known = groups(whole(main_rows(results)))
+    reference = known.pop(baseline(results) or "", {})
+    pairs = {
+        label: {seed: (rows[seed], reference[seed]) for seed in sorted(rows.keys() & reference.keys())}
+        for label, rows in known.items()
+    }
+    return [(label, rows) for label, rows in pairs.items() if rows]
+
+
 def learnt_sum(row: Row) -> float:
     """Sum over tasks of the fall of the loss when each was learnt."""
     return sum(row["learnt"].values())
@@ -132,18 +133,11 @@ def equal_learning(results: dict[str, Any]) -> list[dict[str, Any]]:
     """
     tasks, kept = names(results)
     base = results["base"]
-    known = groups(whole(main_rows(results)))
-    reference = known.get(baseline(results) or "", {})
     found = []
-    for label, rows in known.items():
-        pairs = []
-        for seed in sorted(rows.keys() & reference.keys()):
-            ours, theirs = (trajectory(row, base, tasks, kept) for row in (rows[seed], reference[seed]))
-            pairs.append(_at_equal(ours, theirs))
-        if not pairs or label == baseline(results):
-            continue
-        entry: dict[str, Any] = {"label": label, "seeds": sorted(rows.keys() & reference.keys())}
-        entry["share"] = interval(p["share"] for p in pairs)
+    for label, rows in against_baseline(results):
+        curves = [[trajectory(row, base, tasks, kept) for row in both] for both in rows.values()]
+        pairs = [_at_equal(*both) for both in curves]
+        entry: dict[str, Any] = {"label": label, "seeds": list(rows), "share": interval(p["share"] for p in pairs)}
         entry["enough"] = entry["share"]["mean"] >= ENOUGH
         for part in ("kept", "tasks"):
             mine, lora = [p[part][0] for p in pairs], [p[part][1] for p in pairs]
@@ -175,25 +169,17 @@ def _ratio(mine: list[float | None], lora: list[float | None]) -> dict[str, Any]
 def paired(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Per method, the difference to plain LoRA of the same seed: learnt, forgotten, earlier tasks, drift."""
     tasks, _ = names(results)
-    known = groups(whole(main_rows(results)))
-    reference = known.get(baseline(results) or "", {})
     values: dict[str, Callable[[Row], float | None]] = {
         "learnt": learnt_sum,
         "forgotten": lambda row: row["forgotten_mean"],
         "tasks": lambda row: earlier_tasks(row, tasks),
         "drift": lambda row: row["drift"],
     }
-    found = []
-    for label, rows in known.items():
-        seeds = sorted(rows.keys() & reference.keys())
-        if not seeds or label == baseline(results):
-            continue
-        entry: dict[str, Any] = {"label": label, "seeds": seeds}
-        for name, value in values.items():
-            both = [(value(rows[seed]), value(reference[seed])) for seed in seeds]
-            entry[name] = interval(minus(a, b) for a, b in both)
-        found.append(entry)
-    return found
+    return [
+        {"label": label, "seeds": list(rows)}
+        | {name: interval(minus(value(a), value(b)) for a, b in rows.values()) for name, value in values.items()}
+        for label, rows in against_baseline(results)
+    ]
 
 
 def drift_and_forgetting(results: dict[str, Any]) -> dict[str, Any]:

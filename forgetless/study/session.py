@@ -146,8 +146,7 @@ def prepare(options: CompareOptions) -> Session:
         encode_for_training(task.train, tokenizer, options.max_length)
     held_out = {
         domain.name: take_tokens(
-            encode_domain(domain.held_out, tokenizer, max(options.max_length, options.eval_length)),
-            options.eval_tokens,
+            encode_domain(domain.held_out, tokenizer, max(options.max_length, options.eval_length)), options.eval_tokens
         )
         for domain in tasks + kept
     }

@@ -34,10 +34,9 @@ def interval(values: Iterable[float | None]) -> dict[str, Any] | None:
     return {"mean": middle, "low": middle - half, "high": middle + half, "n": n}
 
 
-def half_width(values: Iterable[float | None]) -> float | None:
-    """Half the 95 % t-interval; None from fewer than two values."""
-    found = interval(values)
-    return None if found is None or found["high"] is None else found["high"] - found["mean"]
+def half_of(found: dict[str, Any]) -> float | None:
+    """Half the width of an ``interval``; None for that of one value."""
+    return None if found["high"] is None else found["high"] - found["mean"]
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from .metrics import names, summary
 from .results import by_label
-from .stats import half_width, interval, minus
+from .stats import half_of, interval, minus
 
 NOTHING = "–"
 
@@ -55,7 +55,7 @@ def change(values: list[float | None], digits: int = 3) -> str:
     found = interval(values)
     if found is None:
         return NOTHING
-    half = half_width(values)
+    half = half_of(found)
     return f"{found['mean']:+.{digits}f}" + (f" ±{half:.{digits}f}" if half is not None else "")
 
 

@@ -16,11 +16,11 @@ def test_t_intervals_are_the_textbook_ones() -> None:
     assert stats.interval([2.0, None]) == {"mean": 2.0, "low": None, "high": None, "n": 1}
     found = stats.interval([1.0, 2.0, 3.0])
     assert found == pytest.approx({"mean": 2.0, "low": 2 - 4.302653 / 3**0.5, "high": 2 + 4.302653 / 3**0.5, "n": 3})
-    assert stats.half_width([1.0]) is None and stats.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5)
+    assert stats.half_of(stats.interval([1.0])) is None and stats.half_of(found) == pytest.approx(4.302653 / 3**0.5)
     for freedom, quantile in [(1, 12.7062), (30, 2.0423), (31, 2.0395), (60, 2.0003), (1000, 1.9623)]:
         values = [float(i % 7) for i in range(freedom + 1)]
         error = statistics.stdev(values) / len(values) ** 0.5
-        assert stats.half_width(values) / error == pytest.approx(quantile, abs=2e-4)
+        assert stats.half_of(stats.interval(values)) / error == pytest.approx(quantile, abs=2e-4)
     assert stats.interval([1.0, 1.0]) == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2}
 
 
