@@ -74,7 +74,7 @@ def run(command: str, given: dict[str, Any], line: str) -> int:
             if command == "compare":
                 return compare(compare_options(given, line))
             if command == "finetune":
-                return finetune(finetune_options(given))
+                return finetune(FinetuneOptions(**resolved(given)))
             return report(**given)
     except BadInput as error:
         return fail(str(error))
@@ -123,7 +123,7 @@ def compare_options(given: Mapping[str, Any], line: str) -> CompareOptions:
         BadInput: several processes, or an unknown preset or device.
     """
     processes.one_process("compare")
-    given = tuples(given)
+    given = resolved(given)
     preset, smoke = given.pop("preset", "demo"), given.pop("smoke", False)
     if preset not in PRESETS:
         raise BadInput(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
@@ -135,16 +135,7 @@ def compare_options(given: Mapping[str, Any], line: str) -> CompareOptions:
     return CompareOptions(**options | PRESETS[preset] | (SMOKE if smoke else {}) | given)
 
 
-def finetune_options(given: Mapping[str, Any]) -> FinetuneOptions:
-    """The options of ``finetune``.
-
-    Raises:
-        BadInput: an unknown device.
-    """
-    return FinetuneOptions(**tuples(given))
-
-
-def tuples(given: Mapping[str, Any]) -> dict[str, Any]:
+def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
     """What was given, lists as tuples, with targets and device resolved."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     options["targets"] = parse_targets(given.get("targets"))

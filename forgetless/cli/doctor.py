@@ -35,6 +35,8 @@ from forgetless.ops import dispatch, reference
 from forgetless.study.machine import machine
 from forgetless.study.machine import versions as package_versions
 
+from .arguments import fail
+
 SCHEMA = 2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FUSED = tuple(plan for plan in dispatch.PLANS if plan != "blas")
@@ -86,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for finding in itertools.chain(*parts):
         findings.append(finding)
         if not options.json:
-            print(line_of(finding), flush=True)
+            advice = "" if finding.ok else f"\n{'':31} what to do: {finding.advice}"
+            print(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name:<23} {finding.detail}{advice}", flush=True)
     if not findings:
-        print(f"error: no check begins with {options.only!r}", file=sys.stderr)
-        return 2
+        return fail(f"no check begins with {options.only!r}")
     failed = sum(not finding.ok for finding in findings)
     report = {
         "schema": SCHEMA,
@@ -99,18 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": package_versions(),
         "checks": [finding._asdict() for finding in findings],
     }
-    outcome = f"{failed} failed" if failed else "all passed"
-    print(
-        json.dumps(report, indent=1) if options.json else f"{len(findings)} checks in {report['seconds']} s: {outcome}"
-    )
+    outcome = f"{len(findings)} checks in {report['seconds']} s: " + (f"{failed} failed" if failed else "all passed")
+    print(json.dumps(report, indent=1) if options.json else outcome)
     if options.out is not None:
         write_json(options.out, report)
     return 1 if failed else 0
-
-
-def line_of(finding: Finding) -> str:
-    text = f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name:<23} {finding.detail}"
-    return text if finding.ok else f"{text}\n        {'':<23} what to do: {finding.advice}"
 
 
 def run_checks(todo: Iterable[Check], only: str) -> Iterator[Finding]:

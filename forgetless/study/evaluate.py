@@ -120,8 +120,9 @@ def facts(
     if not probes:
         return 0, 0
     continuations = complete(model, tokenizer, probes)
-    right = sum(_starts_with(text, p.answer) for text, p in zip(continuations, probes, strict=True))
-    return right, len(probes)
+    pairs = zip(continuations, probes, strict=True)
+    right = [re.match(rf"\s*{re.escape(p.answer)}(?!\w)", text, re.IGNORECASE) for text, p in pairs]
+    return len(right) - right.count(None), len(probes)
 
 
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[FactProbe]) -> list[str]:
@@ -141,10 +142,6 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes:
         generate: Any = model.generate
         out = generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in out[:, width:].tolist()]
-
-
-def _starts_with(text: str, answer: str) -> bool:
-    return re.match(rf"\s*{re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 @contextmanager
@@ -169,15 +166,10 @@ class Original:
     def __init__(self, model: nn.Module, targets: str | list[str]) -> None:
         self.parameters = dict(model.named_parameters())
         self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+        names = {id(p): name for name, p in self.parameters.items()}
         #: Layer name -> the layer itself and its first weight.
-        self.layers = {
-            name: (layer, self.values[self._name_of(layer.weight)])  # type: ignore[arg-type]
-            for name, layer in find_layers(model, targets).items()
-        }
+        self.layers = {n: (m, self.values[names[id(m.weight)]]) for n, m in find_layers(model, targets).items()}
         self.seen: dict[str, Tensor] = {}
-
-    def _name_of(self, weight: Tensor) -> str:
-        return next(name for name, p in self.parameters.items() if p is weight)
 
     @torch.no_grad()
     def restore(self) -> None:

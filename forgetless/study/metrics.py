@@ -84,15 +84,13 @@ def whole(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["stopped"] == "finished" and row["forgotten_mean"] is not None]
 
 
-def is_plain(row: Row) -> bool:
-    """Whether a row is LoRA and nothing else."""
-    settings = row["settings"]
-    return settings["name"] == "lora" and not settings["penalties"] and not settings.get("consolidate")
-
-
 def baseline(results: dict[str, Any]) -> str | None:
-    """The label of plain LoRA among the rows."""
-    return next((row["label"] for row in main_rows(results) if is_plain(row)), None)
+    """The label of plain LoRA, without a penalty and not consolidated, among the rows."""
+    for row in main_rows(results):
+        settings = row["settings"]
+        if settings["name"] == "lora" and not settings["penalties"] and not settings.get("consolidate"):
+            return str(row["label"])
+    return None
 
 
 def groups(rows: Iterable[Row]) -> dict[str, dict[int, Row]]:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -93,7 +92,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     sha256 = None
     if origin.weights is not None and origin.weights.is_file():
         if origin.weights.stat().st_size <= HASH_LIMIT:
-            sha256 = _sha256(origin.weights)
+            sha256 = sha256_of(origin.weights)
     text_config = model.config.get_text_config()
     return {
         "name": origin.name,
@@ -150,7 +149,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
 
 def _load_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense model of a GGUF file, from the cache; unpacked into the cache first where it is not there."""
-    key = f"{_sha256(gguf)[:20]}-{str(dtype).removeprefix('torch.')}-v{CACHE_FORMAT}"
+    key = f"{sha256_of(gguf)[:20]}-{str(dtype).removeprefix('torch.')}-v{CACHE_FORMAT}"
     folder = cache_folder() / "models" / key
     if folder.exists():
         fault = _cache_fault(folder)
@@ -230,16 +229,6 @@ def _cache_fault(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError) as error:
         return _first_line(error)
     return None
-
-
-def _sha256(path: Path) -> str:
-    status = path.stat()
-    return _sha256_once(str(path.resolve()), status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=32)
-def _sha256_once(path: str, size: int, modified: int) -> str:
-    return sha256_of(Path(path))
 
 
 @contextmanager

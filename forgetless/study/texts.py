@@ -173,7 +173,7 @@ def _tool_example(row: dict[str, Any], answer: list[Any]) -> tuple[str, str, Exa
         if "" in values and not required:
             continue  # may be left out, so it is
         value = next((v for v in values if v != ""), "")
-        if isinstance(value, dict) or (isinstance(value, list) and any(map(_nested, value))):
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
             return None  # nested arguments are lists of alternatives in the answers, not one value
         arguments[name] = value
     lines = [_signature(function) for function in row["function"]]
@@ -183,10 +183,6 @@ def _tool_example(row: dict[str, Any], answer: list[Any]) -> tuple[str, str, Exa
         return None
     call = json.dumps({"name": called, "arguments": arguments}, ensure_ascii=False)
     return called, question, Example(prompt, f" {call}")
-
-
-def _nested(value: Any) -> bool:
-    return isinstance(value, dict | list)
 
 
 def _signature(function: dict[str, Any]) -> str:

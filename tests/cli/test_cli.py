@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import json
 import math
+import os
 import re
 import runpy
 import signal
@@ -27,6 +28,7 @@ from forgetless.cli import arguments
 from forgetless.cli import main as cli
 from forgetless.cli.console import Ui
 from forgetless.cli.main import main
+from forgetless.ops import autograd as ops
 from forgetless.study import finetune, session
 from forgetless.study.data import BUILTIN
 from forgetless.study.options import BadInput, CompareOptions, FinetuneOptions, parse_method, parse_targets
@@ -209,6 +211,23 @@ def test_tools_get_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cli.TOOLS, "doctor", ("forgetless_tool", "A tool."))
     monkeypatch.setattr(cli, "installed", lambda name: True)
     assert main(["doctor", "--quick"]) == 3 and got == [["--quick"]]
+
+
+def test_tune_writes_the_table_that_is_named_and_leaves_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available() or ops._kernels is None:
+        pytest.skip("is about the interpreter")
+    monkeypatch.setenv("FORGETLESS_TUNE", str(tmp_path / "other.json"))
+    before = dict(os.environ)
+    table = tmp_path / "table.json"
+    words = ["tune", "--toy", "--dtype", "float32", "--out", str(table)]
+    assert main(words) == 0 and len(json.loads(table.read_text())["gpus"]["cpu"]) == 2
+    assert dict(os.environ) == before and not (tmp_path / "other.json").exists()
+    capsys.readouterr()
+    assert main(words) == 0 and "2 problems, 2 measured before" in capsys.readouterr().out
+    table.write_text("{")
+    assert main(words) == 0 and "ignoring the tuning table" in capsys.readouterr().err
 
 
 def test_it_runs_as_a_module_and_is_the_entry_point(
