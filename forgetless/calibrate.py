@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .adapter import Adapter
-from .layers.groups import families
 from .layers.linear import AdaptedLinear
 from .model import _running
+from .siblings import Family, siblings, states_of
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -29,7 +29,7 @@ def calibrate(
 
     ``Laplace`` takes per-sequence gradients (one forward and backward per batch, no per-sample backward),
     ``SourceDeviation`` the inputs of each layer (forward only). Dropout is off. Saved with the adapter by ``fl.save``.
-    Siblings (q/k/v, gate/up) that are given the very same x hold one covariance between them from then on.
+    Siblings (q/k/v, gate/up) that are given the very same x share one covariance from then on.
 
     Args:
         model: an adapted model.
@@ -48,9 +48,8 @@ def calibrate(
             reset); or weights are cut over processes by tensor parallelism.
     """
     running = _running(model)
-    layers = {name: layer for name, layer in running.items() if _states(layer)}
+    layers = {name: layer for name, layer in running.items() if states_of(layer)}
     measured = _Measured(model, layers, loss)
-    states = [state for layer in layers.values() for state in _states(layer)]
     counts = {"layers": len(layers), "batches": 0, "sequences": 0}
     try:
         with _measuring(model, list(running.values()), measured.needs_gradients):
@@ -62,7 +61,7 @@ def calibrate(
                     on_batch(counts["batches"])
             if counts["batches"] == 0:
                 raise ValueError("batches is empty, wants at least one batch of source-domain data")
-            for state in {state.shared(): state for state in states}.values():
+            for state in {state.shared(): state for state in measured.states}.values():
                 state.end_statistics()
     except BaseException:  # sums that were never divided must not be taken for statistics
         batch = None
@@ -71,15 +70,11 @@ def calibrate(
     return counts
 
 
-def _states(layer: AdaptedLinear) -> list[Any]:
-    return [state for state in layer.adapter.penalty_states() if state.statistics]
-
-
 @contextmanager
 def _measuring(model: nn.Module, layers: list[AdaptedLinear], needs_gradients: bool) -> Iterator[None]:
-    """Evaluation mode, and no parameter that asks for a gradient; all is put back, and the layers' traces dropped.
+    """Evaluation mode without gradients of parameters; restores all modes afterwards and drops the layers' traces.
 
-    Gradients of the layers' outputs are all that is measured. Inference mode is left: its tensors have no graph.
+    Only gradients of the layers' outputs are measured. Inference mode is left: its tensors have no graph.
     """
     modes = {module: module.training for module in model.modules()}
     trained = [p for layer in layers for p in layer.adapter.parameters() if p.requires_grad]
@@ -99,11 +94,7 @@ def _measuring(model: nn.Module, layers: list[AdaptedLinear], needs_gradients: b
 
 
 class _Measured:
-    """The layers that are measured, and what is measured on them, batch by batch.
-
-    Raises:
-        ValueError: see ``calibrate``.
-    """
+    """The layers that are measured, and what is measured on them, batch by batch. Raises what ``calibrate`` does."""
 
     def __init__(self, model: nn.Module, layers: dict[str, AdaptedLinear], loss: LossFunction | None):
         self.model, self.layers, self.loss = model, layers, loss
@@ -115,8 +106,8 @@ class _Measured:
                 f"the weight of {cut} is cut over processes: calibrate the model whole and fl.save; "
                 "fl.load after cutting"
             )
-        states = [state for layer in layers.values() for state in _states(layer)]
-        draws = {getattr(state.spec, "fisher", None) == "true" for state in states if state.statistics != "inputs"}
+        self.states = [state for layer in layers.values() for state in states_of(layer)]
+        draws = {getattr(s.spec, "fisher", None) == "true" for s in self.states if s.statistics != "inputs"}
         if len(draws) > 1:
             raise ValueError(
                 "one Laplace penalty has fisher='true', another has not; calibrate wants one kind of labels"
@@ -125,20 +116,20 @@ class _Measured:
             raise ValueError("loss is given, but fisher='true' draws labels from the model's own logits; leave it out")
         self.needs_gradients = bool(draws)
         self.generator = torch.Generator().manual_seed(0) if draws == {True} else None
-        self.families: dict[nn.Module, _Family] = {}
+        self.families: dict[nn.Module, Family] = {}
 
     def begin(self) -> None:
         """Forget earlier statistics; siblings share what is to come."""
         self.reset()
-        for members in _siblings(self.layers):
-            self.families.update(dict.fromkeys(members, _Family(members)))
+        for members in siblings(self.layers):
+            self.families.update(dict.fromkeys(members, Family(members)))
 
     def reset(self) -> None:
         """No statistics, and no tensor of a batch is kept."""
         for family in self.families.values():
             family.drop()
         for layer in self.layers.values():
-            for state in _states(layer):
+            for state in states_of(layer):
                 state.reset_caches()
                 state.begin_statistics(layer.adapter)
 
@@ -163,86 +154,9 @@ class _Measured:
             for family in self.families.values():
                 family.close()
             return window.sequences
-        finally:  # who keeps an exception keeps this frame: it must not keep the graph
+        finally:  # an exception keeps this frame alive, and with it the graph
             batch = value = None
             window.drop()
-
-
-# ---------------------------------------------------------------------------------------- siblings
-
-
-class _Family:
-    """Siblings' states that have one set of statistics for as long as they are given the very same x.
-
-    The same tensor, unchanged since the first of them was called with it: an x that was written to in between is
-    another x. Holds x while a round of calls lasts, within one batch.
-    """
-
-    def __init__(self, members: list[Any]):
-        self.members = members
-        self.drop()
-        for member in members[1:]:
-            member.share(members[0])
-
-    def drop(self) -> None:
-        """End the round; what it came with is not taken in."""
-        self.called: list[Any] = []
-        self.x: Tensor | None = None
-        self.rows: Tensor | None = None
-
-    def take(self, state: Any, x: Tensor, rows: Tensor) -> None:
-        """``state`` is called with x (.., K), whose real tokens are rows (tokens, K)."""
-        if state not in self.members:
-            state.add_inputs(rows)
-            return
-        if state in self.called:
-            self.close()  # called again: a round is over
-        if not self.called:
-            # a copy, since members that part must not have taken it in, and x may be written to before they do
-            self.x, self.version, self.rows = x, x._version, rows.clone()
-        elif x is not self.x or x._version != self.version:
-            self._leave(state)
-            state.add_inputs(rows)
-            return
-        self.called.append(state)
-        if len(self.called) == len(self.members):
-            self.close()
-
-    def close(self) -> None:
-        """Take in what the members were called with; who was not called has not seen it and goes its own way."""
-        if self.called:
-            for member in list(self.members):
-                if member not in self.called:
-                    self._leave(member)
-            self.called[0].add_inputs(self.rows)
-        self.drop()
-
-    def _leave(self, state: Any) -> None:
-        state.separate()
-        self.members.remove(state)
-
-
-def _siblings(layers: dict[str, AdaptedLinear]) -> Iterator[list[Any]]:
-    """States of siblings that may have one set of statistics, by names alone."""
-    for names in families(list(layers)):
-        alike: dict[Any, list[Any]] = {}
-        for name in names:
-            for index, state in enumerate(_states(layers[name])):
-                if state.shareable() is not None:
-                    alike.setdefault((index, state.shareable()), []).append(state)
-        yield from (members for members in alike.values() if len(members) > 1)
-
-
-def share_statistics(model: nn.Module) -> None:
-    """Siblings with equal statistics have them once: after loading, which gives each its own."""
-    layers = {name: layer for name, layer in _running(model).items() if _states(layer)}
-    for members in _siblings(layers):
-        for member in members[1:]:
-            if member.shared() is not members[0].shared() and member.shared().same_as(members[0].shared()):
-                member.share(members[0])
-
-
-# ------------------------------------------------------------------------------------- one batch
 
 
 class _Window:
@@ -290,25 +204,19 @@ class _Window:
 
     def drawn_loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
         """Mean loss of labels drawn from the model's own prediction, where the batch has labels (or tokens)."""
-        if isinstance(self.batch, Mapping):
-            output = model(**{key: value for key, value in self.batch.items() if key != "labels"})
-        else:
-            output = model(self.batch)
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        if logits is None and isinstance(output, Tensor):
-            logits = output
+        output = _run(model, self.batch, without=("labels",))
+        logits = output if isinstance(output, Tensor) else _entry(output, "logits")
         if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
             raise ValueError("the model returned no logits (sequences, tokens, classes): fisher='true' draws from them")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if logits.dim() == 3:
             logits = logits[:, :-1]  # as a causal model's own loss has it
             labels = self.batch.get("labels") if isinstance(self.batch, Mapping) else None
+            counted = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
             if isinstance(labels, Tensor):
                 counted = labels[:, 1:] != -100
             elif self.mask is not None:
                 counted = self.mask[:, 1:]
-            else:
-                counted = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
             self._count(counted)
             logits = logits[counted]
         return cross_entropy(logits, draw_labels(logits.detach(), generator))
@@ -338,28 +246,23 @@ def _normal(t: Tensor) -> Tensor:
     return t.clone() if t.is_inference() else t
 
 
-def _observer(
-    window: _Window, families: dict[nn.Module, _Family]
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+def _observer(window: _Window, families: dict[nn.Module, Family]) -> Callable[..., None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         assert isinstance(layer, AdaptedLinear)
         x = window.split(args[0].detach())
         version = x._version
-        if window.sequences == 0:
-            window.sequences = x.shape[0]
-        for state in _states(layer):
+        window.sequences = window.sequences or x.shape[0]
+        for state in states_of(layer):
             if state.statistics == "inputs":
-                if state in families:
-                    families[state].take(state, args[0], window.real(x))
-                else:
-                    state.add_inputs(window.real(x))
+                rows, family = window.real(x), families.get(state)
+                family.take(state, args[0], rows) if family else state.add_inputs(rows)
 
         def take_gradient(dy: Tensor) -> None:
             if x._version != version:
                 raise ValueError(f"the input of {layer.name} was changed in place after the layer had run on it")
             _add_gradients(layer, window, x, window.split(dy))
 
-        if any(state.statistics != "inputs" for state in _states(layer)) and y.requires_grad:
+        if any(state.statistics != "inputs" for state in states_of(layer)) and y.requires_grad:
             y.register_hook(take_gradient)
 
     return hook
@@ -403,10 +306,10 @@ def _add_gradients(layer: AdaptedLinear, window: _Window, x: Tensor, dy: Tensor)
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # squares of half precision's gradients vanish
     x, dy = x.to(dtype), dy.to(dtype)
     mask = window.mask if window.mask is not None and window.mask.shape == x.shape[:2] else None
-    states = [state for state in _states(layer) if state.statistics != "inputs"]
+    states = [state for state in states_of(layer) if state.statistics != "inputs"]
     for by_batch in (False, True):
-        alike = [state for state in states if (getattr(state.spec, "fisher", None) == "batch") == by_batch]
-        if not alike:
+        group = [state for state in states if (getattr(state.spec, "fisher", None) == "batch") == by_batch]
+        if not group:
             continue
         if by_batch:
             joint = None if mask is None else mask.flatten()[None]
@@ -417,8 +320,8 @@ def _add_gradients(layer: AdaptedLinear, window: _Window, x: Tensor, dy: Tensor)
                 share = x.new_full((x.shape[0],), 1.0 / x.shape[0], dtype=torch.float64)
             factor = torch.where(share > 0, 1.0 / share, 0.0)
             tokens = Tokens(layer.adapter, x, dy, mask, factor, (share > 0).sum())
-        grads = tokens.gradients() if any(state.statistics == "gradients" for state in alike) else {}
-        for state in alike:
+        grads = tokens.gradients() if any(state.statistics == "gradients" for state in group) else {}
+        for state in group:
             if state.statistics == "gradients":
                 state.add_gradients(grads, tokens.count)
             if state.wants_tokens:
@@ -428,10 +331,19 @@ def _add_gradients(layer: AdaptedLinear, window: _Window, x: Tensor, dy: Tensor)
 def _loss(model: nn.Module, batch: Any, loss: LossFunction | None, needed: bool) -> Any:
     if loss is not None:
         return loss(model, batch)
-    output = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    value = getattr(output, "loss", None)
-    if value is None and isinstance(output, Mapping):
-        value = output.get("loss")
+    value = _entry(_run(model, batch), "loss")
     if value is None and needed:
         raise ValueError('the model returned no loss: put "labels" into the batches, or pass loss=')
     return value
+
+
+def _run(model: nn.Module, batch: Any, without: tuple[str, ...] = ()) -> Any:
+    if not isinstance(batch, Mapping):
+        return model(batch)
+    return model(**{key: value for key, value in batch.items() if key not in without})
+
+
+def _entry(output: Any, name: str) -> Any:
+    """``output.name`` or ``output["name"]``; None if it has neither."""
+    value = getattr(output, name, None)
+    return output.get(name) if value is None and isinstance(output, Mapping) else value

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate import LossFunction, calibrate, share_statistics
+from .calibrate import LossFunction, calibrate
 from .layers.linear import AdaptedLinear, site_of
 from .methods.curlora import CURLoRAAdapter, weight_hash
 from .model import check_foldable
+from .siblings import share_statistics
 
 
 @dataclass

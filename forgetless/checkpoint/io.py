@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import whole
-from ..calibrate import share_statistics
 from ..files import newest, read_json, write_together
 from ..layers.linear import AdaptedLinear, site_of
 from ..layers.quantized import weight_mark
@@ -31,6 +30,7 @@ from ..methods import Method
 from ..methods.curlora import CURLoRAAdapter, weight_hash
 from ..methods.lora import LoRAAdapter
 from ..model import adapt, adapters, remove
+from ..siblings import share_statistics
 from ..targets import find_layers
 from . import peft_format
 from .peft_format import CONFIG, WEIGHTS, read_tensors, tensor_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from ..files import newest, read_json
+from ..files import newest, read_json, sha256_of
 from ..layers.linear import AdaptedLinear
 from ..methods import LoRA, Method
 from ..methods.lora import LoRAAdapter
@@ -145,16 +144,9 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    if sha256 is not None:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != sha256:
-            raise ValueError(
-                f"{path}: damaged, or of another save than forgetless.json: SHA-256 {digest.hexdigest()}, "
-                f"wants {sha256}"
-            )
+    actual = sha256 if sha256 is None else sha256_of(path)
+    if actual != sha256:
+        raise ValueError(f"{path}: damaged, or of another save than forgetless.json: SHA-256 {actual}, wants {sha256}")
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:

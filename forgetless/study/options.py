@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,75 @@ METHOD_SETTINGS: dict[str, dict[str, float]] = {
 #: django-de: at 2e-3 it learns 0.81 nats, at 5e-3 0.97 and forgets three times as much, at 1e-2 it diverges.
 LR_FACTOR = {"curlora": 1.5, "full": 0.025}
 CONSOLIDATE = "consolidate"
+#: Among the texts to keep: the fact probes.
+FACTS = "facts"
 #: Short for LoRA with the penalty that this project recommends.
 ALIASES = {"source": "lora+source"}
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Everything that can be asked of a comparison; the defaults end in minutes on two cores.
+
+    ``evals`` evaluations per task, the last one at its end; ``source`` texts to calibrate on, all kept ones if None;
+    ``sweep`` factors on the weights of ``sweep_methods`` (all if None; a method without a weight: on its learning
+    rate), run with ``sweep_seeds``.
+    """
+
+    out: Path
+    model: str = "smollm2"
+    tasks: tuple[str, ...] = ("django-de", "tool-calls")
+    keep: tuple[str, ...] = ("news", "python", FACTS)
+    methods: tuple[str, ...] = ("lora", "clora", "curlora", "lalora")
+    targets: str | list[str] = "all-linear"
+    seeds: tuple[int, ...] = (0,)
+    rank: int | None = None
+    alpha: float | None = None
+    weight: float | None = None
+    lr: float | None = None
+    steps: int = 16
+    batch_size: int = 6
+    accumulate: int = 1
+    max_length: int = 96
+    eval_tokens: int = 1024
+    eval_length: int = 256
+    calibration: int = 16
+    evals: int = 1
+    source: tuple[str, ...] | None = None
+    sweep: tuple[float, ...] = ()
+    sweep_seeds: tuple[int, ...] | None = None
+    sweep_methods: tuple[str, ...] | None = None
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    fresh: bool = False
+    any_commit: bool = False
+    command: str = "forgetless compare"
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What ``forgetless finetune`` was asked for. Steps win over epochs."""
+
+    out: Path
+    model: str
+    data: str
+    method: str = "clora"
+    source: tuple[str, ...] = ("news", "python")
+    targets: str | list[str] = "all-linear"
+    rank: int | None = None
+    alpha: float | None = None
+    weight: float | None = None
+    lr: float = 3e-4
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    max_length: int = 512
+    calibration: int = 32
+    seed: int = 0
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,14 +199,10 @@ def near(name: str, known: Iterable[str]) -> str:
 
 def number(text: str, what: str) -> float | int:
     """A number from text, an integer where it is written as one."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise BadInput(f"{what} must be a number, got {text!r}") from None
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    raise BadInput(f"{what} must be a number, got {text!r}")
 
 
 def parse_method(
@@ -246,6 +310,17 @@ def at_least(least: float, values: Mapping[str, float | int | None]) -> None:
             raise BadInput(f"--{name} must be at least {least}, got {value}")
 
 
+def check_numbers(options: Any, *names: str, least: float = 1) -> None:
+    """``at_least`` for fields of ``options``, by their names."""
+    at_least(least, {name.replace("_", "-"): getattr(options, name) for name in names})
+
+
+def check_dtype(name: str) -> None:
+    """Refuse a dtype that is not in ``DTYPES``."""
+    if name not in DTYPES:
+        raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+
+
 def positive(values: Mapping[str, float | None]) -> None:
     """Refuse numbers that are not above zero."""
     for name, value in values.items():
@@ -268,8 +343,4 @@ def writable(folder: Path) -> Path:
 
 def parse_targets(targets: list[str] | None) -> str | list[str]:
     """``all-linear`` by default; one option may be a suffix or a regular expression, several are suffixes."""
-    if not targets:
-        return "all-linear"
-    if targets == ["all-linear"]:
-        return "all-linear"
-    return targets
+    return targets if targets and targets != ["all-linear"] else "all-linear"

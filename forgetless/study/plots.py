@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from .metrics import drift_and_forgetting, front, main_rows, names, trajectory, whole
 from .results import by_label
-from .stats import half_width, interval
+from .stats import half_of, interval, mean
 
 #: Okabe and Ito's palette: told apart by colour-blind readers, and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -55,6 +56,8 @@ def draw(results: dict[str, Any]) -> bytes:
 
 
 def _png(figure: Figure) -> bytes:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
@@ -87,8 +90,8 @@ def draw_pareto(results: dict[str, Any]) -> bytes | None:
         left.errorbar(
             x["mean"],
             y["mean"],
-            xerr=None if x["high"] is None else x["high"] - x["mean"],
-            yerr=None if y["high"] is None else y["high"] - y["mean"],
+            xerr=half_of(x),
+            yerr=half_of(y),
             color=colours[point["family"]],
             marker=marks[point["family"]],
             markersize=8 if main else 4,
@@ -114,7 +117,6 @@ def draw_pareto(results: dict[str, Any]) -> bytes | None:
     right.set_xlabel("drift: mean of ‖ΔW x‖ / ‖x‖ over layers, on kept texts")
     for axis in (left, right):
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
 
@@ -126,18 +128,15 @@ def _bars(axis: Any, groups: Rows, values: dict[str, Value]) -> None:
     width = 0.8 / max(1, len(groups))
     for i, (label, rows) in enumerate(groups.items()):
         for j, value in enumerate(values.values()):
-            known = [value(row) for row in rows]
-            found = interval(known)
+            found = interval(value(row) for row in rows)
             if found is None:
                 continue
-            half = half_width(known)
             where = j + (i - (len(groups) - 1) / 2) * width
             colour = COLOURS[i % len(COLOURS)]
-            axis.bar(where, found["mean"], 0.92 * width, yerr=half, capsize=2, color=colour, label=label)
+            axis.bar(where, found["mean"], 0.92 * width, yerr=half_of(found), capsize=2, color=colour, label=label)
     axis.set_xticks(range(len(values)), list(values))
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_ylabel("nats per token")
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _curves(axis: Any, groups: Rows, tasks: list[str]) -> None:
@@ -147,14 +146,13 @@ def _curves(axis: Any, groups: Rows, tasks: list[str]) -> None:
         start = 0
         for j in range(len(tasks)):
             runs = [row["tasks"][j]["loss"] for row in rows if j < len(row["tasks"])]
-            length = max(map(len, runs), default=0)
-            mean = [_mean_at(runs, step) for step in range(length)]
+            average = [math.nan if (m := mean(column)) is None else m for column in zip_longest(*runs)]
             colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
-            steps = range(start + 1, start + length + 1)
-            axis.plot(steps, mean, color=colour, linewidth=0.7, alpha=0.35)
+            steps = range(start + 1, start + len(average) + 1)
+            axis.plot(steps, average, color=colour, linewidth=0.7, alpha=0.35)
             shown = label if j == 0 else None
-            axis.plot(steps, smooth(mean), color=colour, linestyle=style, linewidth=1.6, label=shown)
-            start += length
+            axis.plot(steps, smooth(average), color=colour, linestyle=style, linewidth=1.6, label=shown)
+            start += len(average)
             ends = ends if j < len(ends) else [*ends, start]
             ends[j] = max(ends[j], start)
     for end in ends[:-1]:
@@ -165,7 +163,6 @@ def _curves(axis: Any, groups: Rows, tasks: list[str]) -> None:
         )
     axis.set_xlabel("optimizer step")
     axis.set_ylabel(f"training loss, nats per token\n(bold: mean of {WINDOW} steps)")
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -173,9 +170,3 @@ def smooth(values: list[float]) -> list[float]:
     half = WINDOW // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
-
-
-def _mean_at(runs: list[list[float | None]], step: int) -> float:
-    values = [run[step] for run in runs if step < len(run)]
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else math.nan

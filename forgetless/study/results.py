@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
-from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json
 from .options import BadInput
+from .stats import mean, minus
 
 #: Raised by one whenever a reader of the old form would misunderstand the new one.
 SCHEMA = 1
@@ -66,22 +65,13 @@ def derive(row: dict[str, Any], base: dict[str, Any], tasks: list[str], kept: li
     final = stages[-1]["losses"] if stages else base["losses"]
     row["final"] = dict(final)
     row["when_learnt"] = {task: stages[i]["losses"][task] for i, task in enumerate(tasks) if i < len(stages)}
-    row["learnt"] = {task: _minus(base["losses"][task], loss) for task, loss in row["when_learnt"].items()}
-    forgotten = {name: _minus(final[name], base["losses"][name]) for name in kept}
+    row["learnt"] = {task: minus(base["losses"][task], loss) for task, loss in row["when_learnt"].items()}
+    forgotten = {name: minus(final[name], base["losses"][name]) for name in kept}
     for i, task in enumerate(tasks):
         if i < len(stages) - 1:
-            forgotten[task] = _minus(final[task], row["when_learnt"][task])
+            forgotten[task] = minus(final[task], row["when_learnt"][task])
     row["forgotten"] = forgotten
-    row["forgotten_mean"] = _mean(forgotten[name] for name in kept) if kept else None
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return statistics.fmean(known) if known else None
+    row["forgotten_mean"] = mean(forgotten[name] for name in kept)
 
 
 def by_label(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

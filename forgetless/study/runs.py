@@ -50,11 +50,6 @@ def slug(label: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
 
 
-def name_of(plan: Plan | None, seed: int | None) -> str:
-    """The beginning of a run's file name."""
-    return "base" if plan is None else f"{slug(plan.label)}-seed{seed}"
-
-
 class Store:
     """The runs under one output folder, and those of them that may be used now."""
 
@@ -67,7 +62,7 @@ class Store:
     def find(self, plan: Plan | None, seed: int | None) -> tuple[Path, str, dict[str, Any] | None]:
         """Where the run belongs, its fingerprint, and the run itself if an earlier one finished it."""
         mark = fingerprint(self.session, plan, seed)
-        start = f"{name_of(plan, seed)}-{mark}"
+        start = f"base-{mark}" if plan is None else f"{slug(plan.label)}-seed{seed}-{mark}"
         path = self.folder / f"{start}-{self.commit[:7] or 'nocommit'}.json"
         self.wanted.add(start)
         places = [path]

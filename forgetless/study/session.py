@@ -15,53 +15,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import forgetless as fl
 from forgetless.penalties import PenaltyState
 
-from .batches import Encoded, encode_for_training
-from .data import Domain, encode, encode_domain, load_domain
+from .data import Domain, Encoded, encode, encode_domain, encode_for_training, load_domain
+from .evaluate import Original
 from .models import load_model
-from .moved import Original
-from .options import DTYPES, BadInput, Plan, at_least, parse_method, positive, writable
+from .options import (
+    DTYPES,
+    FACTS,
+    BadInput,
+    CompareOptions,
+    Plan,
+    at_least,
+    check_dtype,
+    check_numbers,
+    parse_method,
+    positive,
+    writable,
+)
 from .train import TrainConfig
-
-FACTS = "facts"
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """Everything that can be asked of a comparison; the defaults end in minutes on two cores.
-
-    ``evals`` evaluations per task, the last one at its end; ``source`` texts to calibrate on, all kept ones if None;
-    ``sweep`` factors on the weights of ``sweep_methods`` (all if None; a method without a weight: on its learning
-    rate), run with ``sweep_seeds``.
-    """
-
-    out: Path
-    model: str = "smollm2"
-    tasks: tuple[str, ...] = ("django-de", "tool-calls")
-    keep: tuple[str, ...] = ("news", "python", FACTS)
-    methods: tuple[str, ...] = ("lora", "clora", "curlora", "lalora")
-    targets: str | list[str] = "all-linear"
-    seeds: tuple[int, ...] = (0,)
-    rank: int | None = None
-    alpha: float | None = None
-    weight: float | None = None
-    lr: float | None = None
-    steps: int = 16
-    batch_size: int = 6
-    accumulate: int = 1
-    max_length: int = 96
-    eval_tokens: int = 1024
-    eval_length: int = 256
-    calibration: int = 16
-    evals: int = 1
-    source: tuple[str, ...] | None = None
-    sweep: tuple[float, ...] = ()
-    sweep_seeds: tuple[int, ...] | None = None
-    sweep_methods: tuple[str, ...] | None = None
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    fresh: bool = False
-    any_commit: bool = False
-    command: str = "forgetless compare"
 
 
 @dataclass
@@ -95,29 +65,15 @@ class Session:
 
 def check(options: CompareOptions) -> list[Plan]:
     """Everything that can be refused without loading anything."""
-    at_least(
-        1,
-        {
-            "steps": options.steps,
-            "batch-size": options.batch_size,
-            "accumulate": options.accumulate,
-            "eval-tokens": options.eval_tokens,
-            "calibration": options.calibration,
-            "rank": options.rank,
-            "evals": options.evals,
-        },
-    )
-    at_least(2, {"max-length": options.max_length, "eval-length": options.eval_length})
+    check_numbers(options, "steps", "batch_size", "accumulate", "eval_tokens", "calibration", "rank", "evals")
+    check_numbers(options, "max_length", "eval_length", least=2)
     at_least(0, {"weight": options.weight, "seed": min(options.seeds, default=0)})
     positive({"lr": options.lr, "alpha": options.alpha, "sweep": min(options.sweep, default=None)})
     if options.evals > options.steps:
         raise BadInput(f"--evals must be at most --steps, {options.steps}, got {options.evals}")
-    if options.dtype not in DTYPES:
-        raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    check_dtype(options.dtype)
     names = [Path(spec).stem if Path(spec).suffix else spec for spec in options.tasks + options.keep]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise BadInput(f"{', '.join(twice)}: named twice among the tasks and what to keep")
+    check_distinct(names, "named twice among the tasks and what to keep")
     if not options.tasks:
         raise BadInput("no task to learn: give --task")
     if not options.seeds or len(set(options.seeds)) < len(options.seeds):
@@ -130,23 +86,19 @@ def check(options: CompareOptions) -> list[Plan]:
         raise BadInput(f"--sweep-method must be one of --method, got {unknown[0]}")
     if 1.0 in options.sweep or len(set(options.sweep)) < len(options.sweep):
         raise BadInput(f"--sweep wants different factors other than 1, got {list(options.sweep)}")
-    plans = [
-        parse_method(
-            spec,
-            lr=TrainConfig.lr if options.lr is None else options.lr,
-            rank=options.rank,
-            alpha=options.alpha,
-            weight=options.weight,
-            lr_is_default=options.lr is None,
-        )
-        for spec in options.methods
-        if spec != "base"  # always there
-    ]
-    labels = [plan.label for plan in plans]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise BadInput(f"{', '.join(twice)}: asked for twice")
+    common = {"rank": options.rank, "alpha": options.alpha, "weight": options.weight}
+    lr, is_default = (TrainConfig.lr, True) if options.lr is None else (options.lr, False)
+    specs = [spec for spec in options.methods if spec != "base"]  # which is always there
+    plans = [parse_method(spec, lr=lr, lr_is_default=is_default, **common) for spec in specs]  # type: ignore[arg-type]
+    check_distinct([plan.label for plan in plans], "asked for twice")
     return plans
+
+
+def check_distinct(names: Sequence[str], text: str) -> None:
+    """Refuse names that occur twice."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BadInput(f"{', '.join(twice)}: {text}")
 
 
 def sweep(plans: Sequence[Plan], factors: Sequence[float]) -> list[Plan]:
@@ -194,8 +146,7 @@ def prepare(options: CompareOptions) -> Session:
         encode_for_training(task.train, tokenizer, options.max_length)
     held_out = {
         domain.name: take_tokens(
-            encode_domain(domain.held_out, tokenizer, max(options.max_length, options.eval_length)),
-            options.eval_tokens,
+            encode_domain(domain.held_out, tokenizer, max(options.max_length, options.eval_length)), options.eval_tokens
         )
         for domain in tasks + kept
     }

@@ -7,23 +7,19 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-#: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
-T_975 = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
-    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
-    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
-)  # fmt: skip
-Z_975 = 1.959964
+from scipy.stats import spearmanr
+from scipy.stats import t as student
 
 
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: from the table, beyond it by Cornish and Fisher's expansion."""
-    if freedom < 1:
-        raise ValueError(f"freedom is {freedom}, wanted 1 or more")
-    if freedom <= len(T_975):
-        return T_975[freedom - 1]
-    z = Z_975
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of what is known; None where nothing is."""
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else None
+
+
+def minus(a: float | None, b: float | None) -> float | None:
+    """The difference; None where one of both is not known."""
+    return None if a is None or b is None else a - b
 
 
 def interval(values: Iterable[float | None]) -> dict[str, Any] | None:
@@ -31,17 +27,16 @@ def interval(values: Iterable[float | None]) -> dict[str, Any] | None:
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
         return None
-    mean, n = statistics.fmean(known), len(known)
+    middle, n = statistics.fmean(known), len(known)
     if n == 1:
-        return {"mean": mean, "low": None, "high": None, "n": 1}
-    half = t_quantile(n - 1) * statistics.stdev(known) / math.sqrt(n)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+        return {"mean": middle, "low": None, "high": None, "n": 1}
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(known) / math.sqrt(n)
+    return {"mean": middle, "low": middle - half, "high": middle + half, "n": n}
 
 
-def half_width(values: Iterable[float | None]) -> float | None:
-    """Half the 95 % t-interval; None from fewer than two values."""
-    found = interval(values)
-    return None if found is None or found["high"] is None else found["high"] - found["mean"]
+def half_of(found: dict[str, Any]) -> float | None:
+    """Half the width of an ``interval``; None for that of one value."""
+    return None if found["high"] is None else found["high"] - found["mean"]
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -51,18 +46,9 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
     return statistics.correlation(x, y)
 
 
-def ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    ordered = sorted(values)
-    first: dict[float, int] = {}
-    for i, value in enumerate(ordered):
-        first.setdefault(value, i)
-    return [first[v] + (ordered.count(v) + 1) / 2 for v in values]
-
-
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Rank correlation."""
-    return pearson(ranks(x), ranks(y))
+    """Rank correlation; None where ``pearson`` is None."""
+    return None if pearson(x, y) is None else float(spearmanr(x, y).statistic)
 
 
 def explained_by_groups(groups: Sequence[str], y: Sequence[float]) -> float | None:

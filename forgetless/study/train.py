@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -30,9 +30,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..training import PenaltyMixin, mean_drift
 from . import processes
-from .batches import encode_for_training, in_batches
-from .data import Collator, Example
-from .memory import Peak
+from .data import Collator, Encoded, encode_for_training, in_batches
+from .machine import Peak
+from .options import CompareOptions, FinetuneOptions
+from .texts import Example
 
 FINISHED, DIVERGED, INTERRUPTED = "finished", "diverged", "interrupted"
 
@@ -52,6 +53,11 @@ class TrainConfig:
     seed: int = 0
     snapshot_every: int = 5
     pool: int = 8  # batches sorted by length together, see in_batches; a fifth less padding in the default compare
+
+    @classmethod
+    def of(cls, options: CompareOptions | FinetuneOptions, steps: int, lr: float, seed: int) -> TrainConfig:
+        """The sizes that were asked for on the command line."""
+        return cls(steps, options.batch_size, options.accumulate, lr, max_length=options.max_length, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -243,72 +249,15 @@ def train(
     divide each batch; they end early together, also when one of them finds that ``stop`` has been asked for.
     """
     encoded = encode_for_training(examples, tokenizer, config.max_length)
-    device = next(model.parameters()).device
-    result = TrainResult()
-    snapshot = Snapshot(trainable(model))
-    watch = Watch(snapshot, config.snapshot_every)
+    result, watch = TrainResult(), Watch(Snapshot(trainable(model)), config.snapshot_every)
     use_cache = getattr(model.config, "use_cache", None)
-    peak = Peak(device)
-    narrow = any(p.dtype.itemsize < 4 for p in snapshot.parameters)
-    master = MasterAdamW(snapshot.parameters, config.lr) if narrow else None
+    peak = Peak(model.device)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = PenaltyTrainer(
-            model=model,
-            args=_arguments(config, device, folder),
-            train_dataset=in_batches(
-                encoded, config.batch_size, config.steps * config.accumulate, config.seed, config.pool
-            ),
-            data_collator=Collator(tokenizer),
-            callbacks=[watch],
-            optimizers=(master, None),
-        )
-        if stop is not None:
-            trainer.stop = stop
-        if processes.count() > 1:
-            torch.manual_seed(config.seed + processes.number())  # no two processes draw the same dropout masks
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-
-        def emit(grad_norm: float) -> None:
-            number = len(result.loss) + 1
-            due = number % config.snapshot_every == 0 or number == config.steps
-            drift = processes.mean([mean_drift(model)])[0] if due else None
-            result.loss.append(trainer.task_loss)
-            result.penalty.append(trainer.penalty_value)
-            result.grad_norm.append(grad_norm)
-            if drift is not None and math.isfinite(drift):
-                result.drift[number] = drift
-            if on_step is not None:
-                step = Step(
-                    number,
-                    result.loss[-1],
-                    result.penalty[-1],
-                    grad_norm,
-                    watch.seconds[-1],
-                    drift,
-                )
-                on_step(step)
-
-        trainer.emit = emit
-        try:
-            trainer.train()
-            if not all(p.isfinite().all() for p in snapshot.parameters):
-                raise NonFinite("the last update left a parameter that is not finite")
-        except NonFinite as error:
-            snapshot.restore()
-            result.stopped = DIVERGED
-            result.note = (
-                f"stopped at step {len(result.loss) + 1} of {config.steps}: {error};"
-                f" kept the adapter of step {snapshot.step}"
-            )
-        except KeyboardInterrupt:
-            kept = len(result.loss)
-            if watch.updating:  # some parameters may be updated and some not
-                snapshot.restore()
-                kept = snapshot.step
-            result.stopped = INTERRUPTED
-            result.note = f"interrupted; kept the adapter of step {kept} of {config.steps}"
-    for parameter in snapshot.parameters:
+        trainer = _trainer(model, tokenizer, encoded, config, watch, folder)
+        trainer.stop = stop or trainer.stop
+        trainer.emit = partial(_record, trainer, result, config, watch, on_step)
+        _run(trainer, watch, result, config)
+    for parameter in watch.snapshot.parameters:
         parameter.grad = None
     if use_cache is not None:
         model.config.use_cache = use_cache
@@ -317,3 +266,72 @@ def train(
     timed = watch.seconds[1:] or watch.seconds  # the first step also allocates and warms up
     result.seconds_per_step = statistics.median(timed) if timed else math.nan
     return result
+
+
+def _trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Encoded,
+    config: TrainConfig,
+    watch: Watch,
+    folder: str,
+) -> PenaltyTrainer:
+    parameters = watch.snapshot.parameters
+    narrow = any(p.dtype.itemsize < 4 for p in parameters)
+    trainer = PenaltyTrainer(
+        model=model,
+        args=_arguments(config, model.device, folder),
+        train_dataset=in_batches(
+            encoded, config.batch_size, config.steps * config.accumulate, config.seed, config.pool
+        ),
+        data_collator=Collator(tokenizer),
+        callbacks=[watch],
+        optimizers=(MasterAdamW(parameters, config.lr) if narrow else None, None),
+    )
+    if processes.count() > 1:
+        torch.manual_seed(config.seed + processes.number())  # no two processes draw the same dropout masks
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _record(
+    trainer: PenaltyTrainer,
+    result: TrainResult,
+    config: TrainConfig,
+    watch: Watch,
+    on_step: Callable[[Step], None] | None,
+    grad_norm: float,
+) -> None:
+    """Add one optimizer step to ``result`` and report it."""
+    number = len(result.loss) + 1
+    due = number % config.snapshot_every == 0 or number == config.steps
+    drift = processes.mean([mean_drift(trainer.accelerator.unwrap_model(trainer.model))])[0] if due else None
+    result.loss.append(trainer.task_loss)
+    result.penalty.append(trainer.penalty_value)
+    result.grad_norm.append(grad_norm)
+    if drift is not None and math.isfinite(drift):
+        result.drift[number] = drift
+    if on_step is not None:
+        on_step(Step(number, result.loss[-1], result.penalty[-1], grad_norm, watch.seconds[-1], drift))
+
+
+def _run(trainer: PenaltyTrainer, watch: Watch, result: TrainResult, config: TrainConfig) -> None:
+    """Train to the end, or to the first number that is not finite, or to Ctrl-C."""
+    snapshot = watch.snapshot
+    try:
+        trainer.train()
+        if not all(p.isfinite().all() for p in snapshot.parameters):
+            raise NonFinite("the last update left a parameter that is not finite")
+    except NonFinite as error:
+        snapshot.restore()
+        result.stopped = DIVERGED
+        where = f"stopped at step {len(result.loss) + 1} of {config.steps}"
+        result.note = f"{where}: {error}; kept the adapter of step {snapshot.step}"
+    except KeyboardInterrupt:
+        kept = len(result.loss)
+        if watch.updating:  # some parameters may be updated and some not
+            snapshot.restore()
+            kept = snapshot.step
+        result.stopped = INTERRUPTED
+        result.note = f"interrupted; kept the adapter of step {kept} of {config.steps}"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import inspect
 import json
 import math
+import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -20,12 +24,14 @@ import torch
 from tiny_study import tiny_model, write_jsonl, write_model, write_texts
 
 import forgetless as fl
-from forgetless.cli import commands
+from forgetless.cli import arguments
 from forgetless.cli import main as cli
 from forgetless.cli.console import Ui
 from forgetless.cli.main import main
+from forgetless.ops import autograd as ops
 from forgetless.study import finetune, session
-from forgetless.study.options import BadInput, parse_method, parse_targets
+from forgetless.study.data import BUILTIN
+from forgetless.study.options import BadInput, CompareOptions, FinetuneOptions, parse_method, parse_targets
 from forgetless.study.packages import MissingPackage
 from forgetless.study.train import Step, trainable
 
@@ -137,10 +143,10 @@ def test_a_missing_package_says_how_to_install_it(
 def test_a_missing_extra_says_how_to_install_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "installed", lambda name: name not in ("rich", "typer", *dict(cli.TOOLS.values())))
+    monkeypatch.setattr(cli, "installed", lambda name: name not in ("rich", "scipy", *dict(cli.TOOLS.values())))
     assert main(["compare"]) == 2
     said = capsys.readouterr().err
-    assert said == "error: rich, typer not installed; install with: pip install 'forgetless[study]'\n"
+    assert said == "error: rich, scipy not installed; install with: pip install 'forgetless[study]'\n"
 
 
 def test_help_lists_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,11 +154,53 @@ def test_help_lists_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("compare", "finetune", "report"))
     for name, (module, _) in cli.TOOLS.items():
-        assert bool(re.search(rf"^  {name} ", shown, re.M)) == cli.installed(module)
+        assert bool(re.search(rf"^ +{name} ", shown, re.M)) == cli.installed(module)
     assert main(["compare", "--help"]) == 0
     assert "django-de" in capsys.readouterr().out
-    assert main(["compare", "--nonsense"]) == 2
-    assert main([]) in (0, 2)
+    assert set(arguments.TEXTS) == set(BUILTIN)
+    assert main([]) == 2 and "compare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["compare", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["compare", "--rank", "many"], "argument --rank: invalid int value: 'many'"),
+        (["compare", "--seed"], "argument --seed/--seeds: expected at least one argument"),
+        (["compare", "--meth", "lora"], "unrecognized arguments: --meth lora"),
+        (["finetune", "--model", "smollm2"], "the following arguments are required: --data, --out"),
+        (["liver"], "argument COMMAND: invalid choice: 'liver'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_refused(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(words, capsys, tmp_path / "none")
+
+
+def test_help_and_version_import_no_study() -> None:
+    code = """
+        import sys
+        from forgetless.cli.main import main
+        assert main(["--version"]) == 0 and main(["--help"]) == 0 and main(["compare", "--help"]) == 0
+        sys.exit(sorted({"transformers", "matplotlib", "scipy", "rich"} & set(sys.modules)) or 0)
+    """
+    done = subprocess.run([sys.executable, "-c", inspect.cleandoc(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"forgetless {fl.__version__}\n")
+
+
+def test_defaults_in_the_help_are_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, cls in (("compare", CompareOptions), ("finetune", FinetuneOptions)):
+        assert main([command, "--help"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        for field in dataclasses.fields(cls):
+            if type(field.default) in (int, float) and field.name not in ("seeds", "command"):
+                flag = "--" + field.name.replace("_", "-")
+                text = shown[shown.rindex(f"{flag} ") :] if f"{flag} " in shown else ""
+                assert not text or re.search(r"Default: ([^ ]+)\.(?: |$)", text), (command, flag)
+                if text and field.name != "lr":
+                    assert float(re.search(r"Default: ([^ ]+)\.(?: |$)", text)[1]) == field.default, (command, flag)
 
 
 def test_tools_get_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +211,23 @@ def test_tools_get_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cli.TOOLS, "doctor", ("forgetless_tool", "A tool."))
     monkeypatch.setattr(cli, "installed", lambda name: True)
     assert main(["doctor", "--quick"]) == 3 and got == [["--quick"]]
+
+
+def test_tune_writes_the_table_that_is_named_and_leaves_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available() or ops._kernels is None:
+        pytest.skip("is about the interpreter")
+    monkeypatch.setenv("FORGETLESS_TUNE", str(tmp_path / "other.json"))
+    before = dict(os.environ)
+    table = tmp_path / "table.json"
+    words = ["tune", "--toy", "--dtype", "float32", "--out", str(table)]
+    assert main(words) == 0 and len(json.loads(table.read_text())["gpus"]["cpu"]) == 2
+    assert dict(os.environ) == before and not (tmp_path / "other.json").exists()
+    capsys.readouterr()
+    assert main(words) == 0 and "2 problems, 2 measured before" in capsys.readouterr().out
+    table.write_text("{")
+    assert main(words) == 0 and "ignoring the tuning table" in capsys.readouterr().err
 
 
 def test_it_runs_as_a_module_and_is_the_entry_point(
@@ -306,9 +371,4 @@ def test_bad_finetune_input_is_refused(
     assert "--epochs must be above zero" in refused(tune(inputs, out, "--epochs", "0"), capsys, out)
     few = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}])
     assert "one: cannot hold out" in refused(tune(inputs, out, "--data", str(few)), capsys, out)
-    assert main(["finetune", "--model", "smollm2"]) == 2, "typer's own refusal of a missing option"
-
-
-def test_commands_know_their_tools() -> None:
-    names = {command.name or command.callback.__name__ for command in commands.app.registered_commands}
-    assert {"compare", "finetune", "report"} <= names
+    assert main(["finetune", "--model", "smollm2"]) == 2, "options that must be given"

@@ -184,5 +184,5 @@ def test_an_old_card_is_found(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    with pytest.raises(doctor.Failure, match="T4 is sm_75, the kernels want sm_80"):
+    with pytest.raises(doctor.Failure, match="T4 sm_75: the kernels need sm_80"):
         doctor.devices()

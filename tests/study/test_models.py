@@ -19,8 +19,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from forgetless.study import evaluate, models
-from forgetless.study.data import IGNORED, Collator, Example, FactProbe, encode_domain
-from forgetless.study.evaluate import Score, facts, nll
+from forgetless.study.data import IGNORED, Collator, Example, encode_domain
+from forgetless.study.evaluate import FactProbe, Score, facts, nll
 from forgetless.study.models import ModelError, describe, load_model
 from forgetless.study.packages import MissingPackage
 
@@ -158,7 +158,7 @@ def test_a_folder_is_loaded_and_described(folder: Path) -> None:
         "dtype": "float32",
         "source": "tiny",
     }
-    assert sha256 == models._digest(folder / "model.safetensors")
+    assert sha256 == models.sha256_of(folder / "model.safetensors")
     json.dumps(described)
     assert load_model(str(folder))[0].dtype == torch.bfloat16
 
@@ -184,7 +184,7 @@ def test_a_gguf_file_becomes_plain_dense_weights(tiny_gguf: Path, cache: Path, d
         assert {type(p) for p in model.parameters()} == {nn.Parameter}
         assert model.config._attn_implementation == "eager" and not model.training
         assert describe(model)["name"] == "tiny.Q8_0"
-        assert describe(model)["sha256"] == models._digest(tiny_gguf)
+        assert describe(model)["sha256"] == models.sha256_of(tiny_gguf)
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     truth = tiny_model()
@@ -223,7 +223,7 @@ def lie(folder: Path) -> None:
     """Damage that the checksums do not show."""
     (folder / "config.json").write_text("{}")
     sums = json.loads((folder / models.MANIFEST).read_text())
-    sums["config.json"] = models._digest(folder / "config.json")
+    sums["config.json"] = models.sha256_of(folder / "config.json")
     (folder / models.MANIFEST).write_text(json.dumps(sums))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ def test_t_intervals_are_the_textbook_ones() -> None:
     assert stats.interval([]) is None and stats.interval([None, math.nan]) is None
     assert stats.interval([2.0, None]) == {"mean": 2.0, "low": None, "high": None, "n": 1}
     found = stats.interval([1.0, 2.0, 3.0])
-    assert found == pytest.approx({"mean": 2.0, "low": 2 - 4.3027 / 3**0.5, "high": 2 + 4.3027 / 3**0.5, "n": 3})
-    assert stats.half_width([1.0]) is None and stats.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5)
-    for freedom, wanted in [(1, 12.7062), (30, 2.0423), (31, 2.0395), (60, 2.0003), (1000, 1.9623)]:
-        assert stats.t_quantile(freedom) == pytest.approx(wanted, abs=2e-4)
-    with pytest.raises(ValueError, match="freedom is 0"):
-        stats.t_quantile(0)
+    assert found == pytest.approx({"mean": 2.0, "low": 2 - 4.302653 / 3**0.5, "high": 2 + 4.302653 / 3**0.5, "n": 3})
+    assert stats.half_of(stats.interval([1.0])) is None and stats.half_of(found) == pytest.approx(4.302653 / 3**0.5)
+    for freedom, quantile in [(1, 12.7062), (30, 2.0423), (31, 2.0395), (60, 2.0003), (1000, 1.9623)]:
+        values = [float(i % 7) for i in range(freedom + 1)]
+        error = statistics.stdev(values) / len(values) ** 0.5
+        assert stats.half_of(stats.interval(values)) / error == pytest.approx(quantile, abs=2e-4)
+    assert stats.interval([1.0, 1.0]) == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2}
 
 
 def test_correlations() -> None:
@@ -27,7 +29,10 @@ def test_correlations() -> None:
     assert stats.pearson(x, [2.0, 4.0, 6.0, 8.0]) == pytest.approx(1)
     assert stats.pearson(x, [1.0, 4.0, 9.0, 16.0]) == pytest.approx(0.98437, abs=1e-4)
     assert stats.spearman(x, [-1.0, -4.0, -9.0, -16.0]) == pytest.approx(-1)
-    assert stats.ranks([5.0, 1.0, 5.0]) == [2.5, 1.0, 2.5]
+    # ranks 2.5, 1, 2.5 and 1, 2, 3: equal values share the mean of their ranks
+    assert stats.spearman([5.0, 1.0, 5.0], [1.0, 2.0, 3.0]) == pytest.approx(0.0)
+    assert stats.spearman([5.0, 1.0, 5.0], [3.0, 1.0, 2.0]) == pytest.approx(3**0.5 / 2)
+    assert stats.spearman(x[:2], x[:2]) is None and stats.spearman(x, [1.0] * 4) is None
     assert stats.pearson(x[:2], x[:2]) is None and stats.pearson(x, [1.0] * 4) is None
     assert stats.explained_by_line(x, [2.0, 4.0, 6.0, 8.0]) == pytest.approx(1)
     groups = ["a", "a", "b", "b"]
