@@ -20,9 +20,7 @@ OTHERS = {
     "reliability": "how much was tried to break it, and what held: counts for docs/reliability.md",
     "all": "every benchmark above, one after the other",
     "gpu": "on a CUDA machine: the correctness checks, then every benchmark, in at most ten minutes",
-    "tables": "write README's measured section, docs/benchmarks.md and docs/api.md from results and docstrings",
-    "api": "write docs/api.md from the docstrings",
-    "walkthrough": "run docs/walkthrough.md, write its outputs and the notebook",
+    "tables": "write README's measured section, and docs/benchmarks.md from results",
     "plots": "draw the results into docs/images",
 }
 

@@ -1,6 +1,4 @@
 """README's measured section and the tables of docs from the committed JSON: ``python -m bench tables [--check]``.
-
-docs/api.md, from the docstrings, is written with them.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import api
 from .harness import RESULTS, number
 from .pages import PAGES, unresolved
 from .texts import GOAL, by_dropout, how_taken, markdown, read, spread, where
@@ -194,7 +191,6 @@ def reliability_page(page: str) -> str:
 PAGES_TOO: dict[Path, Callable[[str], str]] = {
     PEFT: peft_page,
     RELIABILITY: reliability_page,
-    api.PAGE: lambda _: api.page(),
 }
 
 # ------------------------------------------------------------------------------ docs/benchmarks.md
