@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from forgetless_bench.harness import machine, write_json
+from forgetless_bench.harness import machine, versions, write_json
 
 from .checks import checks, kernel_checks
 from .launched import Check, Trouble
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = round(time.perf_counter() - begin, 1)
     report = {"schema": SCHEMA, "ok": ok, "seconds": seconds, "checks": [asdict(finding) for finding in findings]}
     if not options.kernels:
-        report["machine"] = machine()
+        report["machine"] = {**machine(), "packages": versions()}
     if options.json:
         print(json.dumps(report, indent=1))
     else:
