@@ -17,8 +17,8 @@ demo: data  ## fine-tune a real model with every method and show what each one f
 test: install  ## the whole test suite, with coverage
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(ARGS)
 
-soak: install  ## an hour or two: commands killed at any moment, thousands of drawn cases; counts into bench/results
-	FORGETLESS_SOAK_OUT=bench/results/reliability-cpu.json OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m soak tests/soak
+soak: install  ## an hour or two: commands killed at any moment, thousands of drawn cases
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m soak tests/soak
 
 install: $(VENV)/.installed
 

@@ -389,14 +389,14 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     if "rows" in data:
         rows = ",\n".join("  " + json.dumps(one, allow_nan=False) for one in data["rows"])
         head = head[:-2] + f',\n "rows": [\n{rows}\n ]\n}}'
-    write_text(path, head + "\n")
+    write_file(path, (head + "\n").encode())
 
 
-def write_text(path: Path, text: str) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """Write through a temporary file, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
     os.chmod(scratch, 0o644)
     os.replace(scratch, path)

@@ -1,12 +1,13 @@
 """Every table, plot and page from the JSON in bench/results: ``python -m bench report [--check]``.
 
 Written are docs/benchmarks.md, docs/static.md and docs/images/bench-*.png, and the text between the marks of
-README.md, docs/peft.md and docs/reliability.md. Ratios are computed here, from the rows.
+README.md and docs/peft.md. Ratios are computed here, from the rows.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from .bytes import MIB
-from .harness import FROZEN, OURS, PEFT, RESULTS, ROOT, Parser, Results, Row, overhead, read, select, write_text
+from .harness import (
+    FROZEN,
+    OURS,
+    PEFT,
+    RESULTS,
+    ROOT,
+    Parser,
+    Results,
+    Row,
+    median_and_spread,
+    overhead,
+    read,
+    select,
+    write_file,
+)
 from .shapes import Case, rival, work
 
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
@@ -59,6 +74,38 @@ def source(results: Results, path: Path | None = None) -> str:
     return "; ".join(filter(None, parts)) + against
 
 
+def provider_table(
+    rows: Iterable[Row],
+    first: str,
+    columns: Sequence[tuple[str, str, float, int]],
+    floor: str | None = None,
+    last: Mapping[str, str] | None = None,
+) -> str:
+    """A line for each provider.
+
+    Args:
+        columns: title, metric (also "spread" of the time, and "ratio" to the time of ``floor``), scale, digits.
+        last: provider -> the cell after the columns.
+    """
+    cells: dict[str, dict[str, float]] = {}
+    for row in rows:
+        cell = cells.setdefault(row["provider"], {})
+        cell[row["metric"]] = row["value"]
+        if "spread" in row:
+            cell["spread"] = row["spread"]
+    if floor is not None:
+        for cell in cells.values():
+            cell["ratio"] = cell["time"] / cells[floor]["time"]
+    lines = []
+    for name, cell in cells.items():
+        values = [number(cell[key] * scale if key in cell else None, digits) for _, key, scale, digits in columns]
+        lines.append([name, *values, *([last[name]] if last else [])])
+    titles = [title for title, *_ in columns if title]
+    return table([first, *titles, *(["loss of each step"] if last else [])], lines)
+
+
+SECONDS = ("seconds", "time", 1.0, 3), ("±", "spread", 1.0, 3)
+
 # ------------------------------------------------------------------------------------- one training step
 
 
@@ -77,30 +124,39 @@ def step_shares(results: Results) -> list[str]:
 
 def step_table(results: Results) -> str:
     times = select(results, phase="step", metric="time")
-    floor = next(row["value"] for row in times if row["provider"] == FROZEN)
-    rows = [
-        [row["provider"], number(row["value"], 3), number(row["spread"], 3), number(row["value"] / floor)]
-        for row in times
-    ]
-    return table(["provider", "seconds", "±", "× frozen"], rows)
+    return provider_table(times, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
 
 
 def step_text(results: Results) -> str:
     times = select(results, phase="step", metric="time")
     text = f"{times[0]['case']}; forward and backward, {len(times[0]['rounds'])} interleaved rounds.\n\n"
-    text += step_table(results)
+    text += step_table(results) + against_text(results, "step")
     if shares := step_shares(results):
         text += f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
     losses = by_provider(select(results, metric="loss"))
     if losses:
         exact = losses.pop("float32")
         apart = {name: max(abs(a - b) for a, b in zip(v, exact, strict=True)) for name, v in losses.items()}
-        said = ", ".join(f"{name} {value:.3f}" for name, value in apart.items())
         text += (
             f"\n{len(exact)} AdamW steps from the same start: largest difference of the loss from that of the same "
-            f"weights in float32, in nats: {said}.\n"
+            f"weights in float32, in nats: {', '.join(f'{name} {value:.3f}' for name, value in apart.items())}.\n"
         )
     return text
+
+
+def against_text(results: Results, phase: str) -> str:
+    """This checkout's times over the other commit's, within every round."""
+    rows = []
+    for case, times in by_case(select(results, phase=phase, metric="time")).items():
+        for name in times:
+            ours, mark, _ = name.partition(" @ ")
+            if mark:
+                pairs = zip(times[ours]["rounds"], times[name]["rounds"], strict=True)
+                middle, spread = median_and_spread([a / b for a, b in pairs])
+                rows.append([case, ours, f"{middle:.3f} ± {spread:.3f}"])
+    if not rows:
+        return ""
+    return f"\nThis checkout's time over commit {results['against'][:8]}'s:\n\n" + table(["case", "", "ratio"], rows)
 
 
 def by_provider(rows: Iterable[Row]) -> dict[str, list[float]]:
@@ -114,8 +170,8 @@ def by_provider(rows: Iterable[Row]) -> dict[str, list[float]]:
 
 
 def ratio(times: Mapping[str, Row], provider: str) -> float:
-    """Times the frozen layer."""
-    return times[provider]["value"] / times[FROZEN]["value"]
+    """Times the frozen layer, that of the same process."""
+    return times[provider]["value"] / times[f"{FROZEN}{''.join(provider.partition(' @ ')[1:])}"]["value"]
 
 
 def layer_cell(times: Mapping[str, Row], provider: str, other: str) -> str:
@@ -164,7 +220,8 @@ def layer_text(results: Results) -> str:
         dropped = f", dropout {dropout:g}" if method == "lora" else ""
         text += f"\n**{method}, {dtype}{dropped}{''.join(f', {key}={cases[0][key]}' for key in fixed)}**\n\n"
         text += table(["provider", *titles], rows)
-    return text + "".join(f"\n{line}\n" for line in layer_verdict(results)) + saved_text(results)
+    text += "".join(f"\n{line}\n" for line in layer_verdict(results))
+    return text + against_text(results, "both") + saved_text(results)
 
 
 def saved_text(results: Results) -> str:
@@ -216,55 +273,31 @@ def layer_verdict(results: Results) -> list[str]:
 
 
 def penalty_text(results: Results) -> str:
-    times = select(results, phase="penalty", metric="time") + select(results, phase="step", metric="time")
-    sizes = {row["provider"]: row["value"] for row in select(results, metric="state")}
-    step = next(row["value"] for row in times if row["provider"] == "training step, LoRA")
-    speedup = clora_speedup(results)
-    rows = [
-        [
-            row["provider"],
-            number(row["value"] * 1e3),
-            number(row["spread"] * 1e3),
-            f"{100 * row['value'] / step:.1f} %",
-            number(speedup.get(row["provider"]), 1),
-            number(sizes[row["provider"]] / MIB, 1) if row["provider"] in sizes else NONE,
-        ]
-        for row in times
-    ]
-    columns = ["value and gradient", "ms", "±", "of a step", "× faster than the authors' loop", "state MiB"]
-    text = f"{times[0]['case']}.\n\n" + table(columns, rows)
-    found = {row["provider"]: row for row in select(results, phase="calibrate", metric="time")}
-    if found:
-        first = next(iter(found.values()))
-        rows = []
-        for name, row in found.items():
-            plain = found["forward" if name.startswith("SourceDeviation") else "forward and backward"]["value"]
-            rows.append([name, number(row["value"]), number(row["spread"]), number(row["value"] / plain)])
-        text += (
-            f"\n`fl.calibrate` on {first['case']}, beside the plain forward and backward (SourceDeviation: forward)."
-        )
-        text += "\n\n" + table(["pass", "seconds", "±", "× plain"], rows)
+    rows = select(results, phase="penalty") + select(results, phase="step")
+    columns = [("ms", "time", 1e3, 2), ("±", "spread", 1e3, 2), ("% of a step", "ratio", 100, 1)]
+    columns += [("state MiB", "state", 1 / MIB, 1)]
+    text = f"{rows[0]['case']}.\n\n" + provider_table(rows, "value and gradient", columns, "training step, LoRA")
+    text += f"\nTimes faster than the authors' loop, by basis: {clora_speedup(results)}.\n"
+    calibrations = select(results, phase="calibrate")
+    if calibrations:
+        text += f"\n`fl.calibrate` on {calibrations[0]['case']}, and plain passes over them:\n\n"
+        text += provider_table(calibrations, "pass", [*SECONDS, ("× forward", "ratio", 1, 2)], "forward")
     return text
 
 
-def clora_speedup(results: Results) -> dict[str, float]:
-    """NullSpace by basis -> times faster than the authors' loop."""
+def clora_speedup(results: Results) -> str:
     times = {row["provider"]: row["value"] for row in select(results, phase="penalty", metric="time")}
-    return {name: times["authors' CLoRA"] / value for name, value in times.items() if name.startswith("NullSpace")}
+    factors = {name: times["authors' CLoRA"] / value for name, value in times.items() if name.startswith("NullSpace")}
+    return ", ".join(f"{name.partition(', ')[2]} {factor:.1f}" for name, factor in factors.items())
 
 
 def memory_text(results: Results) -> str:
-    steps = select(results, phase="step")
-    case = steps[0]["case"]
-    sizes = {(row["provider"], row["metric"]): row["value"] / MIB for row in steps}
-    metrics = [metric for metric in ("saved", "peak", "peak RSS") if any(metric == key[1] for key in sizes)]
-    providers = unique(row["provider"] for row in steps)
-    rows = [[p, *(number(sizes.get((p, metric)), 1) for metric in metrics)] for p in providers]
-    text = (
-        f"{case}. Saved: distinct storages packed for the backward pass, without weights. Peak: of torch's allocator "
-        "above what was allocated before the step; RSS: of a fresh process, likewise.\n\n"
-    )
-    return text + table(["whole step", *(f"{metric} MiB" for metric in metrics)], rows)
+    rows = select(results, phase="step")
+    columns = [(f"{metric} MiB", metric, 1 / MIB, 1) for metric in unique(row["metric"] for row in rows)]
+    return (
+        f"{rows[0]['case']}. Saved: distinct storages packed for the backward pass, without weights. Peak: of torch's "
+        "allocator above what was allocated before the step; RSS: of a fresh process, likewise.\n\n"
+    ) + provider_table(rows, "whole step", columns)
 
 
 def memory_shares(results: Results) -> list[list[str]]:
@@ -279,34 +312,21 @@ def memory_shares(results: Results) -> list[list[str]]:
 
 
 def qlora_text(results: Results) -> str:
-    case = results["rows"][0]["case"]
-    values = {(row["provider"], row["metric"]): row["value"] for row in results["rows"] if row["metric"] != "loss"}
     losses = by_provider(select(results, metric="loss"))
-    rows = [
-        [
-            name,
-            *(number(values[name, metric] / MIB, 1) for metric in ("weights", "saved", "peak")),
-            number(values[name, "time"]),
-            " ".join(number(loss) for loss in losses[name]),
-        ]
-        for name in losses
-    ]
+    columns = [(f"{metric} MiB", metric, 1 / MIB, 1) for metric in ("weights", "saved", "peak")]
+    last = {name: " ".join(number(loss) for loss in values) for name, values in losses.items()}
+    rows = select(results, phase="step")
     return (
-        f"{case}. Weights: of the frozen linear layers, scales included. Saved: for the backward pass. Peak: of "
-        "forward and backward. Seconds: median, the first step left out.\n\n"
-    ) + table(["base", "weights MiB", "saved MiB", "peak MiB", "s/step", "loss of each step"], rows)
+        f"{rows[0]['case']}. Weights: of the frozen linear layers, scales included. Saved: for the backward pass. "
+        "Peak: of forward and backward. Seconds: median, the first step left out.\n\n"
+    ) + provider_table(rows, "base", [*columns, ("s/step", "time", 1, 2)], last=last)
 
 
 def dispatch_text(results: Results) -> str:
-    times = select(results, metric="time")
-    bare = times[0]["value"]
-    rows = [
-        [row["provider"], number(row["value"] * 1e6, 1), number(row["spread"] * 1e6, 1), number(row["value"] / bare)]
-        for row in times
-    ]
-    return f"Forward and backward of one tiny layer, {times[0]['case']}.\n\n" + table(
-        ["provider", "µs", "±", "× bare"], rows
-    )
+    rows = select(results, metric="time")
+    columns = [("µs", "time", 1e6, 1), ("±", "spread", 1e6, 1), ("× bare", "ratio", 1, 2)]
+    text = f"Forward and backward of one tiny layer, {rows[0]['case']}.\n\n"
+    return text + provider_table(rows, "provider", columns, rows[0]["provider"])
 
 
 #: kind -> (title, text).
@@ -337,12 +357,9 @@ def static_page() -> str:
         "Written by `python -m bench report` from `bench/results/static.json` (`make static`) and "
         "`bench/results/targets.json` (`make targets`). No GPU was used.\n"
     )
-    path = RESULTS / "static.json"
-    if path.exists():
-        text += static_text(read(path), path)
-    path = RESULTS / "targets.json"
-    if path.exists():
-        text += targets_text(read(path), path)
+    for name, write in (("static.json", static_text), ("targets.json", targets_text)):
+        if (RESULTS / name).exists():
+            text += write(read(RESULTS / name), RESULTS / name)
     return text
 
 
@@ -368,30 +385,11 @@ def static_text(results: Results, path: Path) -> str:
         "longer of its FLOPs and its bytes at the assumed rates; launches and tails take nothing; every matrix crosses "
         "the bus once; partial sums are written to memory and read back from L2; cuBLAS is no faster.\n\n"
     )
-    cards = [f"{a['products']['case']} (sm_{card.removeprefix('sm_')})" for card, a in assumed.items()]
+    cards = [f"{a['products']['case']} ({card})" for card, a in assumed.items()]
     text += table(["design", *cards], rows)
-    card = "sm_90" if "sm_90" in assumed else next(iter(assumed))
-    kernels = select(results, provider=card)
-    calls: dict[str, dict[str, Any]] = {}
-    for row in kernels:
-        if row["metric"] not in ("products", "memory", "predicted time") or row["unit"] == "B":
-            calls.setdefault(row["case"], {"tile": row["phase"]})[row["metric"]] = row["value"]
-    rows = [
-        [
-            call,
-            v["tile"],
-            f"{v['flops'] / 1e9:.1f}",
-            f"{v['loaded'] / 1e6:.0f}",
-            f"{v['memory'] / 1e6:.0f}",
-            f"{v['predicted'] * 1e6:.0f}",
-            *(str(v.get(key, NONE)) for key in ("registers", "stack", "shared", "blocks_per_sm", "mmas")),
-        ]
-        for call, v in calls.items()
-    ]
-    columns = ["call", "tile M/N/K warps stages", "GFLOP", "MB loaded by programs", "MB over the bus", "µs predicted"]
-    columns += ["registers", "spilled bytes", "shared bytes", "blocks/SM", "MMAs"]
-    text += f"\nThe kernels on {assumed[card]['products']['case']}; the JSON has the other cards.\n\n"
-    return text + table(columns, rows) + f"\n{source(results, path)}\n"
+    return (
+        text + f"\nThe JSON has every kernel's tile, bytes, registers and predicted time.\n\n{source(results, path)}\n"
+    )
 
 
 def targets_text(results: Results, path: Path) -> str:
@@ -434,18 +432,6 @@ def compare_section(results: dict[str, Any]) -> str:
     )
 
 
-def step_section(results: Results) -> str:
-    times = select(results, phase="step", metric="time")
-    shares = step_shares(results)
-    said = (
-        f" Our overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round." if shares else ""
-    )
-    return (
-        f"**One training step**, {times[0]['case']}, forward and backward, medians of {len(times[0]['rounds'])} "
-        f"interleaved rounds.{said}\n\n{step_table(results)}\n{source(results)}.\n"
-    )
-
-
 def layer_section(results: Results) -> str:
     by_dropout = lora_times(results)
     providers = unique(p for cases in by_dropout.values() for times in cases for p in times)
@@ -468,6 +454,14 @@ def layer_section(results: Results) -> str:
 def rest_section(results: Mapping[str, Results]) -> str:
     """One row for each of the other benchmarks on the CPU."""
     rows: list[list[str]] = []
+    if "step" in results:
+        times = {row["provider"]: row for row in select(results["step"], phase="step", metric="time")}
+        for dropout in unique(name.partition(", ")[2] for name in times if name.startswith(f"{OURS}, ")):
+            names = [n for who in (OURS, PEFT, f"{PEFT} bf16 adapters") if (n := f"{who}, {dropout}") in times]
+            title = f"training step, {dropout}: × frozen, {' / '.join(name.partition(', ')[0] for name in names)}"
+            rows.append([title, " / ".join(number(ratio(times, name)) for name in names)])
+        if shares := step_shares(results["step"]):
+            rows.append(["training step: our overhead / PEFT's, within rounds", ", ".join(shares)])
     if "layer" in results:
         times = by_case(select(results["layer"], phase="both", metric="time"))
         pairs = [t for n, t in times.items() if results["layer"]["cases"][n]["method"] == "curlora"]
@@ -476,7 +470,7 @@ def rest_section(results: Mapping[str, Results]) -> str:
             text = f"{statistics.median(factors):.2f} ({min(factors):.2f} to {max(factors):.2f})"
             rows.append(["CURLoRA layer: times faster than the authors' dense form", text])
     if "penalty" in results:
-        text = ", ".join(f"{n.partition(', ')[2]} {v:.1f}" for n, v in clora_speedup(results["penalty"]).items())
+        text = clora_speedup(results["penalty"])
         rows.append(["CLoRA's penalty: times faster than the authors' loop, by basis", text])
     if "memory" in results:
         whole, beyond = memory_shares(results["memory"])
@@ -495,18 +489,12 @@ def rest_section(results: Mapping[str, Results]) -> str:
 def readme_section() -> str:
     """The text between README's marks."""
     parts = []
-    path = RESULTS / "compare-smollm2.json"
-    if path.exists():
-        import json
-
+    if (path := RESULTS / "compare-smollm2.json").exists():
         parts.append(compare_section(json.loads(path.read_text(encoding="utf-8"))))
     results = {kind: read(path) for kind in SECTIONS if (path := RESULTS / f"{kind}-cpu.json").exists()}
-    if "step" in results:
-        parts.append(step_section(results["step"]))
     if "layer" in results:
         parts.append(layer_section(results["layer"]))
-    parts.append(rest_section(results))
-    return "\n" + "\n".join(filter(None, parts)) + "\n"
+    return "\n" + "\n".join(filter(None, [*parts, rest_section(results)])) + "\n"
 
 
 # -------------------------------------------------------------------------------------- other pages
@@ -524,10 +512,12 @@ def suite_section() -> str:
         cells = [f"{counts.get((name, who, outcome), 0):,}" for who in ("swapped in", PEFT) for outcome in outcomes]
         rows.append([f"`{name}`", *cells])
     columns = ["PEFT's tests", "passed", "skipped", "failed", "PEFT alone: passed", "skipped", "failed"]
-    differ = select(results, phase="differ")
-    said = "; ".join(f"`{row['case']}`, {row['provider']}: {row['metric']}" for row in differ)
-    said = f"Outcomes that differ: {said}."
-    said = said if differ else "Every test has the same outcome with and without swap-in."
+    differ = [f"`{row['case']}`, {row['provider']}: {row['metric']}" for row in select(results, phase="differ")]
+    said = (
+        f"Outcomes that differ: {'; '.join(differ)}."
+        if differ
+        else "Every test has the same outcome with and without swap-in."
+    )
     text = f"\nPEFT {results['versions']['peft']}, LoRA configurations, without network. {said}\n\n"
     text += table(columns, rows)
     for outcome in ("failed", "skipped"):
@@ -544,22 +534,6 @@ def suite_section() -> str:
             rows.append([f"{row['value']:,}", names[row["case"]]])
     text += "\n" + table(["forward passes of swapped-in layers", "ran on"], rows)
     return f"{text}\n{source(results, path)}.\n\n"
-
-
-def reliability_section() -> str:
-    """Counts of the soak tests."""
-    path = RESULTS / "reliability-cpu.json"
-    results = read(path)
-    cases: dict[str, dict[str, float]] = {}
-    for row in results["rows"]:
-        counts = cases.setdefault(row["case"], {})
-        counts[row["metric"]] = counts.get(row["metric"], 0) + row["value"]
-    rows = [
-        [case, ", ".join(f"{key} {v:,}" for key, v in counts.items() if v == int(v))] for case, counts in cases.items()
-    ]
-    commits = ", ".join(c[:12] for c in unique(row.get("commit") or "unknown" for row in results["rows"]))
-    line = f"{results['machine']['processor']}, {results['created']}; commits {commits}; `bench/results/{path.name}`."
-    return "\n" + table(["what was tried", "counts"], rows) + f"\n{line}\n\n"
 
 
 HEAD = """# Benchmarks
@@ -585,7 +559,7 @@ def benchmarks_page() -> str:
             on_gpu |= results["machine"]["gpu"] is not None
             text += f"\n`{results['command']}`; {source(results, path)}.\n\n{write(results)}"
             text += "".join(f"\nNote: {note}\n" for note in results["notes"])
-            if kind in PLOTS:
+            if kind == "layer":
                 text += f"\n![{title}](images/bench-{path.stem}.png)\n"
     if not on_gpu:
         text += (
@@ -619,32 +593,14 @@ def layer_plot(results: Results, figure: Any) -> None:
         for i, provider in enumerate(providers):
             points = [(j, 100 * (ratio(times[n], provider) - 1)) for j, n in enumerate(names) if provider in times[n]]
             places = [j + (i - (len(providers) - 1) / 2) * width for j, _ in points]
-            axis.bar(places, [height for _, height in points], 0.92 * width, color=COLOURS[i], label=provider)
+            axis.bar(
+                places, [height for _, height in points], 0.92 * width, color=COLOURS[i % len(COLOURS)], label=provider
+            )
         axis.set_xticks(range(len(names)), [title_of(results["cases"][name]) for name in names], fontsize=7)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_ylabel("% over frozen")
         axis.set_title(f"{dtype}, dropout {dropout:g}", fontsize=9)
     axes[0].legend(frameon=False, fontsize=7, ncols=4)
-
-
-def step_plot(results: Results, figure: Any) -> None:
-    """One training step over the frozen model."""
-    times = {row["provider"]: row for row in select(results, phase="step", metric="time")}
-    floor = times.pop(FROZEN)["value"]
-    axis = figure.subplots()
-    values = [100 * (row["value"] / floor - 1) for row in times.values()]
-    errors = [100 * row["spread"] / floor for row in times.values()]
-    colours = [COLOURS[0] if name.startswith(OURS) else COLOURS[1] for name in times]
-    axis.barh(range(len(times)), values, 0.7, xerr=errors, color=colours)
-    axis.set_yticks(range(len(times)), list(times), fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel("% over the frozen model's step")
-
-
-PLOTS: dict[str, tuple[Callable[[Results, Any], None], float]] = {
-    "step": (step_plot, 4.8),
-    "layer": (layer_plot, 10.0),
-}
 
 
 def plot(results: Results) -> bytes:
@@ -653,10 +609,9 @@ def plot(results: Results) -> bytes:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    draw, height = PLOTS[results["kind"]]
-    figure = Figure(figsize=(9, height), layout="constrained")
+    figure = Figure(figsize=(9, 10), layout="constrained")
     FigureCanvasAgg(figure)
-    draw(results, figure)
+    layer_plot(results, figure)
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(source(results), fontsize=7, color="#555555")
@@ -674,7 +629,6 @@ PAGES: dict[str, Callable[[str], str]] = {
     "docs/static.md": lambda _: static_page(),
     "README.md": lambda page: between(page, readme_section()),
     "docs/peft.md": lambda page: between(page, suite_section()),
-    "docs/reliability.md": lambda page: between(page, reliability_section()),
 }
 
 
@@ -701,13 +655,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name} is not what python -m bench report writes", file=sys.stderr)
         return int(bool(stale))
     for path, fresh in stale.items():
-        write_text(path, fresh)
-    for kind in () if options.no_plots else PLOTS:
-        for path in sorted(RESULTS.glob(f"{kind}-*.json")):
-            target = ROOT / "docs" / "images" / f"bench-{path.stem}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(plot(read(path)))
-            names.append(target.name)
+        write_file(path, fresh.encode())
+    for path in () if options.no_plots else sorted(RESULTS.glob("layer-*.json")):
+        target = ROOT / "docs" / "images" / f"bench-{path.stem}.png"
+        write_file(target, plot(read(path)))
+        names.append(target.name)
     print(f"written: {', '.join(names) or 'nothing, all is up to date'}")
     return 0
 

@@ -22,7 +22,6 @@ import forgetless as fl
 from forgetless.ops import autograd as ops
 from forgetless.ops import blas, reference
 from forgetless.ops import dispatch as plans
-from forgetless_bench import gpu
 from forgetless_bench.bytes import available_bytes
 from forgetless_bench.harness import short
 
@@ -35,6 +34,7 @@ from .launched import (
     P,
     Trouble,
     call,
+    comparisons,
     draw,
     draw_layer,
     errors,
@@ -48,7 +48,7 @@ from .launched import (
 )
 
 FUSED = tuple(plan for plan in plans.PLANS if plan != "blas")
-#: What an interpreter can do of ``gpu.CHECKS``.
+#: What an interpreter can do of ``CHECKS``.
 SMALL = ((34, 70, 66, 8, 0.1), (1, 20, 33, 3, 0.0), (0, 16, 16, 4, 0.1))
 LEAST_BYTES = 1 << 30
 #: Elements before and after a guarded tensor, more than any tile has; a multiple of 16 bytes.
@@ -174,7 +174,7 @@ def path(device: torch.device) -> str:
 
 def op(device: torch.device) -> str:
     """y and every gradient of the op, by the path that runs there, against float64."""
-    return within(gpu.comparisons(device))
+    return within(comparisons(device))
 
 
 def round_trip(device: torch.device) -> str:
@@ -268,8 +268,8 @@ def by_plan(plan: str, device: torch.device) -> str:
     """y and every gradient of the op by one plan against float64, then twice for the same bits."""
     with planned(plan):
         if device.type == "cuda":
-            return f"{within(gpu.comparisons(device))}; {same_bits(device)}"
-        return f"{within(gpu.comparisons(device, SMALL))}; {same_bits(device, 70, DTYPES[2:])}"
+            return f"{within(comparisons(device))}; {same_bits(device)}"
+        return f"{within(comparisons(device, SMALL))}; {same_bits(device, 70, DTYPES[2:])}"
 
 
 def guard_pages(device: torch.device) -> str:

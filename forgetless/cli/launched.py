@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from forgetless.ops import autograd as ops
 from forgetless.ops import reference
-from forgetless_bench import gpu
 from forgetless_bench.harness import short
+
+#: (M, N, K, R, dropout): aligned, ragged, one token, none.
+CHECKS = ((256, 512, 256, 16, 0.0), (257, 515, 131, 9, 0.1), (1, 64, 96, 8, 0.0), (0, 64, 64, 8, 0.1))
+NAMES = ("y", "dx", "ddown", "dup")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "transposed", "sliced")
@@ -74,10 +77,10 @@ def same_bits(device: torch.device, M: int = 130, dtypes: Sequence[torch.dtype] 
     """Two runs, dropout and several blocks of rows included."""
     for dtype in dtypes:
         tensors = draw_layer(M, 50, 66, 8, dtype, device)
-        for name, a, b in zip(gpu.NAMES, one_step(tensors, P), one_step(tensors, P), strict=True):
+        for name, a, b in zip(NAMES, one_step(tensors, P), one_step(tensors, P), strict=True):
             if not torch.equal(a, b):
                 raise Trouble(f"{name} in {short(dtype)} differs from run to run", AVOID)
-    return f"{len(gpu.NAMES) * len(dtypes)} results, twice the same"
+    return f"{len(NAMES) * len(dtypes)} results, twice the same"
 
 
 def arrange(t: Tensor, layout: str, around: float) -> Tensor:
@@ -196,3 +199,46 @@ def one_sweep() -> Iterator[None]:
 
     with mock.patch.object(project, "sweep_pays", lambda *sizes: True):
         yield
+
+
+def comparisons(
+    device: torch.device, cases: Sequence[tuple[int, int, int, int, float]] = CHECKS
+) -> Iterator[tuple[str, float, float]]:
+    """Title, our worst error against float64 and twice that of eager PyTorch, for y and every gradient of the op."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for M, N, K, R, p in cases:
+            ours, eager, truth = outcomes(M, N, K, R, p, dtype, device)
+            for name, a, b, t in zip(NAMES, ours, eager, truth, strict=True):
+                title = f"{name} {short(dtype)} M={M} N={N} K={K} R={R} dropout={p}"
+                if not a.numel():
+                    yield title, 0.0, 0.0
+                    continue
+                mine, theirs = ((x.double() - t).abs().max().item() for x in (a, b))
+                yield title, mine, 2 * theirs + 4 * torch.finfo(torch.float32).eps * t.abs().max().item()
+
+
+def outcomes(
+    M: int, N: int, K: int, R: int, p: float, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """y, dx, ddown and dup by the op, by eager PyTorch in ``dtype``, and in float64."""
+    gen = torch.Generator().manual_seed(M + N + K + R)
+    seed = torch.tensor([12, -34], dtype=torch.int32, device=device)
+    sizes = ((M, K), (N, K), (R, K), (N, R), (M, N))
+    tensors = [(torch.randn(size, generator=gen) / size[-1] ** 0.5).to(device, dtype) for size in sizes]
+    keep = torch.ones(M, K, dtype=torch.bool, device=device)
+    if p and M:
+        keep = reference.keep_mask(seed, p, M, K)
+    rate = reference.drop_threshold(p) / reference.LEVELS
+    scale = 0.5
+
+    def eager(dtype: torch.dtype) -> list[Tensor]:
+        x, weight, down, up, dy = (t.to(dtype) for t in tensors)
+        leaves = [t.detach().requires_grad_(True) for t in (x, down, up)]
+        dropped = leaves[0] * keep * (1.0 / (1.0 - rate))
+        y = leaves[0] @ weight.T + scale * ((dropped @ leaves[1].T) @ leaves[2].T)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    x, weight, down, up, dy = tensors
+    leaves = [t.detach().requires_grad_(True) for t in (x, down, up)]
+    y = ops.lowrank_linear(leaves[0], weight, leaves[1], leaves[2], None, scale, p, seed)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)], eager(dtype), eager(torch.float64)

@@ -26,7 +26,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.delenv("FORGETLESS_PLAN", raising=False)
     monkeypatch.setattr(launched, "SIZES", ((18, 20, 24, 5), (0, 4, 8, 2)))
     monkeypatch.setattr(checks, "SMALL", ((17, 20, 18, 3, 0.1),))
-    monkeypatch.setattr(checks.gpu, "CHECKS", checks.SMALL)
+    monkeypatch.setattr(launched, "CHECKS", checks.SMALL)
     plans.forget()
     yield
     plans.forget()
