@@ -142,6 +142,8 @@ def resolve(commit: str) -> str:
     """The full hash."""
     run = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}"]
     try:
+        if not (ROOT / ".git").exists():  # installed: git would find some other checkout above
+            raise FileNotFoundError
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         raise BadInput(f"--against: {commit!r} is not a commit of a git checkout here") from None

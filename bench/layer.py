@@ -38,7 +38,6 @@ class Layer:
         self.module, self.base, self.x, self.dy = module, base, x.detach().requires_grad_(True), dy
         self.leaves = [self.x, *(p for p in module.parameters() if p.requires_grad)]
         self.backend: Callable[[], Any] = nullcontext if backend is None else partial(fl.ops.backend, backend)
-        self.plain = backend is None
         self.y: Tensor | None = None
 
     @property
@@ -46,19 +45,13 @@ class Layer:
         return self.forward, self.backward
 
     def forward(self) -> None:
-        if self.plain:
+        with self.backend():
             self.y = self.module(self.x)
-        else:
-            with self.backend():
-                self.y = self.module(self.x)
 
     def backward(self) -> tuple[Tensor, ...]:
         assert self.y is not None
-        if self.plain:
+        with self.backend():
             grads = torch.autograd.grad(self.y, self.leaves, self.dy)
-        else:
-            with self.backend():
-                grads = torch.autograd.grad(self.y, self.leaves, self.dy)
         self.y = None
         return grads
 

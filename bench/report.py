@@ -94,8 +94,9 @@ def provider_table(
         if "spread" in row:
             cell["spread"] = row["spread"]
     if floor is not None:
-        for cell in cells.values():
-            cell["ratio"] = cell["time"] / cells[floor]["time"]
+        for name, cell in cells.items():
+            own = floor + "".join(name.partition(" @ ")[1:])  # the floor of the same process
+            cell["ratio"] = cell["time"] / cells[own if own in cells else floor]["time"]
     lines = []
     for name, cell in cells.items():
         values = [number(cell[key] * scale if key in cell else None, digits) for _, key, scale, digits in columns]
@@ -228,7 +229,7 @@ def saved_text(results: Results) -> str:
     """What each provider saves for the backward pass; the sweep's rows are in its JSON."""
     saved = by_case(select(results, phase="both", metric="saved"))
     rows, names = [], unique(name for name in saved if results["kind"] == "layer")
-    for provider in unique(p for name in names for p in saved[name] if p != FROZEN):
+    for provider in unique(p for name in names for p in saved[name] if not p.startswith(FROZEN)):
         for (method, dtype, dropout), cases in layer_groups(results).items():
             sizes = [saved[name][provider]["value"] / MIB for name in cases if provider in saved.get(name, {})]
             if len(sizes) == len(cases):
@@ -462,13 +463,6 @@ def rest_section(results: Mapping[str, Results]) -> str:
             rows.append([title, " / ".join(number(ratio(times, name)) for name in names)])
         if shares := step_shares(results["step"]):
             rows.append(["training step: our overhead / PEFT's, within rounds", ", ".join(shares)])
-    if "layer" in results:
-        times = by_case(select(results["layer"], phase="both", metric="time"))
-        pairs = [t for n, t in times.items() if results["layer"]["cases"][n]["method"] == "curlora"]
-        factors = [t[rival("curlora")]["value"] / t[OURS]["value"] for t in pairs]
-        if factors:
-            text = f"{statistics.median(factors):.2f} ({min(factors):.2f} to {max(factors):.2f})"
-            rows.append(["CURLoRA layer: times faster than the authors' dense form", text])
     if "penalty" in results:
         text = clora_speedup(results["penalty"])
         rows.append(["CLoRA's penalty: times faster than the authors' loop, by basis", text])
@@ -477,10 +471,6 @@ def rest_section(results: Mapping[str, Results]) -> str:
         if whole:
             rows.append(["whole step: bytes saved for backward / PEFT's", ", ".join(whole)])
             rows.append(["the same beyond what the frozen model saves", ", ".join(beyond)])
-    if "dispatch" in results:
-        found = {row["provider"]: row["value"] for row in select(results["dispatch"], metric="time")}
-        factor = found["forgetless, layer"] / next(iter(found.values()))
-        rows.append(["host time of one layer's call / a bare `autograd.Function`", f"{factor:.2f}"])
     if not rows:
         return ""
     return f"{table(['same machine', 'measured'], rows)}\nEvery row: [docs/benchmarks.md](docs/benchmarks.md).\n"

@@ -289,21 +289,14 @@ def kernel_rows(s: Sizes, arch: int, compile_them: bool = True) -> list[dict[str
     _, speed, bandwidth = CARDS[arch]
     rate, back = Rate(speed, bandwidth), dataclasses.replace(s, N=s.K, K=s.N)
     rows = []
-    for case, kernel, sizes, transposed in (
-        ("project", "project", s, False),
-        ("forward", "matmul_lowrank", s, False),
-        ("full", "full", s, False),
-        ("once", "once", s, False),
-        ("sweep", "project_outer", back, False),
-        ("dx", "matmul_lowrank", back, True),
-        ("outer", "outer", s, False),
-        ("project dropout", "project", s, False),
-        ("full dropout", "full", s, False),
-        ("once dropout", "once", s, False),
-        ("dx dropout", "matmul_lowrank", back, True),
-        ("outer dropout", "outer", s, False),
-    ):
-        sizes = dataclasses.replace(sizes, dropout=case.endswith("dropout"))
+    plain = {
+        "project": ("project", s), "forward": ("matmul_lowrank", s), "full": ("full", s), "once": ("once", s),
+        "sweep": ("project_outer", back), "dx": ("matmul_lowrank", back), "outer": ("outer", s),
+    }  # fmt: skip
+    for case in (*plain, "project dropout", "full dropout", "once dropout", "dx dropout", "outer dropout"):
+        name, _, dropped = case.partition(" ")
+        kernel, sizes, transposed = *plain[name], name == "dx"
+        sizes = dataclasses.replace(sizes, dropout=bool(dropped))
         kernel, tile = on_card(kernel, arch, s.R, transposed)
         loads, stores = TRAFFIC[kernel](sizes, tile)
         work, moved = flops(kernel, sizes, tile), memory(kernel, sizes, tile)
@@ -315,7 +308,7 @@ def kernel_rows(s: Sizes, arch: int, compile_them: bool = True) -> list[dict[str
 
             compiled = targets.attempt(targets.Case(case, s.R), arch)[0]
             names = ("registers", "stack", "shared", "blocks_per_sm", "mmas")
-            values |= {name: compiled[name] for name in names}
+            values |= {name: compiled[name] for name in names if name in compiled}
         rows.append(values)
     return rows
 

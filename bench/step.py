@@ -82,16 +82,6 @@ def curve(model: nn.Module, ids: Tensor, steps: int) -> list[float]:
     return losses
 
 
-def copy_start(ours: nn.Module, theirs: nn.Module) -> None:
-    """Give our adapters PEFT's random A: the same start for both."""
-    a = {name: p for name, p in theirs.named_parameters() if "lora_A" in name}
-    with torch.no_grad():
-        for name, layer in fl.adapters(ours).items():
-            (match,) = [p for key, p in a.items() if f".{name}.lora_A." in key]
-            down: Any = layer.adapter.down
-            down.copy_(match)
-
-
 def curves(base: Any, ids: Tensor, steps: int) -> list[Row]:
     """Losses from the same start, without dropout: both libraries beside the bfloat16 model, PEFT beside it in float32.
 
@@ -99,12 +89,14 @@ def curves(base: Any, ids: Tensor, steps: int) -> list[Row]:
     """
     theirs, ours = peers.peft_model(base, 0.0), peers.lora_model(base, 0.0)
     exact = peers.peft_model(copy.deepcopy(base).float(), 0.0)
-    copy_start(ours, theirs)
+    starts = {name: p for name, p in theirs.named_parameters() if "lora_" in name}
     with torch.no_grad():
-        starts = {name: p for name, p in theirs.named_parameters() if "lora_" in name}
         for name, p in exact.named_parameters():
             if name in starts:
                 p.copy_(starts[name])
+        for name, layer in fl.adapters(ours).items():
+            down: Any = layer.adapter.down
+            down.copy_(next(p for key, p in starts.items() if f".{name}.lora_A." in key))
     losses = {name: curve(m, ids, steps) for name, m in ((OURS, ours), (PEFT, theirs), ("float32", exact))}
     return [
         row("losses from the same start", name, f"step {index}", "loss", value, "nats")

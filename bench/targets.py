@@ -210,7 +210,7 @@ def collect(cases: list[Case], archs: tuple[int, ...] = ARCHS, jobs: int = 1, sh
     seen: set[str] = set()
     with contextlib.ExitStack() as stack:
         done = map(_one, work) if jobs == 1 else stack.enter_context(ProcessPoolExecutor(jobs)).map(_one, work)
-        for index, some in enumerate(done):
+        for some in done:
             for record in some:
                 key = json.dumps({k: v for k, v in record.items() if k != "case"}, sort_keys=True)
                 if key not in seen:
@@ -218,8 +218,6 @@ def collect(cases: list[Case], archs: tuple[int, ...] = ARCHS, jobs: int = 1, sh
                     records.append(record)
                 if show and record["problems"]:
                     print(f"sm_{record['arch']} {record['case']}: {'; '.join(record['problems'])}", flush=True)
-            if show and sys.stderr.isatty():
-                print(f"\r{index + 1}/{len(work)}", end="", file=sys.stderr, flush=True)
     return records
 
 
