@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -279,8 +280,7 @@ def peaks(device: torch.device, dtypes: Iterable[torch.dtype], smoke: bool = Fal
         best = 0.0
         for n in sizes:
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-            out = torch.empty_like(a)
-            times = interleave({"mm": lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out)}, rounds, 2, device)  # type: ignore[misc]
+            times = interleave({"mm": partial(torch.mm, a, b.T, out=torch.empty_like(a))}, rounds, 2, device)
             best = max(best, 2 * n**3 / min(times["mm"][0]) * 1e-12)
         rows.append(row("machine", short(dtype), "product", "peak", best, "TFLOP/s"))
     source = torch.ones((1 << 20) if smoke else (1 << 30 if device.type == "cuda" else 1 << 28), dtype=torch.uint8)

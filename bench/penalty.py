@@ -11,6 +11,7 @@ is ``fl.calibrate``, beside the plain forward and backward (forward for SourceDe
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def calibration(base: Any, ids: Tensor, options: Any) -> list[Row]:
         "SourceDeviation, q = 64": fl.SourceDeviation(covariance=64),
     }.items():
         model = peers.lora_model(base, 0.0, (spec,)).eval()
-        runs[title] = lambda model=model: fl.calibrate(model, batches)
+        runs[title] = partial(fl.calibrate, model, batches)
     times = interleave(runs, min(options.rounds, 3), 1, ids.device, options.seconds)
     return time_rows(f"{sequences} sequences of {tokens} tokens", times, ("calibrate",))
 
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> Results:
     sizes: dict[str, int] = {}
     for title, spec in specs(options.k).items():
         model, leaves = prepare(base, spec, inputs, ids)
-        penalties[title] = value_and_gradient(lambda model=model: fl.penalty(model), leaves)  # type: ignore[misc]
+        penalties[title] = value_and_gradient(partial(fl.penalty, model), leaves)
         penalties[title]()
         sizes[title] = state_bytes(model)
     plain = peers.lora_model(base, 0.0)

@@ -122,10 +122,7 @@ def frozen_linear(N: int, K: int, bias: bool, dtype: torch.dtype, device: torch.
 
 def random_factors(base: nn.Linear, R: int) -> tuple[Tensor, Tensor]:
     """down (R, K) and up (N, R) in float32 or float64, both away from zero: products of zeros cost some chips less."""
-    options: Any = {
-        "device": base.weight.device,
-        "dtype": torch.promote_types(base.weight.dtype, torch.float32),
-    }
+    options: Any = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
     down = torch.randn(R, base.in_features, **options) / base.in_features**0.5
     return down, torch.randn(base.out_features, R, **options) / R**0.5
 

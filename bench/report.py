@@ -453,7 +453,7 @@ def layer_section(results: Results) -> str:
 
 
 def rest_section(results: Mapping[str, Results]) -> str:
-    """One row for each of the other benchmarks on the CPU."""
+    """What the benchmarks of a whole model say, in a few rows."""
     rows: list[list[str]] = []
     if "step" in results:
         times = {row["provider"]: row for row in select(results["step"], phase="step", metric="time")}
@@ -473,7 +473,8 @@ def rest_section(results: Mapping[str, Results]) -> str:
             rows.append(["the same beyond what the frozen model saves", ", ".join(beyond)])
     if not rows:
         return ""
-    return f"{table(['same machine', 'measured'], rows)}\nEvery row: [docs/benchmarks.md](docs/benchmarks.md).\n"
+    text = table(["whole model", "measured"], rows)
+    return f"{text}\nEvery row, model, machine and commit: [docs/benchmarks.md](docs/benchmarks.md).\n"
 
 
 def readme_section() -> str:
@@ -529,10 +530,10 @@ def suite_section() -> str:
 HEAD = """# Benchmarks
 
 Written by `python -m bench report` from the JSON in `bench/results`; change nothing here by hand. The providers of one
-table ran interleaved in one process, one call of each per round in an order drawn anew. Times are medians, ± the median
-absolute deviation. Compare within a table, never across machines. `-style` rows are our own code with that project's
-order of operations. Rows of torch.compile, Unsloth-style and products alone (the eight matrix products without
-autograd) are of earlier runs of this bench. `tests/benchmarks` proves each provider equal to the reference.
+table ran interleaved in one process, one call of each per round, every round in another order. Times are medians, ± the
+median absolute deviation. Compare within a table, never across machines. `-style` rows are our own code with that
+project's order of operations; `tests/benchmarks` proves each provider equal to the reference. Rows of Unsloth-style and
+of products alone (the eight matrix products without autograd) are of an earlier bench, which measured them too.
 """
 
 

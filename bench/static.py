@@ -88,10 +88,7 @@ def outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     R = pad_rank(s.R)
     columns, blocks_r = cdiv(s.K, tile.BLOCK_K), cdiv(s.R, R)
     strips, steps = strips_of(s.M, tile.BLOCK_M, columns * blocks_r)
-    loads = {
-        "g": columns * blocks_r * R * s.M * s.element,
-        "x": columns * tile.BLOCK_K * s.M * s.element * blocks_r,
-    }
+    loads = {"g": columns * blocks_r * R * s.M * s.element, "x": columns * tile.BLOCK_K * s.M * s.element * blocks_r}
     if s.dropout:
         loads["seed"] = columns * blocks_r * strips * (1 + steps) * SEED
     stores = {"out": s.R * s.K * s.factor}
@@ -254,10 +251,7 @@ def designs(s: Sizes, arch: int) -> dict[str, tuple[float, float]]:
             gemm + read_x + update_y,
             gemm + 3 * read_dy + 2 * read_x + update_x,
         ),
-        "blas: small product first, beta=1": (
-            gemm + read_x + write_y,
-            gemm + 2 * read_dy + write_x + read_x,
-        ),
+        "blas: small product first, beta=1": (gemm + read_x + write_y, gemm + 2 * read_dy + write_x + read_x),
         "LoRAFusion's split, dropout 0": (gemm + read_x + forward, gemm + read_dy + read_x + backward),
         "LoRAFusion's split, dropout as shipped": (
             gemm + drop + read_x + forward,
@@ -268,10 +262,7 @@ def designs(s: Sizes, arch: int) -> dict[str, tuple[float, float]]:
             gemm + sweep + ddown + backward,
         ),
         "forgetless split": (gemm + h + forward, gemm + sweep + ddown + backward),
-        "forgetless split, 3 siblings share x": (
-            gemm + h / 3 + forward,
-            gemm + sweep + ddown / 3 + backward,
-        ),
+        "forgetless split, 3 siblings share x": (gemm + h / 3 + forward, gemm + sweep + ddown / 3 + backward),
         "forgetless once": (gemm + makers + forward, gemm + sweep + ddown + backward),
         "FLOPs alone": (gemm + makers + forward, gemm + 2 * (makers + backward)),
     }

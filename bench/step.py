@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def make(
     if "clora" in methods:
         for basis in ("orthogonal", "hadamard"):
             model = peers.clora_model(base, basis, k)
-            made[f"{OURS} CLoRA, {basis}"] = step(model, lambda model=model: fl.penalty(model))
+            made[f"{OURS} CLoRA, {basis}"] = step(model, partial(fl.penalty, model))
         if peft:
             model = peers.peft_model(base, 0.0)
             made["PEFT + authors' CLoRA"] = step(model, peers.authors_clora(model, k))
