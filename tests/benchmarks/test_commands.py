@@ -358,3 +358,13 @@ def test_the_best_of_several_tries_counts():
     values = iter([3.0, 1.2, 1.0])
     assert test_ratios.best(lambda: next(values), 1.0) == 1.2
     assert test_ratios.best(iter([2.0, 1.9, 1.8]).__next__, 1.0) == 1.8
+
+
+def test_qlora_trains_on_both_bases(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    assert cli.main(["qlora", "--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "qlora-cpu.json").read_text())
+    losses = report.by_provider(harness.select(results, metric="loss"))
+    assert len(losses) == 4 and all(len(values) == 2 for values in losses.values())
+    assert "NF4 base, swapped in" in report.qlora_text(results)
