@@ -117,21 +117,17 @@ def step_shares(results: Results) -> list[str]:
     for name in times:
         library, _, dropout = name.partition(", dropout ")
         if library == OURS and dropout and f"{PEFT}, dropout {dropout}" in times:
-            found = overhead(times[name], times[f"{PEFT}, dropout {dropout}"], times[FROZEN])
-            text = "within the noise" if found is None else f"{found[0]:.2f} ± {found[1]:.2f}"
+            part = overhead(times[name], times[f"{PEFT}, dropout {dropout}"], times[FROZEN])
+            text = "within the noise" if part is None else f"{part[0]:.2f} ± {part[1]:.2f}"
             texts.append(f"{text} at dropout {dropout}")
     return texts
-
-
-def step_table(results: Results) -> str:
-    times = select(results, phase="step", metric="time")
-    return provider_table(times, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
 
 
 def step_text(results: Results) -> str:
     times = select(results, phase="step", metric="time")
     text = f"{times[0]['case']}; forward and backward, {len(times[0]['rounds'])} interleaved rounds.\n\n"
-    text += step_table(results) + against_text(results, "step")
+    text += provider_table(times, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
+    text += against_text(results, "step")
     if shares := step_shares(results):
         text += f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
     losses = by_provider(select(results, metric="loss"))
@@ -302,14 +298,17 @@ def memory_text(results: Results) -> str:
 
 
 def memory_shares(results: Results) -> list[list[str]]:
-    """Our saved bytes of PEFT's, whole step: all of them, and beyond the frozen model's."""
+    """Rows of README: our saved bytes over PEFT's, all of them and those beyond the frozen model's."""
     saved = {row["provider"]: row["value"] for row in select(results, phase="step", metric="saved")}
-    pairs = [(n, n.replace(OURS, PEFT)) for n in saved if n.startswith(f"{OURS}, dropout")]
-    pairs = [(ours, theirs) for ours, theirs in pairs if theirs in saved]
-    floor = saved[FROZEN]
-    whole = [f"{saved[a] / saved[b]:.2f} at {a.partition(', ')[2]}" for a, b in pairs]
-    beyond = [f"{(saved[a] - floor) / (saved[b] - floor):.2f} at {a.partition(', ')[2]}" for a, b in pairs]
-    return [whole, beyond]
+    pairs = [(name, name.replace(OURS, PEFT)) for name in saved if name.startswith(f"{OURS}, dropout")]
+    rows = []
+    for title, floor in (
+        ("training step: bytes saved / PEFT's", 0),
+        ("the same beyond the frozen model's", saved[FROZEN]),
+    ):
+        shares = [(a, (saved[a] - floor) / (saved[b] - floor)) for a, b in pairs if b in saved]
+        rows.append([title, ", ".join(f"{value:.2f} at {name.partition(', ')[2]}" for name, value in shares)])
+    return [row for row in rows if row[1]]
 
 
 def qlora_text(results: Results) -> str:
@@ -467,10 +466,7 @@ def rest_section(results: Mapping[str, Results]) -> str:
         text = clora_speedup(results["penalty"])
         rows.append(["CLoRA's penalty: times faster than the authors' loop, by basis", text])
     if "memory" in results:
-        whole, beyond = memory_shares(results["memory"])
-        if whole:
-            rows.append(["whole step: bytes saved for backward / PEFT's", ", ".join(whole)])
-            rows.append(["the same beyond what the frozen model saves", ", ".join(beyond)])
+        rows += memory_shares(results["memory"])
     if not rows:
         return ""
     text = table(["whole model", "measured"], rows)
@@ -504,12 +500,12 @@ def suite_section() -> str:
         rows.append([f"`{name}`", *cells])
     columns = ["PEFT's tests", "passed", "skipped", "failed", "PEFT alone: passed", "skipped", "failed"]
     differ = [f"`{row['case']}`, {row['provider']}: {row['metric']}" for row in select(results, phase="differ")]
-    said = (
+    verdict = (
         f"Outcomes that differ: {'; '.join(differ)}."
         if differ
         else "Every test has the same outcome with and without swap-in."
     )
-    text = f"\nPEFT {results['versions']['peft']}, LoRA configurations, without network. {said}\n\n"
+    text = f"\nPEFT {results['versions']['peft']}, LoRA configurations, without network. {verdict}\n\n"
     text += table(columns, rows)
     for outcome in ("failed", "skipped"):
         reasons = select(results, phase="reasons", metric=outcome)

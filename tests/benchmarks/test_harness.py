@@ -148,8 +148,8 @@ def test_overheads_are_compared_within_rounds():
 
 
 def test_peaks():
-    found = {row["provider"]: row["value"] for row in harness.peaks(torch.device("cpu"), [torch.float32], smoke=True)}
-    assert set(found) == {"float32", "bytes"} and min(found.values()) > 0
+    peaks = {row["provider"]: row["value"] for row in harness.peaks(torch.device("cpu"), [torch.float32], smoke=True)}
+    assert set(peaks) == {"float32", "bytes"} and min(peaks.values()) > 0
 
 
 def test_a_published_command_names_no_folder():
