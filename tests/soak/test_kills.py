@@ -189,7 +189,7 @@ def test_saves_are_killed_and_one_of_two_adapters_is_there(tmp_path: Path, monke
 
 # The long series ---------------------------------------------------------------------------------------
 
-KILLS = int(os.environ.get("FORGETLESS_KILLS", "30"))
+KILLS = 30
 
 
 @pytest.mark.soak
