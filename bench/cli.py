@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
-#: name -> (module, what it does). Modules are imported when asked for.
+from .harness import BadInput, Parser
+
+#: name -> what it does. The module of that name has ``main(arguments)``; it is imported when asked for.
 BENCHES = {
-    "lowrank": "one layer, forward and backward, against every other way of computing it",
+    "layer": "one layer, forward and backward, against every other way of computing it",
     "penalty": "value and gradient of the penalties over a whole model",
     "step": "a training step of a whole model",
-    "memory": "what is kept for the backward pass, and the peak",
+    "memory": "what is saved for the backward pass, and the peak",
     "dispatch": "what a call costs before any arithmetic",
 }
 OTHERS = {
     "qlora": "training on a base in NF4, with PEFT and swapped in; needs bitsandbytes",
-    "reliability": "how much was tried to break it, and what held: counts for docs/reliability.md",
-    "all": "every benchmark above, one after the other",
+    "all": "every benchmark above but qlora, one after the other",
     "gpu": "on a CUDA machine: the correctness checks, then every benchmark, in at most ten minutes",
-    "tables": "write README's measured section, docs/benchmarks.md and docs/api.md from results and docstrings",
-    "api": "write docs/api.md from the docstrings",
-    "walkthrough": "run docs/walkthrough.md, write its outputs and the notebook",
-    "plots": "draw the results into docs/images",
+    "targets": "compile every kernel for every card, without one; what fits, what spills",
+    "static": "bytes, FLOPs and predicted times of every kernel",
+    "report": "write every table and plot of README and docs from the JSON in bench/results",
 }
 
 
 def usage() -> str:
-    rows = [f"  {name:<13}{text}" for name, text in {**BENCHES, **OTHERS}.items()]
+    rows = [f"  {name:<10}{text}" for name, text in {**BENCHES, **OTHERS}.items()]
     return "\n".join(
         [
             "usage: forgetless bench COMMAND [--smoke] [--out FOLDER] [options of the command]",
@@ -36,6 +35,7 @@ def usage() -> str:
             *rows,
             "",
             "Options of a command: forgetless bench COMMAND --help. --smoke: tiny sizes, shows that it runs.",
+            "layer and step take --against COMMIT: the same with that commit's library, interleaved in one run.",
         ]
     )
 
@@ -48,30 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in BENCHES and name not in OTHERS:
-        print(f"error: unknown benchmark {name!r}, wants one of {', '.join([*BENCHES, *OTHERS])}", file=sys.stderr)
+        print(f"error: unknown benchmark {name!r}, choose from {', '.join([*BENCHES, *OTHERS])}", file=sys.stderr)
         return 2
     try:
         if name == "all":
             return run_all(rest)
-        module = importlib.import_module(f".{name}", __package__)
-        found = module.main(rest)
+        result = importlib.import_module(f".{name}", __package__).main(rest)
     except SystemExit as stop:  # argparse
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except BadInput as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return found if isinstance(found, int) else 0
+    return result if isinstance(result, int) else 0
 
 
 def run_all(rest: Sequence[str]) -> int:
     """Every benchmark with the shared options."""
-    made = argparse.ArgumentParser(prog="forgetless bench all", description=OTHERS["all"])
+    made = Parser(prog="forgetless bench all", description=OTHERS["all"])
     made.add_argument("--smoke", action="store_true")
     for option in ("--out", "--rounds", "--seconds", "--device"):
         made.add_argument(option)
     if str(made.parse_args(rest).out).endswith(".json"):
-        made.error("--out: wants a folder, there are several files")
-    for name in BENCHES:
-        print(f"\n== {name}: {BENCHES[name]}", flush=True)
+        made.error("--out: needs a folder, there are several files")
+    for name, text in BENCHES.items():
+        print(f"\n== {name}: {text}", flush=True)
         importlib.import_module(f".{name}", __package__).main(list(rest))
     return 0

@@ -1,16 +1,15 @@
-"""QLoRA: PEFT's LoRA on a base in bitsandbytes' NF4, as it is and swapped in; beside it the same on the bfloat16 base.
+"""QLoRA: PEFT's LoRA on a base in bitsandbytes' NF4, as it is and swapped in, and the same on the bfloat16 base.
 
     python -m bench qlora [--steps 8] [--batch 4 96]
 
 Real training of SmolLM2-135M on one task, with AdamW, the same batches for all: the loss of every step, seconds per
-step (interleaved), bytes of the linear layers' weights, what is kept for the backward pass, and the peak of a step.
-Needs bitsandbytes, which runs NF4 on a CPU as well.
+step (interleaved; the median leaves the first step out), bytes of the linear layers' weights, what is saved for the
+backward pass, and the peak of a step. Needs bitsandbytes, which runs NF4 on a CPU as well.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import time
 from functools import partial
 from typing import Any
@@ -20,20 +19,19 @@ from torch import nn
 
 import forgetless as fl
 
-from . import models
-from .baselines import have_peft
+from . import providers as peers
 from .bytes import peak_bytes, saved_bytes
-from .harness import finish, number, parser, start, table
+from .harness import Results, Row, finish, parser, row, start, time_row
+from .providers import have_peft
 
-MIB = 2**20
 TASK = "django-de"
 
 
-def quantised(base: nn.Module) -> Any:
+def quantized(base: nn.Module) -> Any:
     """A twin of the base with every linear layer but the head in NF4."""
     import bitsandbytes as bnb
 
-    model = models.twin(base)
+    model = peers.twin(base)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear) or layer is model.get_output_embeddings():
             continue
@@ -51,7 +49,7 @@ def quantised(base: nn.Module) -> Any:
 def with_peft(base: nn.Module) -> Any:
     """PEFT's LoRA on every linear layer but the head; equal draws every time."""
     torch.manual_seed(0)
-    return models.peft_lora(base, 0.0)
+    return peers.peft_model(base, 0.0)
 
 
 def swapped(base: nn.Module) -> Any:
@@ -63,8 +61,8 @@ def swapped(base: nn.Module) -> Any:
 BUILDERS = {
     "bfloat16 base, PEFT": with_peft,
     "bfloat16 base, swapped in": swapped,
-    "NF4 base, PEFT": lambda base: with_peft(quantised(base)),
-    "NF4 base, swapped in": lambda base: swapped(quantised(base)),
+    "NF4 base, PEFT": lambda base: with_peft(quantized(base)),
+    "NF4 base, swapped in": lambda base: swapped(quantized(base)),
 }
 
 
@@ -73,14 +71,14 @@ def weight_bytes(model: nn.Module) -> int:
     total = 0
     for name, module in model.named_modules():
         if name.endswith("base_layer"):
-            tensors = [module.weight, getattr(module.weight, "quant_state", None)]
-            total += tensors[0].numel() * tensors[0].element_size()
-            if tensors[1] is not None:
-                total += tensors[1].absmax.numel() * tensors[1].absmax.element_size()
+            weight: Any = module.weight
+            total += weight.numel() * weight.element_size()
+            scales = getattr(getattr(weight, "quant_state", None), "absmax", None)
+            total += 0 if scales is None else scales.numel() * scales.element_size()
     return total
 
 
-def texts(base: nn.Module, smoke: bool, steps: int, batch: tuple[int, int], device: torch.device) -> list[dict]:
+def texts(base: Any, smoke: bool, steps: int, batch: tuple[int, int], device: torch.device) -> list[dict]:
     """Batches of the task; of random tokens where the model is a toy."""
     if smoke:
         ids = torch.randint(0, base.config.vocab_size, (steps, *batch), device=device)
@@ -94,7 +92,7 @@ def texts(base: nn.Module, smoke: bool, steps: int, batch: tuple[int, int], devi
     return [{k: v.to(device) for k, v in Collator(tokenizer)(part).items()} for part in cut]
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def main(arguments: list[str] | None = None) -> Results:
     made = parser(__doc__, "qlora", 1)
     made.add_argument("--steps", type=int, default=8)
     made.add_argument("--batch", type=int, nargs=2, default=(4, 96), metavar=("SEQUENCES", "TOKENS"))
@@ -102,52 +100,43 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.smoke:
         options.steps, options.batch = 2, (2, 8)
     if not have_peft() or importlib.util.find_spec("bitsandbytes") is None:
-        raise SystemExit("this benchmark needs PEFT and bitsandbytes: pip install peft bitsandbytes")
+        made.error("needs PEFT and bitsandbytes: pip install peft bitsandbytes")
     device = torch.device(options.device)
     torch.manual_seed(0)
-    result = start("qlora", options, arguments)
-    base, name = models.smollm2(device, options.smoke)
+    results = start("qlora", options, arguments)
+    base, name = peers.smollm2(device, options.smoke)
     batches = texts(base, options.smoke, options.steps, options.batch, device)
-    rows: dict[str, dict[str, Any]] = {}
-    runs = {}
+    tokens = "×".join(map(str, options.batch))
+    case = f"{name}, all linear layers but the head, rank {peers.RANK}, {tokens} tokens of {TASK} at most, AdamW"
+    runs: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
+    rows: list[Row] = []
     for title, build in BUILDERS.items():
         model = build(base)
-        rows[title] = {
-            "weight_bytes": weight_bytes(model),
-            "saved_bytes": saved_bytes(partial(model, **batches[0]), [model, base]),
-            "peak_bytes": peak_bytes(lambda model=model: model(**batches[0]).loss.backward(), device),
-            "losses": [],
-            "seconds": [],
+        sizes = {
+            "weights": weight_bytes(model),
+            "saved": saved_bytes(partial(model, **batches[0]), [model, base]),
+            "peak": peak_bytes(lambda model=model: model(**batches[0]).loss.backward(), device),  # type: ignore[misc]
         }
+        rows += [row(case, title, "step", metric, size, "B") for metric, size in sizes.items()]
         model.zero_grad(set_to_none=True)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
-        runs[title] = model, optimizer
-    for batch in batches:  # interleaved: whatever else the machine does meets all of them
+        runs[title], seconds[title], losses[title] = (model, optimizer), [], []
+    for batch in batches:  # interleaved: a machine that is slow for a while is slow for all of them
         for title, (model, optimizer) in runs.items():
             began = time.perf_counter()
             loss = model(**batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            rows[title]["seconds"].append(time.perf_counter() - began)
-            rows[title]["losses"].append(loss.item())
-    for row in rows.values():
-        row["seconds_per_step"] = statistics.median(row["seconds"][1:] or row["seconds"])
-    result.update(model=f"{name}, all linear layers but the head, rank {models.RANK}", batch=list(options.batch))
-    result["task"], result["rows"] = TASK, rows
-    cells = [
-        [
-            title,
-            number(row["weight_bytes"] / MIB, 1),
-            number(row["saved_bytes"] / MIB, 1),
-            number(row["peak_bytes"] / MIB, 1),
-            number(row["seconds_per_step"], 2),
-            " ".join(number(loss) for loss in row["losses"]),
-        ]
-        for title, row in rows.items()
-    ]
-    print(table(("base", "weights MiB", "saved MiB", "peak MiB", "s/step", "loss of each step"), cells))
-    return finish(result, options)
+            seconds[title].append(time.perf_counter() - began)
+            losses[title].append(loss.item())
+    for title in runs:
+        rows.append(time_row(case, title, "step", seconds[title][1:]))
+        rows += [row(case, title, f"step {i}", "loss", loss, "nats") for i, loss in enumerate(losses[title], start=1)]
+    results["rows"] = rows
+    return finish(results, options)
 
 
 if __name__ == "__main__":

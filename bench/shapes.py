@@ -1,13 +1,22 @@
-"""The shapes that are timed: projections of real models, and how many tokens of them a machine can hold."""
+"""The shapes that are timed: projections of real models, and which comparisons of them are made."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
+from .bytes import available_bytes
+from .harness import PEFT
+
 RANKS = (8, 16, 32, 64, 128)
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
+#: More would not finish on a CPU.
+CPU_TOKENS = 4096
+METHODS = ("lora", "curlora")
 
 
 @dataclass(frozen=True)
@@ -18,10 +27,6 @@ class Shape:
     projection: str
     N: int
     K: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.models} {self.projection}"
 
 
 #: From the models' own configurations. GPT-2 stores its weights transposed (Conv1D); N and K are what they mean here.
@@ -42,39 +47,106 @@ SHAPES: dict[str, Shape] = {
     "qwen2.5.k": Shape("Qwen2.5-7B", "k/v", 512, 3584),
     "qwen2.5.up": Shape("Qwen2.5-7B", "gate/up", 18944, 3584),
     "qwen2.5.down": Shape("Qwen2.5-7B", "down", 3584, 18944),
-    "tiny": Shape("tiny", "smoke", 24, 16),
+    "tiny": Shape("tiny", "q", 24, 16),
+    "tiny.k": Shape("tiny", "k", 12, 16),
 }
 #: One shape or two of each model that a small CPU gets through.
 CPU = ("smollm2.q", "smollm2.up", "gpt2.qkv", "qwen2.5.k", "llama3.q")
 GPU = ("llama3.q", "llama3.k", "llama3.up", "llama3.down", "qwen2.5.up")
 
 
-def bytes_needed(shape: Shape, M: int, dtype: torch.dtype) -> int:
-    """A generous guess of what all providers of one case hold at once: float32 copies of x, and dense updates."""
-    width = torch.tensor([], dtype=dtype).element_size()
-    activations = M * (shape.N + shape.K)
+@dataclass(frozen=True)
+class Case:
+    """One comparison of layers. ``dtype`` is the name of a torch dtype."""
+
+    shape: str
+    M: int
+    R: int
+    dtype: str
+    dropout: float
+    method: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape} M={self.M} R={self.R} {self.dtype} {self.method} dropout {self.dropout:g}"
+
+    def about(self) -> dict[str, Any]:
+        """What a result file says of the case."""
+        return {**asdict(self), **asdict(SHAPES[self.shape])}
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def grid(options: argparse.Namespace) -> list[Case]:
+    """Every combination of the options; CURLoRA has no dropout."""
+    return [
+        Case(shape, M, R, dtype, dropout, method)
+        for shape in options.shapes
+        for dtype in options.dtypes
+        for method in options.methods
+        for dropout in (options.dropout if method == "lora" else [0.0])
+        for M in options.tokens
+        for R in options.ranks
+    ]
+
+
+def sweeps(options: argparse.Namespace, device: torch.device, notes: list[str]) -> list[Case]:
+    """One shape by rank and another one by tokens, LoRA without dropout."""
+    by_rank, by_tokens = ("smollm2.up" if device.type == "cpu" else "llama3.q"), "llama3.k"
+    ranks: Sequence[int] = RANKS
+    tokens: Sequence[int] = TOKENS
+    if options.smoke:
+        by_rank, by_tokens, ranks, tokens = "tiny", "tiny.k", (2, 4), (4, 8)
+    elif device.type == "cpu":
+        tokens = tuple(M for M in TOKENS if M <= CPU_TOKENS)
+        notes.append(f"by tokens: to {CPU_TOKENS} of {TOKENS[-1]}, what a CPU gets through")
+    return [
+        Case(shape, M, R, dtype, 0.0, "lora")
+        for dtype in options.dtypes
+        for shape, Ms, Rs in ((by_rank, options.tokens[:1], ranks), (by_tokens, tokens, options.ranks[:1]))
+        for M in Ms
+        for R in Rs
+    ]
+
+
+def fitting(cases: Sequence[Case], device: torch.device, notes: list[str]) -> list[Case]:
+    """The cases that fit the machine, each once; a note for each of the others."""
+    result = []
+    for case in dict.fromkeys(cases):
+        need = bytes_needed(case)
+        if need < 0.6 * available_bytes(device):
+            result.append(case)
+        else:
+            notes.append(f"{case.name}: left out, needs about {need / 2**30:.1f} GiB")
+    return result
+
+
+def rival(method: str) -> str:
+    """Whose overhead ours is compared with."""
+    return PEFT if method == "lora" else "authors' CURLoRA"
+
+
+def bytes_needed(case: Case) -> int:
+    """An upper estimate of what all providers of one case need at once: float32 copies of x, and dense updates."""
+    shape, width = SHAPES[case.shape], case.torch_dtype.itemsize
+    activations = case.M * (shape.N + shape.K)
     return activations * (4 * width + 4 * 4) + shape.N * shape.K * (width + 4 * 4)
 
 
-def work(shape: Shape, M: int, R: int, dtype: torch.dtype, method: str) -> dict[str, tuple[float, float]]:
-    """FLOPs and bytes that a layer cannot do without, whatever a provider does: phase -> (FLOPs, bytes).
+def work(case: Case, frozen: bool = False) -> tuple[float, float]:
+    """FLOPs and bytes that forward and backward of a layer need at least, whatever a provider does.
 
-    Backward is that of x and of the adapter; each matrix is read or written once. ``method``: frozen, lora, curlora.
+    Backward is that of x and of the adapter; each matrix is read or written once.
     """
-    N, K = shape.N, shape.K
-    e = torch.tensor([], dtype=dtype).element_size()
-    base = 2.0 * M * N * K, float(e * (M * K + N * K + M * N))
-    if method == "frozen":
-        forward = backward = base
-    elif method == "lora":
-        up_down = 2.0 * M * R * (N + K)
-        forward = base[0] + up_down, base[1] + e * R * (M + N + K)
-        backward = base[0] + 2 * up_down, base[1] + e * (M * K + M * R + 2 * R * (N + K))
-    else:  # curlora: x R^T and dy C are columns of the frozen layer's own products; only (R, R) is trained
-        forward = base[0] + 2.0 * M * R * (N + R), base[1] + e * R * (M + N)
-        backward = base[0] + 2.0 * M * R * (K + 2 * R), base[1] + e * R * (M + K)
-    return {
-        "forward": forward,
-        "backward": backward,
-        "both": (forward[0] + backward[0], forward[1] + backward[1]),
-    }
+    N, K, M, R = SHAPES[case.shape].N, SHAPES[case.shape].K, case.M, case.R
+    e = case.torch_dtype.itemsize
+    flops, size = 4.0 * M * N * K, 2.0 * e * (M * K + N * K + M * N)
+    if frozen:
+        return flops, size
+    if case.method == "lora":
+        flops += 6.0 * M * R * (N + K)
+        return flops, size + e * R * (M + N + K) + e * (M * R + 2 * R * (N + K)) + e * M * K
+    # curlora: x R^T and dy C are columns of the frozen layer's own products; only (R, R) is trained
+    return flops + 2.0 * M * R * (N + R) + 2.0 * M * R * (K + 2 * R), size + e * R * (2 * M + N + K)

@@ -1,27 +1,183 @@
 """What can be said of the kernels' speed without a GPU: bytes, FLOPs, and a time PREDICTED from them.
 
-    python -m bench.static            a table of the kernels and one of whole designs, at M=8192, N=K=4096, R=16 on H100
-    python -m bench.static --write    for every card we know; writes docs/static.md and bench/results/static.json
+    python -m bench static            M=8192, N=K=4096, R=16 on every card we know; writes bench/results/static.json
+    python -m bench static --no-compile -M 4096 --out elsewhere.json
 
-The bytes (``bench/traffic.py``) are exact: tests count those that the kernels load and store in Triton's interpreter,
-and compare. The times are predictions, max(FLOPs / rate, bytes / bandwidth) for each kernel with nothing for launches
-and tails. No GPU was used for any of them.
+The bytes are exact: tests count those that the kernels load and store in Triton's interpreter, and compare. The times
+are predictions, max(FLOPs / rate, bytes / bandwidth) for each kernel with nothing for launches and tails. No GPU was
+used for any of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from forgetless_kernels import tiles
-from forgetless_kernels.tl_utils import pad_rank
+from forgetless_kernels.project import strips_of
+from forgetless_kernels.tl_utils import pad_rank, parts_of
 
-from .traffic import TRAFFIC, Sizes, flops, memory
+from .harness import RESULTS, Parser, Row, row, start, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
+# ---------------------------------------------------------------- bytes and FLOPs of one launch, exact
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A layer and its element sizes, activations and factors"""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    element: int = 2
+    factor: int = 4
+    bias: bool = False
+    dropout: bool = False
+
+
+Bytes = dict[str, int]  # by tensor: what one launch loads or stores of it
+SEED = 4  # bytes of the one number that each block of rows, or of columns, reads of the dropout's seed
+
+
+def project_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
+    """Loads and stores of project; x comes once for each block of ranks, down once for each block of rows"""
+    R = pad_rank(s.R)
+    rows, blocks_r = cdiv(s.M, tile.BLOCK_M), cdiv(s.R, R)
+    x = rows * tile.BLOCK_M * s.K * s.element * blocks_r
+    loads = {"x": x, "down": rows * blocks_r * R * s.K * s.factor}
+    if s.dropout:
+        loads["seed"] = rows * blocks_r * (1 + cdiv(s.K, tile.BLOCK_K)) * SEED
+    return loads, {"h": s.M * s.R * s.element}
+
+
+def matmul_lowrank_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
+    """Loads and stores of matmul_lowrank: x for each column of tiles, weight for each row of tiles"""
+    rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
+    M, N, parts = rows * tile.BLOCK_M, columns * tile.BLOCK_N, parts_of(tile.BLOCK_N, s.dropout)
+    loads = {
+        "x": columns * M * s.K * s.element,
+        "weight": rows * N * s.K * s.element,
+        "h": parts * columns * M * s.R * s.element,
+        "up": rows * N * s.R * s.factor,
+    }
+    if s.bias:
+        loads["bias"] = rows * N * s.element
+    if s.dropout:
+        loads["seed"] = rows * columns * parts * 2 * SEED
+    return loads, {"y": s.M * s.N * s.element}
+
+
+def matmul_lowrank_descriptor_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
+    """Loads and stores of matmul_lowrank on descriptors: they cut off what is past the end of x and weight"""
+    rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
+    loads, stores = matmul_lowrank_traffic(s, tile)
+    loads["x"] = columns * s.M * s.K * s.element
+    loads["weight"] = rows * s.N * s.K * s.element
+    return loads, stores
+
+
+def outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
+    """Loads and stores of outer, its second kernel included"""
+    R = pad_rank(s.R)
+    columns, blocks_r = cdiv(s.K, tile.BLOCK_K), cdiv(s.R, R)
+    strips, steps = strips_of(s.M, tile.BLOCK_M, columns * blocks_r)
+    loads = {"g": columns * blocks_r * R * s.M * s.element, "x": columns * tile.BLOCK_K * s.M * s.element * blocks_r}
+    if s.dropout:
+        loads["seed"] = columns * blocks_r * strips * (1 + steps) * SEED
+    stores = {"out": s.R * s.K * s.factor}
+    if strips > 1:
+        loads["part"] = stores["part"] = 4 * strips * s.R * s.K
+    return loads, stores
+
+
+def project_outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
+    """Loads and stores of the one sweep over x (M, K) of project_outer, its second kernel included"""
+    R = pad_rank(s.R, most=64)
+    columns = cdiv(s.K, tile.BLOCK_K)
+    strips, _ = strips_of(s.M, tile.BLOCK_M, columns, programs=128)
+    part = {"g_part": 4 * columns * s.M * s.R, "out_part": 4 * strips * s.K * s.R}
+    loads = {
+        "x": s.M * s.K * s.element,
+        "down": strips * s.K * R * s.factor,
+        "h": columns * s.M * R * s.element,
+        **part,
+    }
+    return loads, {"g": s.M * s.R * s.element, "out": s.K * s.R * s.factor, **part}
+
+
+def full_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple[Bytes, Bytes]:
+    """Loads and stores of the plan full: every tile makes h for itself, the first of each row of tiles stores it"""
+    rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
+    loads, stores = matmul_lowrank_traffic(s, tile)
+    del loads["h"]
+    loads["down"] = rows * columns * pad_rank(s.R) * s.K * s.factor
+    if s.dropout:
+        keys = 2 * parts_of(tile.BLOCK_N, True) if drop_output else 1 + cdiv(s.K, tile.BLOCK_K)  # of y, or of x
+        loads["seed"] = rows * columns * keys * SEED
+    return loads, {**stores, "h": s.M * s.R * s.element}
+
+
+def once_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple[Bytes, Bytes]:
+    """Loads and stores of the plan once: one column of tiles makes h, the others load it; where no tile has to wait"""
+    rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
+    loads, stores = full_traffic(s, tile, drop_output)
+    loads["down"] = rows * pad_rank(s.R) * s.K * s.factor
+    if columns > 1:
+        loads["h"] = (columns - 1) * s.M * s.R * s.element
+    if s.dropout and not drop_output:
+        loads["seed"] //= columns  # the makers alone drop x
+    # a ticket for each tile, then a flag raised or looked at; an atomic operation loads and stores
+    loads["flags"] = stores["flags"] = 2 * 4 * rows * columns
+    return loads, stores
+
+
+TRAFFIC = {
+    "project": project_traffic,
+    "matmul_lowrank": matmul_lowrank_traffic,
+    "matmul_lowrank_descriptor": matmul_lowrank_descriptor_traffic,
+    "outer": outer_traffic,
+    "project_outer": project_outer_traffic,
+    "full": full_traffic,
+    "once": once_traffic,
+}
+
+
+def flops(kernel: str, s: Sizes, tile: tiles.Tile) -> int:
+    """What the kernel's products take, padding not counted"""
+    gemm, skinny = 2 * s.M * s.N * (s.K + s.R), 2 * s.M * s.K * s.R
+    return {
+        "project": skinny,
+        "matmul_lowrank": gemm,
+        "matmul_lowrank_descriptor": gemm,
+        "outer": skinny,
+        "project_outer": 2 * skinny,
+        "full": gemm + cdiv(s.N, tile.BLOCK_N or s.N) * skinny,
+        "once": gemm + skinny,
+    }[kernel]
+
+
+def memory(kernel: str, s: Sizes, tile: tiles.Tile) -> int:
+    """Bytes over the memory bus: every matrix once; partial sums are written, their reads left to L2"""
+    loads, stores = TRAFFIC[kernel](s, tile)
+    once = {
+        "x": s.M * s.K * s.element,
+        "weight": s.N * s.K * s.element,
+        "h": s.M * s.R * s.element,
+        "g": s.M * s.R * s.element,
+        "down": s.R * s.K * s.factor,
+        "up": s.N * s.R * s.factor,
+    }
+    return sum(once[name] for name in loads if name in once and name not in stores) + sum(stores.values())
+
+
+# ------------------------------------------------------------------------------ predicted times
 
 # Assumed, not measured: what a good bfloat16 GEMM and a good copy reach on each card, FLOP/s and bytes/s.
 CARDS = {
@@ -95,10 +251,7 @@ def designs(s: Sizes, arch: int) -> dict[str, tuple[float, float]]:
             gemm + read_x + update_y,
             gemm + 3 * read_dy + 2 * read_x + update_x,
         ),
-        "blas: small product first, beta=1": (
-            gemm + read_x + write_y,
-            gemm + 2 * read_dy + write_x + read_x,
-        ),
+        "blas: small product first, beta=1": (gemm + read_x + write_y, gemm + 2 * read_dy + write_x + read_x),
         "LoRAFusion's split, dropout 0": (gemm + read_x + forward, gemm + read_dy + read_x + backward),
         "LoRAFusion's split, dropout as shipped": (
             gemm + drop + read_x + forward,
@@ -109,10 +262,7 @@ def designs(s: Sizes, arch: int) -> dict[str, tuple[float, float]]:
             gemm + sweep + ddown + backward,
         ),
         "forgetless split": (gemm + h + forward, gemm + sweep + ddown + backward),
-        "forgetless split, 3 siblings share x": (
-            gemm + h / 3 + forward,
-            gemm + sweep + ddown / 3 + backward,
-        ),
+        "forgetless split, 3 siblings share x": (gemm + h / 3 + forward, gemm + sweep + ddown / 3 + backward),
         "forgetless once": (gemm + makers + forward, gemm + sweep + ddown + backward),
         "FLOPs alone": (gemm + makers + forward, gemm + 2 * (makers + backward)),
     }
@@ -125,105 +275,70 @@ def overhead(s: Sizes, arch: int) -> dict[str, float]:
     return {name: 100 * (sum(times) / frozen - 1) for name, times in table.items()}
 
 
-def kernel_rows(s: Sizes, arch: int) -> list[dict]:
+def kernel_rows(s: Sizes, arch: int, compile_them: bool = True) -> list[dict[str, Any]]:
     """Every kernel of a step: its tile, exact traffic, predicted time, and what it compiles to on that card"""
-    from forgetless_bench import targets
-
     _, speed, bandwidth = CARDS[arch]
     rate, back = Rate(speed, bandwidth), dataclasses.replace(s, N=s.K, K=s.N)
     rows = []
-    for case, kernel, sizes, transposed in (
-        ("project", "project", s, False),
-        ("forward", "matmul_lowrank", s, False),
-        ("full", "full", s, False),
-        ("once", "once", s, False),
-        ("sweep", "project_outer", back, False),
-        ("dx", "matmul_lowrank", back, True),
-        ("outer", "outer", s, False),
-        ("project dropout", "project", s, False),
-        ("full dropout", "full", s, False),
-        ("once dropout", "once", s, False),
-        ("dx dropout", "matmul_lowrank", back, True),
-        ("outer dropout", "outer", s, False),
-    ):
-        sizes = dataclasses.replace(sizes, dropout=case.endswith("dropout"))
+    plain = {
+        "project": ("project", s), "forward": ("matmul_lowrank", s), "full": ("full", s), "once": ("once", s),
+        "sweep": ("project_outer", back), "dx": ("matmul_lowrank", back), "outer": ("outer", s),
+    }  # fmt: skip
+    for case in (*plain, "project dropout", "full dropout", "once dropout", "dx dropout", "outer dropout"):
+        name, _, dropped = case.partition(" ")
+        kernel, sizes, transposed = *plain[name], name == "dx"
+        sizes = dataclasses.replace(sizes, dropout=bool(dropped))
         kernel, tile = on_card(kernel, arch, s.R, transposed)
         loads, stores = TRAFFIC[kernel](sizes, tile)
         work, moved = flops(kernel, sizes, tile), memory(kernel, sizes, tile)
-        compiled = targets.attempt(targets.Case(case, s.R), arch)[0]
-        rows.append(
-            {
-                "call": case,
-                "tile": [tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, tile.num_warps, tile.num_stages],
-                "flops": work,
-                "loads": loads,
-                "stores": stores,
-                "memory": moved,
-                "predicted_us": 1e6 * rate.time(work, moved),
-                **{name: compiled.get(name) for name in ("registers", "stack", "shared", "blocks_per_sm", "mmas")},
-            }
-        )
+        sizes_of = f"{tile.BLOCK_M}/{tile.BLOCK_N or '–'}/{tile.BLOCK_K} w{tile.num_warps} s{tile.num_stages}"
+        values = {"call": case, "tile": sizes_of, "flops": work, "loaded": sum(loads.values())}
+        values |= {"stored": sum(stores.values()), "memory": moved, "predicted": rate.time(work, moved)}
+        if compile_them:
+            from . import targets
+
+            compiled = targets.attempt(targets.Case(case, s.R), arch)[0]
+            names = ("registers", "stack", "shared", "blocks_per_sm", "mmas")
+            values |= {name: compiled[name] for name in names if name in compiled}
+        rows.append(values)
     return rows
 
 
-def render(s: Sizes, arch: int, rows: list[dict]) -> str:
-    """The designs of one card, and the rows of its kernels, as Markdown"""
-    name, speed, bandwidth = CARDS[arch]
-    lines = [
-        f"## {name} (sm_{arch}): predicted",
-        "",
-        f"M={s.M}, N={s.N}, K={s.K}, R={s.R}, bfloat16. Assumed: {speed / 1e12:.0f} TFLOP/s in GEMMs, "
-        f"{bandwidth / 1e12:.2f} TB/s;",
-        "a kernel takes the longer of its FLOPs and its bytes; launches and tails take nothing; partial sums are",
-        "written to memory and read back from L2; every matrix crosses the bus once; cuBLAS is no faster.",
-        "",
-        "| design | forward µs | backward µs | over the frozen layer |",
-        "|---|---|---|---|",
+def rows_of(s: Sizes, arch: int, compiled: bool) -> list[Row]:
+    """What is assumed of a card, the designs on it, and its kernels."""
+    card, (name, speed, bandwidth) = f"sm_{arch}", CARDS[arch]
+    rows = [
+        row(name, card, "assumed", "products", speed, "FLOP/s"),
+        row(name, card, "assumed", "memory", bandwidth, "B/s"),
     ]
-    over = overhead(s, arch)
-    for design, (forward, backward) in designs(s, arch).items():
-        lines.append(f"| {design} | {forward * 1e6:.0f} | {backward * 1e6:.0f} | +{over[design]:.1f} % |")
-    if rows:
-        head = "call | tile M/N/K warps stages | GFLOP | MB loaded by programs | MB over the bus | µs predicted"
-        lines += ["", f"| {head} | registers | spills | shared | blocks/SM | MMAs |", "|" + "---|" * 11]
-        for r in rows:
-            M, N, K, warps, stages = r["tile"]
-            lines.append(
-                f"| {r['call']} | {M}/{N or '–'}/{K} w{warps} s{stages} | {r['flops'] / 1e9:.1f} "
-                f"| {sum(r['loads'].values()) / 1e6:.0f} | {r['memory'] / 1e6:.0f} | {r['predicted_us']:.0f} "
-                f"| {r['registers']} | {r['stack']} B | {r['shared']} | {r['blocks_per_sm']} | {r['mmas']} |"
-            )
-    return "\n".join(lines)
+    for design, times in designs(s, arch).items():
+        for phase, time in zip(("forward", "backward"), times, strict=True):
+            rows.append(row(design, card, phase, "predicted time", time, "s"))
+    units = {"flops": "FLOP", "predicted": "s", "loaded": "B", "memory": "B", "stack": "B", "shared": "B"}
+    for kernel in kernel_rows(s, arch, compiled):
+        for key, value in kernel.items():
+            if key not in ("call", "tile"):
+                rows.append(row(kernel["call"], card, kernel["tile"], key, value, units.get(key, "1")))
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.splitlines()[0])
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = Parser(prog="forgetless bench static", description=(__doc__ or "").splitlines()[0])
     for size, value in (("M", 8192), ("N", 4096), ("K", 4096), ("R", 16)):
         parser.add_argument(f"-{size}", type=int, default=value)
-    parser.add_argument("--arch", type=int, choices=CARDS, default=90)
     parser.add_argument("--no-compile", action="store_true", help="leave out what the kernels compile to")
-    parser.add_argument("--write", action="store_true", help="every card; writes docs/static.md and its JSON")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, default=RESULTS / "static.json")
+    options = parser.parse_args(given)
+    options.device, options.smoke = "cpu", False
+    results = start("static", options, given)
     s = Sizes(options.M, options.N, options.K, options.R)
-    if not options.write:
-        print(render(s, options.arch, [] if options.no_compile else kernel_rows(s, options.arch)))
-        return 0
-    text = ["# Predicted, not measured", "", "Generated by `python -m bench.static --write`. No GPU was used."]
-    results = {}
     for arch in CARDS:
-        rows = kernel_rows(s, arch)
-        text += ["", render(s, arch, rows)]
-        results[f"sm_{arch}"] = {
-            "assumed": CARDS[arch],
-            "predicted_overhead_percent": overhead(s, arch),
-            "kernels": rows,
-        }
-    for path, content in (
-        (ROOT / "docs" / "static.md", "\n".join(text) + "\n"),
-        (ROOT / "bench" / "results" / "static.json", json.dumps(results, indent=1) + "\n"),
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        name = CARDS[arch][0]
+        results["cases"][name] = {**dataclasses.asdict(s), "dtype": "bfloat16"}
+        results["rows"] += rows_of(s, arch, not options.no_compile)
+    write_json(options.out, results)
+    print(f"written to {options.out}")
     return 0
 
 

@@ -1,16 +1,16 @@
-"""Compile every kernel for every card we know, without one: what fits, what spills, what uses tensor cores.
+"""The compile gate: every kernel for every card we know, without one; what fits, what spills, what uses tensor cores.
 
-    python -m bench.targets                  a subset, as the tests run it
-    python -m bench.targets --all            everything; writes docs/targets.md and bench/results/targets.json
-    python -m bench.targets --triton 3.9.0   with another Triton, installed beside this one under .cache/
+    python -m bench targets                  a subset, as the tests run it
+    python -m bench targets --all            everything; adds this Triton's part to bench/results/targets.json
+    python -m bench targets --triton 3.9.0   with another Triton, installed beside this one under .cache/
 
-The launchers themselves are run, on tensors without storage and under a driver that names a card but has none: what is
-compiled is what a real call would compile, arguments, tiles, divisibility and all. Nothing is executed.
+The launchers themselves run, on tensors without storage and under a driver that names a card but has none: what is
+compiled is what a real call would compile, arguments, tiles, divisibility and all. Nothing is executed. The layer has
+M=8192, N=K=4096, bfloat16 activations and float32 factors unless a case says otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -20,43 +20,24 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
+from forgetless_kernels import fused, matmul_lowrank, project, tiles
 
-def beside(version: str) -> Path:
-    """A folder that holds that Triton alone, installed by pip on first use; half an installation leaves none"""
-    folder = ROOT / ".cache" / f"triton-{version}"
-    if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
-            subprocess.run([*pip, "--target", f"{place}/triton", f"triton=={version}"], check=True)
-            os.replace(f"{place}/triton", folder)
-    return folder
+from .harness import RESULTS, ROOT, Parser, Results, read, row, start, write_json
 
+# ---------------------------------------------------------------------------------- what is compiled
 
-if (
-    __name__ == "__main__" and "--triton" in sys.argv
-):  # before Triton is imported: go on in a process that finds that one
-    place = sys.argv.index("--triton")
-    path = [str(beside(sys.argv[place + 1])), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(path)
-    os.execv(sys.executable, [sys.executable, "-m", "bench.targets", *sys.argv[1:place], *sys.argv[place + 2 :]])
-
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.driver import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
-from forgetless_kernels import fused, matmul_lowrank, project, tiles  # noqa: E402
-
-from .compiled import problems, usage  # noqa: E402
-
+Record = dict[str, Any]
 ARCHS = (80, 86, 89, 90, 100, 120)
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 M, N, K = 8192, 4096, 4096
@@ -79,34 +60,34 @@ class _NoDriver:
 
 
 @contextlib.contextmanager
-def compiling_for(arch: int) -> Iterator[list]:
+def compiling_for(arch: int) -> Iterator[list[Any]]:
     """Within the block, launches compile for ``arch`` and run nothing; the list collects (kernel, launch arguments)."""
-    launches: list = []
+    launches: list[Any] = []
     run = JITFunction.run
 
     @functools.wraps(run)
-    def warm(self, *args, grid, warmup, **kwargs):
+    def warm(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append((kernel, dict(kwargs)))
         return kernel
 
-    patches = [
+    patches: list[tuple[Any, str, Any]] = [
         (JITFunction, "run", warm),
         (tiles, "arch_of", lambda device: arch),
         (matmul_lowrank, "programs_of", lambda device: PROCESSORS[arch]),
         (project, "sweep_pays", lambda *sizes: True),
     ]
-    before = [getattr(where, name) for where, name, _ in patches]
+    before = [getattr(owner, name) for owner, name, _ in patches]
     active = driver._active
     driver.set_active(_NoDriver(arch))
-    for where, name, value in patches:
-        setattr(where, name, value)
+    for owner, name, value in patches:
+        setattr(owner, name, value)
     try:
         yield launches
     finally:
         driver._active = active
-        for (where, name, _), value in zip(patches, before, strict=True):
-            setattr(where, name, value)
+        for (owner, name, _), value in zip(patches, before, strict=True):
+            setattr(owner, name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +168,8 @@ def everything() -> list[Case]:
     return cases
 
 
-def measure(case: Case, arch: int) -> list[dict]:
-    """Compile one case for one card: a record for each kernel it launches"""
+def measure(case: Case, arch: int) -> list[Record]:
+    """Compile one case for one card: a record for each kernel it launches."""
     row, call = calls(case.R, getattr(torch, case.dtype))[case.name]
     with contextlib.ExitStack() as stack:
         if case.default_tile:
@@ -202,117 +183,235 @@ def measure(case: Case, arch: int) -> list[dict]:
 
 @contextlib.contextmanager
 def _without_descriptors() -> Iterator[None]:
-    before, matmul_lowrank.has_row = matmul_lowrank.has_row, lambda kernel, device: False
+    module: Any = matmul_lowrank
+    before, module.has_row = module.has_row, lambda kernel, device: False
     try:
         yield
     finally:
-        matmul_lowrank.has_row = before
+        module.has_row = before
 
 
-def attempt(case: Case, arch: int) -> list[dict]:
+def attempt(case: Case, arch: int) -> list[Record]:
     """measure, with a failure to compile as a record"""
     try:
         records = measure(case, arch)
-    except Exception as error:  # whatever the compiler raises is the finding
-        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except Exception as error:  # whatever the compiler raises is recorded
+        text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, "problems": [text[:300]]}]
     return [{**record, "problems": problems(record)} for record in records]
 
 
-def _one(job: tuple[Case, int]) -> list[dict]:
+def _one(job: tuple[Case, int]) -> list[Record]:
     return attempt(*job)
 
 
-def collect(cases: list[Case], archs: tuple[int, ...] = ARCHS, jobs: int = 1, show: bool = False) -> list[dict]:
-    """Every case on every card; a kernel met again is listed once"""
+def collect(cases: list[Case], archs: tuple[int, ...] = ARCHS, jobs: int = 1, show: bool = False) -> list[Record]:
+    """Every case on every card; each kernel is listed once"""
     work = [(case, arch) for arch in archs for case in cases]
-    records, seen = [], set()
+    records: list[Record] = []
+    seen: set[str] = set()
     with contextlib.ExitStack() as stack:
         done = map(_one, work) if jobs == 1 else stack.enter_context(ProcessPoolExecutor(jobs)).map(_one, work)
-        for index, found in enumerate(done):
-            for record in found:
+        for some in done:
+            for record in some:
                 key = json.dumps({k: v for k, v in record.items() if k != "case"}, sort_keys=True)
                 if key not in seen:
                     seen.add(key)
                     records.append(record)
                 if show and record["problems"]:
                     print(f"sm_{record['arch']} {record['case']}: {'; '.join(record['problems'])}", flush=True)
-            if show and sys.stderr.isatty():
-                print(f"\r{index + 1}/{len(work)}", end="", file=sys.stderr, flush=True)
     return records
 
 
-def table(records: list[dict]) -> str:
-    head = "| case | kernel | blocks | warps | stages | registers | spills | shared | blocks/SM | MMA | instructions |"
-    lines = []
-    for arch in sorted({r["arch"] for r in records}):
-        lines += [f"\n### sm_{arch}\n", head, "|" + "---|" * 11]
-        for r in records:
-            if r["arch"] != arch:
-                continue
-            if "kernel" not in r:
-                lines.append(f"| {r['case']} | {'; '.join(r['problems'])} |" + " |" * 9)
-                continue
-            block = " ".join(f"{k}{v}" for k, v in r["block"].items() if k)
-            kinds = ", ".join(f"{kind.split('.')[0]}" for kind in r["mma"])
-            lines.append(
-                f"| {r['case']} | {r['kernel']} | {block} | {r['warps']} | {r['stages']} | {r['registers']} "
-                f"| {r['stack']} B | {r['shared']} | {r['blocks_per_sm']} | {r['mmas']} {kinds} | {r['instructions']} |"
-            )
-    return "\n".join(lines)
+# --------------------------------------------------------------------------- what it compiled to
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+REGISTERS = 65536  # of a multiprocessor
+STORE = re.compile(r"\bst(?:\.\w+)*?\.global(?:\.[A-Za-z:_]+)*?(?:\.v(\d))?\.[bfu](\d+)")
+BULK_STORE = re.compile(r"cp\.async\.bulk\.tensor\.\S*global\.shared")
 
 
-def write(records: list[dict]) -> None:
-    """bench/results/targets.json, by Triton version, and docs/targets.md from it"""
-    path = ROOT / "bench" / "results" / "targets.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results[triton.__version__] = records
-    parts = (
-        f"{json.dumps(version)}: [\n" + ",\n".join(json.dumps(record) for record in results[version]) + "\n]"
-        for version in sorted(results)
-    )
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")  # a kernel a line
-    pins = (ROOT / "constraints.txt").read_text()
-    pinned = re.search(r"^triton==(\S+)", pins, re.M)[1]
-    lines = [
-        "# What the kernels compile to",
-        "",
-        "Generated by `python -m bench.targets --all`: real compilations for real cards; no card was used, nothing was",
-        f"timed. Layer of M={M}, N={N}, K={K}; bfloat16 activations and float32 factors unless the row says otherwise.",
-        "Spills is the stack the assembler reports; MMA counts instructions in the PTX.",
-        "",
-        "Kernels compiled, by Triton version and card, and how many of them have a problem: too much shared memory, a",
-        "spill, products off the tensor cores, multiply-adds or stores missing, or a failure to compile.",
-        "",
-        "| Triton | " + " | ".join(f"sm_{arch}" for arch in ARCHS) + " | problems |",
-        "|" + "---|" * (len(ARCHS) + 2),
-    ]
-    for version, found in sorted(results.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
-        compiled = [sum(r["arch"] == arch and "kernel" in r for r in found) for arch in ARCHS]
-        bad = sum(bool(r["problems"]) for r in found)
-        lines.append(f"| {version} | {' | '.join(map(str, compiled))} | {bad} |")
-    lines += [f"\n## Triton {pinned}", table(results.get(pinned, []))]
-    docs = ROOT / "docs" / "targets.md"
-    docs.parent.mkdir(exist_ok=True)
-    docs.write_text("\n".join(lines) + "\n")
+def usage(kernel: Any, launch: dict[str, Any]) -> Record:
+    """Registers, stack, shared memory and the instructions that matter of one compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def dump(option: str) -> str:
+            return subprocess.run([BIN / "cuobjdump", option, file.name], capture_output=True, text=True).stdout
+
+        resources, sass = dump("-res-usage"), dump("-sass")
+    ptx = kernel.asm["ptx"]
+    mma = re.findall(r"^[^/\n]*?\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.([^\s;]+)", ptx, re.M)
+    warps = launch.get("num_warps", kernel.metadata.num_warps)
+    macs = 0
+    for kind, rest in mma:
+        shape = re.search(r"m(\d+)n(\d+)k(\d+)", rest)
+        m, n, k = map(int, shape.groups()) if shape else (128, launch.get("BLOCK_N", 256), 16)
+        macs += m * n * k * {"mma.sync": warps, "wgmma.mma_async": warps // 4}.get(kind, 1)
+    written = sum(int(v or 1) * int(bits) // 8 * 32 * warps for v, bits in STORE.findall(ptx))
+    registers = number(r"REG:(\d+)", resources)
+    shared = kernel.metadata.shared
+    block = {k.removeprefix("BLOCK_"): v for k, v in launch.items() if k.startswith("BLOCK")}
+    all_warps = kernel.metadata.num_warps
+    return {
+        "kernel": kernel.metadata.name.strip("_").removesuffix("_kernel"),
+        "block": block,
+        "stages": launch.get("num_stages", 0),
+        "warps": all_warps,
+        "registers": registers,
+        "stack": number(r"STACK:(\d+)", resources),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": shared,
+        "blocks_per_sm": occupancy(registers, shared, all_warps, kernel.metadata.target.arch),
+        "mma": sorted({kind for kind, _ in mma}),
+        "mmas": len(mma),
+        "macs": macs,
+        "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        "written": written,
+        "bulk_stores": len(BULK_STORE.findall(ptx)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", sass, re.M)),
+    }
+
+
+def number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match is not None, f"no {pattern} in what cuobjdump prints"
+    return int(match[1])
+
+
+def occupancy(registers: int, shared: int, warps: int, arch: int) -> int:
+    """Blocks of a multiprocessor, as registers (in units of 8 a thread), shared memory and warps allow"""
+    by_registers = REGISTERS // (32 * warps * (registers + 7 & ~7))
+    room = {80: 167936, 90: 233472, 100: 233472}.get(arch, 102400)
+    limit = {80: 64, 90: 64, 100: 64}.get(arch, 48)
+    return min(by_registers, room // (shared + 1024), limit // warps)
+
+
+def macs_a_step(record: Record) -> int:
+    """Multiply-adds that one step of the kernel's main loop, and what surrounds it, must hold"""
+    block, name = record["block"], record["kernel"]
+    M, K, R, N = (block.get(axis, 0) for axis in "MKRN")
+    if name == "project":
+        return M * K * R
+    if name == "outer":
+        return M * K * R
+    if name == "project_outer":
+        return 2 * M * K * R
+    if name.startswith("matmul_lowrank"):
+        return M * N * K + M * N * R
+    if name == "linear_lowrank":
+        return M * N * K + M * K * R + M * N * R
+    return 0
+
+
+def bytes_a_tile(record: Record) -> int:
+    """Bytes that a program must store at least, whatever it stores them with"""
+    block, name = record["block"], record["kernel"]
+    size = 4 if record["dtype"] == "float32" else 2
+    if name == "project":
+        return block["M"] * block["R"] * size
+    if name == "outer":
+        return block["R"] * block["K"] * 4
+    if name == "project_outer":
+        return (block["M"] + block["K"]) * block["R"] * 4
+    if name in ("matmul_lowrank", "linear_lowrank"):
+        return block["M"] * block["N"] * size
+    return 0
+
+
+def problems(record: Record) -> list[str]:
+    """What is wrong with a compiled kernel; nothing, if all is well"""
+    result = []
+    limit = tiles.SHARED[record["arch"]]
+    if record["shared"] > limit:
+        result.append(f"{record['shared']} bytes of shared memory, the card has {limit}")
+    if record["stack"] or record["spills"]:
+        result.append(f"spills: STACK:{record['stack']}, {record['spills']} local loads and stores")
+    expected = macs_a_step(record)
+    if record["dtype"] == "float32":
+        if expected and not record["fma"]:
+            result.append("no FMA")
+    elif record["macs"] < expected:
+        result.append(f"{record['macs']} multiply-adds on tensor cores, a step needs {expected}")
+    best = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(record["arch"])
+    wide = record["kernel"].startswith(("matmul", "linear")) and record["block"]["M"] >= 64
+    if best and wide and record["dtype"] != "float32" and best not in record["mma"]:
+        result.append(f"{record['mma']} where the card has {best}")
+    if record["kernel"].endswith("descriptor"):
+        if record["bulk_stores"] < 2:
+            result.append(f"{record['bulk_stores']} bulk stores of 2")
+    elif record["written"] < bytes_a_tile(record) or not record["written"]:
+        result.append(f"{record['written']} bytes stored of {bytes_a_tile(record)}")
+    if not record["blocks_per_sm"]:
+        result.append("not one block fits a multiprocessor")
+    return result
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Of each kernel on each card: how many were compiled, how many have a problem, and the most that one needs."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.get("kernel", "not compiled"), record["arch"]), []).append(record)
+    rows = []
+    for (kernel, arch), some in groups.items():
+        values = {"compiled": (len(some), "kernels"), "problems": (sum(bool(r["problems"]) for r in some), "kernels")}
+        if kernel != "not compiled":
+            for key, unit in (("registers", "1"), ("stack", "B"), ("shared", "B")):
+                values[key] = (max(r[key] for r in some), unit)
+        phase = f"Triton {triton.__version__}"
+        rows += [row(kernel, f"sm_{arch}", phase, metric, value, unit) for metric, (value, unit) in values.items()]
+    return rows
+
+
+def write(records: Sequence[Record], results: Results) -> None:
+    """bench/results/targets.json: this Triton's rows replaced, the others' kept."""
+    path = RESULTS / "targets.json"
+    rows = rows_of(records)
+    if path.exists():
+        results["rows"] = [one for one in read(path)["rows"] if one["phase"] != rows[0]["phase"]]
+    results["rows"] = sorted(results["rows"] + rows, key=lambda one: [int(n) for n in re.findall(r"\d+", one["phase"])])
+    results["notes"] = [f"sm_{r['arch']} {r['case']}: {'; '.join(r['problems'])}" for r in records if r["problems"]]
+    write_json(path, results)
+
+
+def beside(version: str) -> Path:
+    """A folder with that Triton alone, installed by pip on first use; half an installation leaves none."""
+    folder = ROOT / ".cache" / f"triton-{version}"
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
+            subprocess.run([*pip, "--target", f"{place}/triton", f"triton=={version}"], check=True)
+            os.replace(f"{place}/triton", folder)
+    return folder
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every case; writes docs/targets.md and its JSON")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = Parser(prog="forgetless bench targets", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every case; writes bench/results/targets.json")
     parser.add_argument("--archs", type=lambda s: tuple(map(int, s.split(","))), default=ARCHS)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--triton", help="another version of Triton")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
+    if options.triton and options.triton != triton.__version__:  # Triton is imported: go on in a process with that one
+        path = [str(beside(options.triton)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+        return subprocess.run([sys.executable, "-m", "bench", "targets", *given], env=environment, cwd=ROOT).returncode
     cases = [case for case in (everything() if options.all else subset()) if options.only in str(case)]
     records = collect(cases, options.archs, options.jobs, show=True)
     bad = [r for r in records if r["problems"]]
     if options.all and not options.only and options.archs == ARCHS:
-        write(records)
+        options.device, options.smoke = "cpu", False
+        write(records, start("targets", options, given))
     else:
-        print(table(records))
+        for r in records:
+            print(json.dumps({key: value for key, value in r.items() if key != "problems"}))
     print(f"Triton {triton.__version__}: {len(records)} kernels compiled, {len(bad)} with problems")
     return bool(bad)
 

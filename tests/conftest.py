@@ -51,7 +51,16 @@ with contextlib.suppress(ImportError, AttributeError):  # no Triton, or one that
 
 #: Files that run or compile kernels for minutes. Traced, the interpreter is three times slower, and what these files
 #: reach of forgetless/ the others reach too.
-UNTRACED = {"test_kernels", "test_bytes", "test_targets", "test_static", "test_doctor", "test_bench"}
+UNTRACED = {
+    "test_kernels",
+    "test_bytes",
+    "test_targets",
+    "test_static",
+    "test_doctor",
+    "test_commands",
+    "test_providers",
+    "test_harness",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")

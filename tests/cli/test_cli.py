@@ -28,7 +28,7 @@ from forgetless.cli import arguments
 from forgetless.cli import main as cli
 from forgetless.cli.console import Ui
 from forgetless.cli.main import main
-from forgetless.ops import autograd as ops
+from forgetless.ops import dispatch as ops
 from forgetless.study import finetune, session
 from forgetless.study.data import BUILTIN
 from forgetless.study.options import BadInput, CompareOptions, FinetuneOptions, parse_method, parse_targets
@@ -216,7 +216,7 @@ def test_tools_get_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tune_writes_the_table_that_is_named_and_leaves_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if torch.cuda.is_available() or ops._kernels is None:
+    if torch.cuda.is_available() or ops.kernels is None:
         pytest.skip("is about the interpreter")
     monkeypatch.setenv("FORGETLESS_TUNE", str(tmp_path / "other.json"))
     before = dict(os.environ)

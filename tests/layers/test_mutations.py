@@ -1,13 +1,12 @@
 """A fuzz: everything a user can change between two calls is changed, and each result is compared with plain PyTorch.
 
 Siblings share what they compute inside a call of their parent, so a change between them is where a stale result would
-show. ``FORGETLESS_FUZZ_CALLS`` sets the number of layer calls.
+show.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 from typing import Any
 
@@ -20,7 +19,7 @@ import forgetless as fl
 from forgetless.layers import groups
 from forgetless.ops import add_lowrank, autograd, dispatch, reference
 
-CALLS = int(os.environ.get("FORGETLESS_FUZZ_CALLS", "10000"))
+CALLS = 10_000
 K = 12
 SEED = torch.tensor([11, -5], dtype=torch.int32)
 NAMES = ("q_proj", "k_proj", "v_proj")

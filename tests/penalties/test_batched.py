@@ -57,7 +57,8 @@ def moved(method, calibrated):
 
 def per_layer(model):
     rows = fl.adapters(model).values()
-    return sum(s.value(layer.adapter, layer.trace.hidden) for layer in rows for s in layer.adapter.penalty_states())
+    hidden = {layer: None if layer.trace is None else layer.trace.hidden for layer in rows}
+    return sum(s.value(layer.adapter, hidden[layer]) for layer in rows for s in layer.adapter.penalty_states())
 
 
 @pytest.mark.parametrize("method", [fl.LoRA, fl.CURLoRA])

@@ -90,9 +90,12 @@ def pytest_runtest_logreport(report):
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"forward passes of swapped-in layers: {dict(ROUTES)}")
     if out := os.environ.get("FORGETLESS_SWAP_OUT"):
-        from bench.harness import machine
+        from argparse import Namespace
 
-        data = {"swap": SWAP, "machine": machine(), "outcomes": OUTCOMES}
+        from bench.harness import start
+
+        head = {**start("peft-suite", Namespace(device="cpu", smoke=False), []), "command": "python -m peft_suite"}
+        data = {"swap": SWAP, "head": head, "outcomes": OUTCOMES}
         data |= {"routes": dict(ROUTES), "reasons": dict(REASONS.most_common())}
         Path(out).write_text(json.dumps(data), encoding="utf-8")
 
@@ -103,32 +106,35 @@ def reasons(outcomes, wanted):
     return dict(Counter(texts).most_common())
 
 
-def result(ours, theirs):
-    """What bench/results/peft-suite.json holds, from the outcomes with and without swap-in."""
+def rows(ours, theirs):
+    """What bench/results/peft-suite.json has as rows, from the outcomes with and without swap-in."""
+    from bench.harness import row
+
     if (ours["swap"], theirs["swap"]) != (True, False):
-        raise SystemExit("wants the outcomes with swap-in first, those of FORGETLESS_SWAP=0 second")
-    files = {}
+        raise SystemExit("give the outcomes with swap-in first, those of FORGETLESS_SWAP=0 second")
+    result = []
     for name in sorted({test.partition("::")[0] for test in ours["outcomes"]}):
-        files[name] = {
-            key: dict(Counter(v[0] for test, v in run["outcomes"].items() if test.startswith(f"{name}::")))
-            for key, run in (("swapped in", ours), ("PEFT", theirs))
-        }
-    names = sorted({*ours["outcomes"], *theirs["outcomes"]})
-    first = [[run["outcomes"].get(name, ["missing"])[0] for run in (ours, theirs)] for name in names]
-    return {
-        "schema": 1,
-        "machine": ours["machine"],
-        "files": files,
-        "differ": {name: pair for name, pair in zip(names, first, strict=True) if pair[0] != pair[1]},
-        "skipped": reasons(ours["outcomes"], "skipped"),
-        "failed": reasons(ours["outcomes"], "failed"),
-        "failed_tests": sorted(name for name, (outcome, _) in ours["outcomes"].items() if outcome == "failed"),
-        "forward_passes": ours["routes"],
-        "own_forward": ours["reasons"],
-    }
+        for key, run in (("swapped in", ours), ("PEFT", theirs)):
+            counts = Counter(v[0] for test, v in run["outcomes"].items() if test.startswith(f"{name}::"))
+            result += [row(name, key, "tests", outcome, count, "tests") for outcome, count in counts.items()]
+    for name in sorted({*ours["outcomes"], *theirs["outcomes"]}):
+        first, second = (run["outcomes"].get(name, ["missing"])[0] for run in (ours, theirs))
+        if first != second:
+            result += [
+                row(name, "swapped in", "differ", first, 1, "tests"),
+                row(name, "PEFT", "differ", second, 1, "tests"),
+            ]
+        if first == "failed":
+            result.append(row(name, "swapped in", "failed tests", "failed", 1, "tests"))
+    for outcome in ("skipped", "failed"):
+        for reason, count in reasons(ours["outcomes"], outcome).items():
+            result.append(row(reason, "swapped in", "reasons", outcome, count, "tests"))
+    result += [row(way, "swapped in", "forward passes", "passes", n, "passes") for way, n in ours["routes"].items()]
+    return result + [row(why, "PEFT", "forward passes", "passes", n, "passes") for why, n in ours["reasons"].items()]
 
 
 if __name__ == "__main__":
     from bench.harness import RESULTS, write_json
 
-    write_json(RESULTS / "peft-suite.json", result(*(json.loads(Path(p).read_text()) for p in sys.argv[1:3])))
+    ours, theirs = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
+    write_json(RESULTS / "peft-suite.json", {**ours["head"], "rows": rows(ours, theirs)})

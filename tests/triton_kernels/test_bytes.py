@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from forgetless.ops.autograd import lowrank_linear
-from forgetless_bench import traffic
+from forgetless_bench import static as traffic
 from forgetless_kernels import fused, project, tiles, tl_utils
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from forgetless_bench import static, traffic
+from forgetless_bench import static
+from forgetless_bench import static as traffic
 
 S = traffic.Sizes(M=8192, N=4096, K=4096, R=16)
 

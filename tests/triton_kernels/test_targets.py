@@ -61,8 +61,8 @@ FAULTS = [
 
 def test_the_gate_finds_what_is_missing():
     """An empty kernel compiles without an error: the gate must notice."""
-    from forgetless_bench import compiled
+    from forgetless_bench import targets
 
     for fault, words in FAULTS:
-        found = " ".join(compiled.problems(record(**fault)))
+        found = " ".join(targets.problems(record(**fault)))
         assert found == "" if words is None else words in found, fault

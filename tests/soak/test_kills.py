@@ -1,8 +1,10 @@
-"""The series of ``python -m bench reliability`` find what they look for; and what they found, mended."""
+"""Commands and saves that are killed at any moment go on where they were; the series that kill them find what is wrong.
+
+The long series have the marker ``soak``: ``make soak`` runs them.
+"""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import subprocess
@@ -10,15 +12,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import kills
 import pytest
+from kills import Broken, opened
 from tiny_study import write_model, write_texts
 
 from forgetless.cli.main import main
 from forgetless.files import half_written, write_atomically
 from forgetless.study import finetune
 from forgetless.study.options import writable
-from forgetless_bench import kept, kills, reliability, tables
-from forgetless_bench.whole import Broken, opened
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def dead_process() -> int:
@@ -184,113 +188,36 @@ def test_saves_are_killed_and_one_of_two_adapters_is_there(tmp_path: Path, monke
         kills.saves(1, 0, tmp_path / "b")
 
 
-# The command ------------------------------------------------------------------------------------------
+# The long series ---------------------------------------------------------------------------------------
 
-JUNIT = """<testsuites><testsuite><properties>
-<property name="hypothesis-statistics-tests/test_x.py::test_p[blas]" value="{stats}"/></properties>
-<testcase name="test_a[1]"><properties><property name="bits flipped" value="5"/></properties></testcase>
-<testcase name="test_a[2]"><properties><property name="bits flipped" value="7"/></properties></testcase>
-<testcase name="test_b"><failure>no</failure></testcase><testcase name="test_c"><skipped/></testcase>
-</testsuite></testsuites>"""
-STATS = """tests/test_x.py::test_p[blas]:
-  - during reuse phase (0.1 seconds):
-    - 1 passing, 0 failing, and 2 invalid test cases
-  - during generate phase (0.5 seconds):
-    - 5 passing examples, 0 failing examples, 3 invalid examples
-"""
+KILLS = 30
 
 
-def test_outcomes_values_and_examples_are_counted(tmp_path: Path) -> None:
-    path = tmp_path / "junit.xml"
-    path.write_text(JUNIT.format(stats=base64.b64encode(STATS.encode()).decode()))
-    found = reliability.counted(path)
-    assert (found["passed"], found["failed"], found["skipped"]) == (2, 1, 1) and found["failures"] == ["test_b"]
-    assert found["tests"] == {"test_a": 2} and found["values"] == {"bits flipped": 12}
-    assert found["examples"] == {"test_p[blas]": {"passing": 6, "failing": 0, "invalid": 5}}
+@pytest.mark.soak
+@pytest.mark.parametrize("command", ["finetune", "compare"])
+def test_a_command_that_is_killed_ends_as_if_it_were_not(command: str, tmp_path: Path) -> None:
+    jobs = kills.jobs(write_model(tmp_path / "model"), write_texts(tmp_path / "texts"))
+    counts = kills.series(jobs[command], KILLS, 0, tmp_path / command)
+    assert counts["kills"] >= KILLS and counts["files_opened"]
 
 
-def test_sections_are_written_one_by_one_into_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def section(**found: Any) -> Any:
-        def run(options: Any) -> dict[str, Any]:
-            """Something."""
-            return {"failed": len(found.get("failures", [])), "failures": [], **found}
-
-        return run
-
-    monkeypatch.setattr(reliability, "SECTIONS", {"files": section(n=1), "steps": section(n=2)})
-    out = tmp_path / "reliability-cpu.json"
-    assert reliability.main(["--only", "steps", "--out", str(out)]) == 0
-    assert list(json.loads(out.read_text())["sections"]) == ["steps"]
-    monkeypatch.setattr(reliability, "SECTIONS", {"files": section(n=3, failures=["x"]), "steps": section(n=4)})
-    assert reliability.main(["--only", "files", "--out", str(tmp_path)]) == 1
-    found = json.loads(out.read_text())["sections"]
-    assert {name: row["n"] for name, row in found.items()} == {"files": 3, "steps": 2}
-    assert found["files"]["machine"]["packages"]["torch"] and "FAILED x" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        reliability.main(["--only", "liver"])
-    assert "unknown section 'liver'" in capsys.readouterr().err
+@pytest.mark.soak
+def test_a_process_that_saves_is_killed(tmp_path: Path) -> None:
+    assert kills.saves(10 * KILLS, 0, tmp_path / "save")["kills"] == 10 * KILLS
 
 
-TINY = """
-import os
-from hypothesis import given, settings, strategies
-@settings(max_examples=int(os.environ["FORGETLESS_EXAMPLES"]), database=None)
-@given(strategies.integers())
-def test_numbers(n): assert n == n
-def test_values(record_property): record_property("seen", 3)
-def test_broken(): assert False
-"""
+#: Tests whose sizes an environment variable sets: part of the suite -> the variable, its value, and a filter.
+LONG = {
+    "tests/ops/test_properties.py": ("FORGETLESS_EXAMPLES", "2000", ""),
+    "tests/checkpoint/test_hostile.py": ("FORGETLESS_EXAMPLES", "2000", ""),
+    "tests/triton_kernels/test_faults.py": ("FORGETLESS_STEPS", "10000", "nothing_grows"),
+}
 
 
-def test_a_smoke_run_counts_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "test_tiny.py").write_text(TINY)
-    seen: list[dict[str, Any]] = []
-
-    def section(options: Any) -> dict[str, Any]:
-        """Something."""
-        seen.append(reliability.suite(str(tmp_path), FORGETLESS_EXAMPLES=str(options.examples)))
-        return seen[0]
-
-    monkeypatch.setattr(reliability, "SECTIONS", {"files": section})
-    monkeypatch.setattr(reliability, "write_json", lambda *_: pytest.fail("a smoke run measures nothing"))
-    assert reliability.main(["--smoke"]) == 1
-    assert (seen[0]["passed"], seen[0]["failures"], seen[0]["values"]) == (2, ["test_broken"], {"seen": 3})
-    assert seen[0]["examples"] == {"test_numbers": {"passing": 3, "failing": 0, "invalid": 0}}
-    out = capsys.readouterr().out
-    assert "FAILED test_broken" in out and "nothing is written" in out
-
-
-# The page ---------------------------------------------------------------------------------------------
-
-
-def counts(**found: Any) -> dict[str, Any]:
-    machine = {"threads": 1, "gpu": None, "processor": "CPU", "commit": "a" * 40, "date": "2026-01-01"}
-    return {"failed": 0, "failures": [], "machine": {**machine, "packages": {"torch": "2.13.0"}}, **found}
-
-
-def test_the_page_says_what_held_and_what_did_not() -> None:
-    series = {"kills": 31, "sighted": 15, "runs": 40, "finished": 9, "files_opened": 1234, "unreadable": 0}
-    sections = {
-        "kernels": counts(examples={"a": {"passing": 1999, "failing": 1, "invalid": 7}}, failed=1, failures=["test_a"]),
-        "steps": counts(values={"steps": 9, "bytes more": -(1 << 19), "handles more": 0, "objects more": 3}),
-        "kills-compare": counts(**series),
-        "kills-finetune": counts(failed=1, failures=["a.json cannot be read"]),
-    }
-    text = kept.section({"sections": sections})
-    assert "| 2,000 for 1 properties | **1 failed**: test_a |" in text
-    assert "| 9 | -0.50 MiB, +0 file handles, +3 Python objects" in text
-    assert "| 31 (15 right after a write) in 40 starts | 9 runs brought" in text and "1,234 files opened, 0 un" in text
-    assert "**1 failed**: a.json cannot be read" in text
-    assert "- Properties of the kernels, Kills of finetune, Kills of compare, Long runs: CPU" in text
-    assert "Not counted yet: Properties, Files" in text
-
-
-def test_the_page_is_that_of_the_committed_counts() -> None:
-    if not tables.RELIABILITY.exists():
-        pytest.skip("not a source checkout")
-    page = tables.RELIABILITY.read_text(encoding="utf-8")
-    assert tables.reliability_page(page) == page
+@pytest.mark.soak
+@pytest.mark.parametrize("path", LONG)
+def test_long_runs_of_the_suite(path: str) -> None:
+    name, value, words = LONG[path]
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path, "-k", words]
+    done = subprocess.run(run, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", name: os.environ.get(name, value)})
+    assert done.returncode == 0

@@ -1,0 +1,192 @@
+"""One low-rank layer, forward and backward, against every other way of computing it.
+
+    python -m bench layer [--shapes smollm2.q llama3.q] [--dtypes bfloat16 float32] [--dropout 0 0.1]
+    python -m bench layer --sweep              ranks 8 to 128 and 512 to 16384 tokens, a file of its own
+    python -m bench layer --against COMMIT     the same with that commit's library, interleaved
+
+Providers: the frozen layer with the gradient of its input (an ideal adapter costs 1.00 of it), ours, PEFT with its
+defaults and with adapters in the layer's dtype, the formula in eager PyTorch, and a 20-line autograd Function with
+LoRAFusion's split. CURLoRA is compared with its authors' dense form. Backward is that of the input and of the adapter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import forgetless as fl
+
+from .against import Both, Measured, providers
+from .bytes import peak_bytes, saved_bytes
+from .harness import FROZEN, OURS, Results, finish, graphed, interleave, parser, peaks, row, start, time_rows
+from .providers import NO_PEFT, curlora_layers, frozen_linear, have_peft, lora_layers, random_factors
+from .shapes import CPU, GPU, METHODS, SHAPES, Case, fitting, grid, sweeps
+
+SCALE = 2.0
+
+
+class Layer:
+    """One provider on one input. ``backend``: run the op on that one, else as the op decides."""
+
+    def __init__(self, module: nn.Module, base: nn.Module, x: Tensor, dy: Tensor, backend: str | None = None):
+        self.module, self.base, self.x, self.dy = module, base, x.detach().requires_grad_(True), dy
+        self.leaves = [self.x, *(p for p in module.parameters() if p.requires_grad)]
+        self.backend: Callable[[], Any] = nullcontext if backend is None else partial(fl.ops.backend, backend)
+        self.y: Tensor | None = None
+
+    @property
+    def runs(self) -> Sequence[Callable[[], Any]]:
+        return self.forward, self.backward
+
+    def forward(self) -> None:
+        with self.backend():
+            self.y = self.module(self.x)
+
+    def backward(self) -> tuple[Tensor, ...]:
+        assert self.y is not None
+        with self.backend():
+            grads = torch.autograd.grad(self.y, self.leaves, self.dy)
+        self.y = None
+        return grads
+
+    def both(self) -> tuple[Tensor, ...]:
+        self.forward()
+        return self.backward()
+
+    def sizes(self) -> dict[str, int]:
+        with self.backend():
+            saved = saved_bytes(lambda: self.module(self.x), [self.module, self.base])
+        return {"saved": saved, "peak": peak_bytes(self.both, self.x.device)}
+
+
+def make(
+    case: Mapping[str, Any], device: str = "cpu", compiled: bool = False, backends: Sequence[str] = ()
+) -> tuple[dict[str, Layer], list[str]]:
+    """The providers of one case, and a note for each that does not run.
+
+    Args:
+        case: the fields of a ``shapes.Case``.
+        backends: of ours, rows of their own beside what the op decides.
+    """
+    one, place = Case(**case), torch.device(device)
+    torch.manual_seed(0)
+    shape, dtype = SHAPES[one.shape], one.torch_dtype
+    base = frozen_linear(shape.N, shape.K, False, dtype, place)
+    x = torch.randn(one.M, shape.K, device=place).to(dtype)
+    dy = torch.randn(one.M, shape.N, device=place).to(dtype)
+    if one.method == "curlora":
+        makers = curlora_layers(base, one.R)
+    else:
+        makers = lora_layers(base, *random_factors(base, one.R), SCALE, one.dropout, compiled)
+    plans: list[tuple[str, Callable[[], nn.Module], str | None]] = [(name, each, None) for name, each in makers.items()]
+    plans += [(f"{OURS}, {backend}", makers[OURS], backend) for backend in backends]
+    made, notes = {}, []
+    for name, maker, backend in plans:
+        try:
+            layer = Layer(maker(), base, x, dy, backend)
+            layer.module.train()
+            layer.both()
+        except Exception as error:  # a provider that fails is a missing row with its reason, not a missing table
+            if name in (FROZEN, OURS):
+                raise
+            text = str(error).splitlines() or [""]
+            notes.append(f"{one.name}: no {name}: {type(error).__name__}: {text[0]}")
+            continue
+        made[name] = layer
+    return made, notes
+
+
+def other_backends(device: torch.device) -> tuple[str, ...]:
+    """What ours is also measured on: BLAS beside the fused kernels."""
+    return ("blas",) if device.type == "cuda" else ()
+
+
+def measure(
+    case: Case, made: Mapping[str, Measured], device: torch.device, rounds: int, seconds: float | None, results: Results
+) -> None:
+    """The rows of one case."""
+    times = interleave({name: one.runs for name, one in made.items()}, rounds, 2, device, seconds)
+    rows = time_rows(case.name, times, ("forward", "backward"))
+    for name, one in made.items():
+        if name != "torch.compile":
+            sizes = one.sizes()
+            rows += [row(case.name, name, "both", metric, size, "B") for metric, size in sizes.items()]
+    if device.type == "cuda":
+        rows += graph_rows(case, made, device, rounds, seconds, results["notes"])
+    results["rows"] += rows
+    results["cases"][case.name] = case.about()
+
+
+def graph_rows(
+    case: Case,
+    made: Mapping[str, Measured],
+    device: torch.device,
+    rounds: int,
+    seconds: float | None,
+    notes: list[str],
+    capture: Callable[[Callable[[], Any]], Callable[[], Any]] = graphed,
+) -> list[dict[str, Any]]:
+    """Forward and backward as one CUDA graph each, of the providers in this process: phase "graph"."""
+    runs = {}
+    for name, layer in made.items():
+        if isinstance(layer, Layer):
+            try:
+                runs[name] = capture(layer.both)
+            except Exception as error:  # a library that cannot be captured is a note
+                notes.append(f"{case.name}: no graph of {name}: {(str(error).splitlines() or [''])[0]}")
+                torch.cuda.synchronize()
+    return time_rows(case.name, interleave(runs, rounds, 2, device, seconds), ("graph",)) if runs else []
+
+
+def main(arguments: list[str] | None = None, deadline: float | None = None) -> Results:
+    """Run from the command line; ``deadline`` (``time.monotonic``) leaves the remaining cases out."""
+    made = parser(__doc__, "layer", 9)
+    cuda = torch.cuda.is_available()
+    made.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(GPU if cuda else CPU))
+    made.add_argument("--tokens", nargs="+", type=int, default=[8192] if cuda else [512])
+    made.add_argument("--ranks", nargs="+", type=int, default=[16])
+    made.add_argument("--dtypes", nargs="+", default=["bfloat16"] if cuda else ["bfloat16", "float32"])
+    made.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    made.add_argument("--sweep", action="store_true", help="instead: a shape by rank, one by tokens; own file")
+    made.add_argument("--compile", action="store_true", help="torch.compile of the formula too")
+    made.add_argument("--against", metavar="COMMIT", help="measure that commit of the library too")
+    options = made.parse_args(arguments)
+    if options.smoke:
+        options.shapes, options.tokens, options.ranks = ["tiny"], [8], [4]
+        options.dtypes, options.rounds = options.dtypes[:1], 2
+    device = torch.device(options.device)
+    results = start("layer", options, arguments)
+    if options.sweep:
+        results["kind"], cases = "sweep", sweeps(options, device, results["notes"])
+    else:
+        cases = grid(options)
+    if not have_peft():
+        results["notes"].append(NO_PEFT)
+    cases = fitting(cases, device, results["notes"])
+    results["rows"] += peaks(device, dict.fromkeys(case.torch_dtype for case in cases), options.smoke)
+    with ExitStack() as stack:
+        both = stack.enter_context(Both(options.against)) if options.against else None
+        for index, case in enumerate(cases):
+            if deadline is not None and time.monotonic() > deadline:
+                results["notes"].append(f"{len(cases) - index} cases left out: out of time")
+                break
+            about = {key: value for key, value in case.about().items() if key in Case.__dataclass_fields__}
+            spec = {"case": about, "device": options.device, "compiled": options.compile}
+            spec["backends"] = other_backends(device)
+            layers = providers(both, "layer", spec, results)
+            measure(case, layers, device, options.rounds, options.seconds, results)
+            print(f"measured {case.name}", flush=True)
+            if options.compile:
+                torch._dynamo.reset()
+    return finish(results, options)
+
+
+if __name__ == "__main__":
+    main()
