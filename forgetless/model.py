@@ -99,17 +99,17 @@ def running(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def _running(model: nn.Module) -> dict[str, AdaptedLinear]:
-    found = running(model)
-    if not found:
+    layers = running(model)
+    if not layers:
         raise ValueError("model has no adapters; call fl.adapt(model, method) or fl.swap_in(peft_model) first")
-    return found
+    return layers
 
 
 def _adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
-    found = adapters(model)
-    if not found:
+    layers = adapters(model)
+    if not layers:
         raise ValueError("model has no adapters; call fl.adapt(model, method) first")
-    return found
+    return layers
 
 
 def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
@@ -57,26 +58,32 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
     first = {id(module): name for name, module in reversed(linear.items())}  # a shared layer goes by its first name
     if isinstance(targets, str) and targets == ALL_LINEAR:
         heads = _heads(model)
-        found = {
-            name: module
-            for name, module in linear.items()
-            if first[id(module)] == name
-            and id(module) not in heads
-            and (heads or name.rpartition(".")[2] not in _HEADS)
+        chosen = {
+            name
+            for name, module in modules.items()
+            if first.get(id(module), name) == name
+            and (id(module) not in heads if heads else name.rpartition(".")[2] not in _HEADS)
         }
-        left = {
-            n: m for n, m in modules.items() if id(m) not in heads and (heads or n.rpartition(".")[2] not in _HEADS)
-        }
-        if not found:
+        if not chosen & linear.keys():
+            left = _listed([modules[name] for name in modules if name in chosen])
             raise ValueError(
-                f"targets is 'all-linear', but {type(model).__name__} has no nn.Linear or Conv1D layer{_listed(left)}"
+                f"targets is 'all-linear', but {type(model).__name__} has no nn.Linear or Conv1D layer{left}"
             )
-        _warn(left)
-        return ready(found)
-    matched: set[str] = set()
+    else:
+        chosen = _matched(targets, modules, linear)
+    told = _listed([modules[name] for name in modules if name in chosen])
+    if told:
+        warnings.warn(f"targets{told}", stacklevel=3)
+    names = {first[id(linear[name])] for name in chosen & linear.keys()}
+    return ready({name: module for name, module in linear.items() if name in names})
+
+
+def _matched(targets: str | Iterable[str], modules: dict[str, nn.Module], linear: dict[str, nn.Module]) -> set[str]:
+    """Names of the modules that a regular expression or a list of suffixes names."""
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
         raise ValueError("targets is empty, wants layer names, a regular expression or 'all-linear'")
+    matched: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise ValueError(f"targets holds {pattern!r}, wants strings")
@@ -89,44 +96,34 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
         if not hits & linear.keys():
             raise ValueError(_nothing(pattern, hits, modules, linear))
         matched |= hits
-    found_names = {first[id(linear[name])] for name in matched & linear.keys()}
-    _warn({name: modules[name] for name in matched})
-    return ready({name: module for name, module in linear.items() if name in found_names})
+    return matched
 
 
-def ready(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def ready(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The layers, if each can be adapted as it is now.
 
     Raises:
         ValueError: one cannot: says what must be done first.
     """
-    for name, module in found.items():
+    for name, module in layers.items():
         kind = kind_of(module)
-        wanted = shards.refusal(module) if kind is None else kind.wants(module)
+        reason = shards.refusal(module) if kind is None else kind.wants(module)
         if kind is not None and kind.package is not None:
             versions.warn_untested(kind.package, f"fl.adapt on {kind.title} layers")
-        if wanted is not None:
+        if reason is not None:
             title = "" if kind is None else f" ({kind.title})"
-            raise ValueError(f"targets: {name} cannot be adapted{title}: {wanted}")
-    return found
+            raise ValueError(f"targets: {name} cannot be adapted{title}: {reason}")
+    return layers
 
 
-def _listed(modules: dict[str, nn.Module]) -> str:
+def _listed(modules: Iterable[nn.Module]) -> str:
     """ "; left out: 3 of my.QuantLinear (why), .." of the layers that look linear and cannot be adapted."""
-    kinds: dict[tuple[str, str], int] = {}
-    for module in {id(module): module for module in modules.values()}.values():
+    kinds: Counter[str] = Counter()
+    for module in {id(module): module for module in modules}.values():
         why = refusal(module)
         if why is not None:
-            key = (f"{type(module).__module__}.{type(module).__qualname__}", why)
-            kinds[key] = kinds.get(key, 0) + 1
-    told = ", ".join(f"{count} of {title} ({why})" for (title, why), count in kinds.items())
-    return f"; left out: {told}" if told else ""
-
-
-def _warn(modules: dict[str, nn.Module]) -> None:
-    told = _listed(modules)
-    if told:
-        warnings.warn(f"targets{told}", stacklevel=4)
+            kinds[f"{type(module).__module__}.{type(module).__qualname__} ({why})"] += 1
+    return "; left out: " + ", ".join(f"{count} of {title}" for title, count in kinds.items()) if kinds else ""
 
 
 def _heads(model: nn.Module) -> set[int]:

@@ -303,21 +303,20 @@ def outcomes(
     tensors = [(torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(device, dtype) for shape in shapes]
     keep = reference.keep_mask(seed, p, M, K) if p and M else torch.ones(M, K, dtype=torch.bool, device=device)
     rate = reference.drop_threshold(p) / reference.LEVELS
-    scale = 0.5
 
-    def gradients(y: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
-        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-
-    def formula(dtype: torch.dtype) -> list[Tensor]:
+    def step(layer: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         x, weight, down, up, dy = (t.to(dtype) for t in tensors)
         leaves = [t.detach().requires_grad_(True) for t in (x, down, up)]
-        h = (leaves[0] * keep * (1.0 / (1.0 - rate))) @ leaves[1].T
-        return gradients(leaves[0] @ weight.T + scale * (h @ leaves[2].T), leaves, dy)
+        y = layer(leaves[0], weight, *leaves[1:])
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
-    x, weight, down, up, dy = tensors
-    leaves = [t.detach().requires_grad_(True) for t in (x, down, up)]
-    y = fl.ops.lowrank_linear(leaves[0], weight, leaves[1], leaves[2], None, scale, p, seed)
-    return gradients(y, leaves, dy), formula(dtype), formula(torch.float64)
+    def op(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return fl.ops.lowrank_linear(x, weight, down, up, None, 0.5, p, seed)
+
+    def formula(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return x @ weight.T + 0.5 * ((x * keep / (1.0 - rate)) @ down.T @ up.T)
+
+    return step(op, dtype), step(formula, dtype), step(formula, torch.float64)
 
 
 def short(dtype: torch.dtype) -> str:

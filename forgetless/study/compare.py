@@ -173,7 +173,7 @@ def open_book(session: Session) -> dict[str, Any]:
         "created": book.now(),
         "command": session.options.command,
         "commit": commit(),
-        "machine": machine(session.device),
+        "machine": machine(session.model.device),
         "versions": versions(),
         "options": options,
         "model": {**describe(session.model), "checksum": session.checksum},

@@ -137,7 +137,9 @@ def load_domain(spec: str, held_out: int | float = 0.1, seed: int = 0) -> Domain
     domains a share takes at most KEPT_PAIRS examples or KEPT_PASSAGES passages, so that evaluation stays
     a matter of seconds; a number is taken as it is. The split depends on the data, `held_out` and `seed`.
     """
-    _check_share(held_out)
+    count = isinstance(held_out, int) and not isinstance(held_out, bool)
+    if not (held_out >= 1 if count else isinstance(held_out, float) and 0 < held_out < 1):
+        raise DataError(f"held_out is {held_out!r}, wanted 1 example or more, or a share between 0 and 1")
     if spec in POOLS:
         name, pool = spec, POOLS[spec]()
     else:
@@ -155,16 +157,6 @@ def load_domain(spec: str, held_out: int | float = 0.1, seed: int = 0) -> Domain
         pool = Pool(path.name, [[example] for example in examples], path.name, "not stated")
     train, kept = _split(pool, held_out, seed, name)
     return Domain(name, pool.title, train, kept, pool.source, pool.licence)
-
-
-def _check_share(held_out: int | float) -> None:
-    if isinstance(held_out, bool) or not isinstance(held_out, int | float):
-        raise DataError(f"held_out is {held_out!r}, wanted a number")
-    if isinstance(held_out, int):
-        if held_out < 1:
-            raise DataError(f"held_out is {held_out}, wanted 1 example or more")
-    elif not 0 < held_out < 1:
-        raise DataError(f"held_out is {held_out}, wanted a share between 0 and 1")
 
 
 def _split(pool: Pool, held_out: int | float, seed: int, name: str) -> tuple[tuple[Example, ...], tuple[Example, ...]]:

@@ -129,19 +129,16 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
 
 def how_to_load(options: FinetuneOptions) -> str:
     """A few lines of Python that load what was saved, runnable as they are."""
-    lines = [
-        "import torch",
-        "import forgetless as fl",
-        "from forgetless.study.models import load_model",
-        "",
-        f"model, tokenizer = load_model({options.model!r}, torch.{options.dtype})",
-        f"fl.load(model, {str(options.out)!r})",
-    ]
-    if not options.method.lower().startswith("curlora"):
-        lines += [
-            "",
-            "# or with PEFT, without forgetless:",
-            "from peft import PeftModel",
-            f"model = PeftModel.from_pretrained(base_model, {str(options.out)!r})",
-        ]
-    return "\n".join(lines)
+    text = f"""import torch
+import forgetless as fl
+from forgetless.study.models import load_model
+
+model, tokenizer = load_model({options.model!r}, torch.{options.dtype})
+fl.load(model, {str(options.out)!r})"""
+    if options.method.lower().startswith("curlora"):
+        return text
+    return f"""{text}
+
+# or with PEFT, without forgetless:
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, {str(options.out)!r})"""

@@ -117,11 +117,6 @@ def learnt_sum(row: Row) -> float:
     return sum(row["learnt"].values())
 
 
-def earlier_tasks(row: Row, tasks: list[str]) -> float | None:
-    """Mean rise on earlier tasks after the last one, since each was learnt."""
-    return mean(row["forgotten"][task] for task in tasks[:-1])
-
-
 def equal_learning(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Each method against plain LoRA where both had learnt the same, seed by seed.
 
@@ -170,7 +165,7 @@ def paired(results: dict[str, Any]) -> list[dict[str, Any]]:
     values: dict[str, Callable[[Row], float | None]] = {
         "learnt": learnt_sum,
         "forgotten": lambda row: row["forgotten_mean"],
-        "tasks": lambda row: earlier_tasks(row, tasks),
+        "tasks": lambda row: mean(row["forgotten"][task] for task in tasks[:-1]),  # since each was learnt
         "drift": lambda row: row["drift"],
     }
     return [

@@ -24,11 +24,7 @@ def number() -> int:
 
 
 def one_process(command: str) -> None:
-    """Refuse several.
-
-    Raises:
-        BadInput: there are.
-    """
+    """Refuse several processes with ``BadInput``."""
     if count() > 1:
         raise BadInput(f"{command} runs in one process, got {count()}: start it without torchrun")
 

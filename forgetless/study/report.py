@@ -89,9 +89,11 @@ def html_page(results: dict[str, Any], picture: bytes, pareto: bytes | None = No
         "run at": results["created"],
     }
     tables = further_tables(results)
+    label = results.get("unfinished", {}).get("label")
+    during = f" during {escape(label)}" if label else ""
     parts = [
         "<h1>What was learnt, and what was forgotten</h1>",
-        "" if results["complete"] else _unfinished(results),
+        "" if results["complete"] else f'<p class="warn">This run was stopped{during}: rows are missing.</p>',
         main_table(results).html(),
         _image("forgetting and learning per domain, and loss curves", picture),
         *(f"<h3>{escape(capital(title))}</h3>{table.html()}" for title, table in tables),
@@ -116,12 +118,6 @@ def html_page(results: dict[str, Any], picture: bytes, pareto: bytes | None = No
 
 def _image(alt: str, picture: bytes) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-
-
-def _unfinished(results: dict[str, Any]) -> str:
-    label = results.get("unfinished", {}).get("label")
-    during = f" during {label}" if label else ""
-    return f'<p class="warn">This run was stopped{escape(during)}: rows are missing.</p>'
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> list[Path]:

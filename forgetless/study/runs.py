@@ -35,7 +35,7 @@ def fingerprint(session: Session, plan: Plan | None, seed: int | None) -> str:
     about: dict[str, Any] = {
         "schema": book.SCHEMA,
         "versions": versions(),
-        "machine": machine(session.device),
+        "machine": machine(session.model.device),
         "model": session.checksum,
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
     }

@@ -57,11 +57,6 @@ class Session:
         """Of the tasks, and of the kept texts."""
         return [d.name for d in self.tasks], [d.name for d in self.kept]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
-
 
 def check(options: CompareOptions) -> list[Plan]:
     """Everything that can be refused without loading anything."""

@@ -82,8 +82,4 @@ def reached(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """For (learnt, forgotten) points, whether no other one learns at least as much and forgets at most as much."""
-
-    def beaten(a: tuple[float, float]) -> bool:
-        return any(b[0] >= a[0] and b[1] <= a[1] and b != a for b in points)
-
-    return [not beaten(p) for p in points]
+    return [not any(b[0] >= a[0] and b[1] <= a[1] and b != a for b in points) for a in points]

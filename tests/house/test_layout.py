@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = [path for path in sorted((ROOT / "forgetless").rglob("*.py")) if path.name != "__main__.py"]
 STUDY = [path for path in LIBRARY if {"study", "cli"} & set(path.relative_to(ROOT).parts)]
 LIBRARY = [path for path in LIBRARY if path not in STUDY]
+#: Modules without torch, which any other module may import.
+FOUNDATION = ("files", "versions")
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 LAUNCHERS = ("project", "matmul_lowrank", "outer", "project_outer", "dx_and_ddown", "linear_lowrank")
 
@@ -78,6 +80,17 @@ def test_methods_and_penalties_reach_no_higher():
             assert all(name.startswith(allowed) for name in own), short(path)
 
 
+@pytest.mark.parametrize("name", FOUNDATION)
+def test_the_foundation_imports_the_standard_library_alone(name):
+    assert roots(ROOT / "forgetless" / f"{name}.py") <= sys.stdlib_module_names
+    assert not [name for name, level in imports(ROOT / "forgetless" / f"{name}.py") if level]
+
+
+def test_peft_s_format_reads_and_writes_and_never_adapts():
+    names = [name for name, level in imports(ROOT / "forgetless" / "checkpoint" / "peft_format.py") if level]
+    assert not [name for name in names if name.startswith(("forgetless.model", "forgetless.checkpoint"))]
+
+
 def test_nothing_imports_the_tests_or_the_bench():
     for path in [*LIBRARY, *STUDY, *KERNELS]:
         assert not roots(path) & {"tests", "helpers", "bench", "forgetless_bench"}, short(path)
@@ -124,6 +137,11 @@ def test_every_package_is_packaged():
 def test_every_module_of_the_library_is_in_a_package():
     for path in [*LIBRARY, *STUDY]:
         assert (path.parent / "__init__.py").exists(), short(path)
+
+
+@pytest.mark.parametrize("path", [*STUDY, *(ROOT / "forgetless" / "checkpoint").glob("*.py")], ids=short)
+def test_modules_are_short(path):
+    assert len(path.read_text().splitlines()) <= 350
 
 
 def test_importing_the_library_is_light():
