@@ -16,9 +16,8 @@ def is_batched(t: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(t)
 
 
-def transforms_active() -> bool:
-    """Whether a ``torch.func`` transform runs: no eager autograd Function can run inside one. Since torch 2.0."""
-    return torch._C._are_functorch_transforms_active()
+#: () -> bool, whether a ``torch.func`` transform runs: no eager autograd Function can run inside one. Since torch 2.0.
+transforms_active = torch._C._are_functorch_transforms_active
 
 
 def forward_mode_active() -> bool:

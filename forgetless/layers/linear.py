@@ -100,8 +100,6 @@ def _sample(x: Tensor) -> Tensor:  # (..., K) -> (tokens, K)
     K = x.shape[-1]
     M = x.numel() // max(K, 1)
     step = max(1, -(-M // DRIFT_TOKENS))
-    if x.is_contiguous():
-        return torch.as_strided_copy(x.detach(), (-(-M // step), K), (step * K, 1))
     return as_rows(x.detach())[::step].clone()
 
 
@@ -178,7 +176,7 @@ class AdaptedLinear(nn.Module):
         waiting, result = (False, None) if group is None else group.take(self, x, dropout)
         if result is None:
             members = [self] if group is None or waiting else self._members(group, x, dropout)
-            layers = Operands(*zip(*(member.operands() for member in members), strict=True))
+            layers = Operands(*zip(*[member.operands() for member in members], strict=True))
             seed = group.seed(x) if group is not None and dropout and self.shares_dropout else None
             return_h = any(member.needs_hidden for member in members)
             arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h=return_h)

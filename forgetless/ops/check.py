@@ -35,22 +35,21 @@ def check(
         raise ValueError(f"weight has shape {tuple(weight.shape)}, wants (out_features, in_features)")
     matrix = up.shape[:1] + down.shape[1:] if weight is None else weight.shape
     N, K = matrix if len(matrix) == 2 else (0, 0)
-    like = f"weight {(N, K)}"
     if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x has shape {tuple(x.shape)}, {like} wants (..., {K})")
+        raise ValueError(f"x has shape {tuple(x.shape)}, weight ({N}, {K}) wants (..., {K})")
     if down.dim() != 2 or down.shape[1] != K or down.shape[0] < 1:
-        raise ValueError(f"down has shape {tuple(down.shape)}, {like} wants (rank, {K})")
+        raise ValueError(f"down has shape {tuple(down.shape)}, weight ({N}, {K}) wants (rank, {K})")
     if up.shape != (N, down.shape[0]):
         raise ValueError(f"up has shape {tuple(up.shape)}, weight and down want ({N}, {down.shape[0]})")
     if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, {like} wants ({N},)")
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, weight ({N}, {K}) wants ({N},)")
     if weight is not None and weight.dtype != dtype:
         raise ValueError(f"weight has dtype {dtype_name(weight.dtype)}, x wants {dtype_name(dtype)}")
     if bias is not None and weight is not None and bias.dtype != dtype:
         raise ValueError(f"bias has dtype {dtype_name(bias.dtype)}, x wants {dtype_name(dtype)}")
-    for name, t in (("down", down), ("up", up)):
-        if t.dtype not in FLOATS:
-            raise ValueError(f"{name} has dtype {dtype_name(t.dtype)}, wants a floating-point dtype")
+    if down.dtype not in FLOATS or up.dtype not in FLOATS:
+        name, t = ("up", up) if down.dtype in FLOATS else ("down", down)
+        raise ValueError(f"{name} has dtype {dtype_name(t.dtype)}, wants a floating-point dtype")
     for name, other in (("weight", weight), ("bias", bias), ("down", down), ("up", up)):
         if other is not None and other.device != device:
             raise ValueError(f"{name} is on {other.device}, x on {device}: they must be on one device")
