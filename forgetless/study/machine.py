@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import platform
-import resource
 import subprocess
 import sys
 from importlib import metadata
@@ -93,5 +92,7 @@ class Peak:
             with open("/proc/self/status") as file:
                 return next(int(row.split()[1]) / 1024 for row in file if row.startswith("VmHWM"))
         except (OSError, StopIteration):
+            import resource  # not on Windows
+
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             return peak / (2**20 if sys.platform == "darwin" else 1024)
