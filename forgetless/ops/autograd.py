@@ -76,6 +76,11 @@ def draw_seed(device: torch.device) -> Tensor:  # (2,) int32
     return torch.randint(-(1 << 31), (1 << 31) - 1, (2,), dtype=torch.int32, device=device)
 
 
+def device_type(t: Tensor) -> str:
+    """``t.device.type``, which takes microseconds on the usual way."""
+    return "cpu" if t.is_cpu else t.device.type
+
+
 def autocasts(device: str) -> bool:
     """Whether autocast is on for that type of device; torch raises if asked about meta."""
     return device != "meta" and torch.is_autocast_enabled(device)
@@ -241,7 +246,7 @@ class LowrankLinear(torch.autograd.Function):
         n = call.count
         layers = Operands(tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :])  # type: ignore[arg-type]
         downs, ups = layers.downs, layers.ups
-        with exact_products(x.device.type):
+        with exact_products(device_type(x)):
             if x.is_cpu and call.up_scale == 1.0:  # BLAS wants one dtype: cast once for both passes
                 downs, ups = [as_dtype(t, x.dtype) for t in downs], [as_dtype(t, x.dtype) for t in ups]
             ys, h = forward(call, x, seed, layers._replace(downs=downs, ups=ups))
@@ -277,7 +282,7 @@ class LowrankLinear(torch.autograd.Function):
         _, need_x, _, *need = ctx.needs_input_grad
         if call.onto:
             need[0] = False  # base takes its gradient as it comes
-        with exact_products(x.device.type if x is not None else saved.downs[0].device.type):
+        with exact_products(device_type(saved.downs[0])):
             dx, *others = gradients(call, saved, [need_x, *need], dys, dh)
         if call.onto:
             others[0] = grads[0]
@@ -325,7 +330,7 @@ def _op(
     seed: Tensor | None,  # (2,) int32
     factors: list[float],  # scale, up_scale, p of ``Call``
 ) -> tuple[Tensor, Tensor]:  # y (M, N), h (M, R)
-    with exact_products(x.device.type):
+    with exact_products(device_type(x)):
         (y,), h = forward(_call(factors), x, seed, Operands([weight], [bias], [down], [up]))
     return y, h
 
@@ -350,7 +355,7 @@ def _op_backward(
 ) -> list[Tensor]:  # an empty tensor stands for a gradient nobody asked for
     x, h, seed, weight, down, up = saved
     assert down is not None and up is not None
-    with exact_products(dy.device.type):
+    with exact_products(device_type(dy)):
         values = Saved(x, h, seed, [weight], [down], [up], [down.dtype, up.dtype])
         grads = gradients(_call(factors), values, need, [dy], dh)
     return [dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
@@ -411,7 +416,7 @@ def prepare(
         ValueError: a shape, dtype or device does not fit.
     """
     weights, biases = layers.weights, layers.biases
-    device = x.device.type
+    device = device_type(x)
     if autocasts(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)

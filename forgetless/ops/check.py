@@ -27,7 +27,7 @@ def check(
     """ValueError for the first thing that does not fit; ``weight`` is None where the layer makes its product itself."""
     if x.is_nested:
         raise ValueError("x is a nested tensor, wants a dense one: call the layer on its values, or pad it")
-    dtype, device = x.dtype, x.device
+    dtype = x.dtype
     if dtype not in FLOATS:
         wants = "bfloat16, float16, float32 or float64" if x.is_floating_point() else "a floating-point dtype"
         raise ValueError(f"x has dtype {dtype_name(dtype)}, wants {wants}")
@@ -50,15 +50,16 @@ def check(
     if down.dtype not in FLOATS or up.dtype not in FLOATS:
         name, t = ("up", up) if down.dtype in FLOATS else ("down", down)
         raise ValueError(f"{name} has dtype {dtype_name(t.dtype)}, wants a floating-point dtype")
-    for name, other in (("weight", weight), ("bias", bias), ("down", down), ("up", up)):
-        if other is not None and other.device != device:
-            raise ValueError(f"{name} is on {other.device}, x on {device}: they must be on one device")
+    cpu = x.is_cpu and down.is_cpu and up.is_cpu and (weight is None or weight.is_cpu) and (bias is None or bias.is_cpu)
+    for name, other in () if cpu else (("weight", weight), ("bias", bias), ("down", down), ("up", up)):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} is on {other.device}, x on {x.device}: they must be on one device")
     if scale - scale != 0.0:  # NaN or Inf; math.isfinite cannot be traced
         raise ValueError(f"scale is {scale}, wants a finite number")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}, wants a probability in [0, 1)")
-    if seed is not None and (seed.shape != (2,) or seed.dtype != torch.int32 or seed.device != device):
+    if seed is not None and (seed.shape != (2,) or seed.dtype != torch.int32 or seed.device != x.device):
         raise ValueError(
             f"seed has shape {tuple(seed.shape)}, dtype {dtype_name(seed.dtype)} on {seed.device}, "
-            f"wants (2,) int32 on {device}"
+            f"wants (2,) int32 on {x.device}"
         )

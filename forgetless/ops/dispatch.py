@@ -161,7 +161,9 @@ def choose_route(sweep: str, like: Tensor, sizes: tuple[int, int, int], asked: A
         sizes: out_features, in_features, rank of the first layer.
         asked: the module of a ``backend`` block.
     """
-    module = module_for(like.device, like.dtype, asked)
+    module = asked or (kernels if like.is_cuda and kernels is not None else blas)
+    if module is kernels and like.dtype not in KERNEL_DTYPES:
+        module = blas
     if compat.is_batched(like):  # torch.autograd.grad(is_grads_batched=True): only what torch can vectorise
         return REFERENCE
     if module is not kernels:
