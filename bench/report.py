@@ -130,14 +130,6 @@ def step_text(results: Results) -> str:
     text += against_text(results, "step")
     if shares := step_shares(results):
         text += f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
-    losses = by_provider(select(results, metric="loss"))
-    if losses:
-        exact = losses.pop("float32")
-        apart = {name: max(abs(a - b) for a, b in zip(v, exact, strict=True)) for name, v in losses.items()}
-        text += (
-            f"\n{len(exact)} AdamW steps from the same start: largest difference of the loss from that of the same "
-            f"weights in float32, in nats: {', '.join(f'{name} {value:.3f}' for name, value in apart.items())}.\n"
-        )
     return text
 
 
@@ -529,7 +521,8 @@ Written by `python -m bench report` from the JSON in `bench/results`; change not
 table ran interleaved in one process, one call of each per round, every round in another order. Times are medians, ± the
 median absolute deviation. Compare within a table, never across machines. `-style` rows are our own code with that
 project's order of operations; `tests/benchmarks` proves each provider equal to the reference. Rows of Unsloth-style and
-of products alone (the eight matrix products without autograd) are of an earlier bench, which measured them too.
+of products alone (the eight matrix products without autograd) are of an earlier bench, which measured them too; so are
+the command `lowrank` and the options `--curves` and `--no-compile`.
 """
 
 
