@@ -118,7 +118,7 @@ def test_a_provider_that_fails_is_a_note_and_not_the_end(monkeypatch):
 
 
 def test_ours_is_measured_on_other_backends_too():
-    """What a GPU run adds: rows of BLAS beside the kernels, and CUDA graphs. On a CPU the backends are named here."""
+    """What a GPU run adds: rows of BLAS beside the kernels. On a CPU the backends are named here."""
     assert layer.other_backends(CPU) == () and layer.other_backends(torch.device("cuda")) == ("blas",)
     made, notes = layer.make(TINY, "cpu", backends=("blas", "reference"))
     assert not notes and {"forgetless", "forgetless, blas", "forgetless, reference"} <= set(made)
@@ -129,20 +129,6 @@ def test_ours_is_measured_on_other_backends_too():
     results: dict[str, Any] = {"rows": [], "cases": {}, "notes": []}
     layer.measure(Case(**TINY), made, CPU, 2, None, results)
     assert "forgetless, blas" in {row["provider"] for row in results["rows"]}
-
-
-def test_graphs_are_rows_and_what_cannot_be_captured_is_a_note(monkeypatch):
-    def capture(run: Any) -> Any:
-        if run.__self__.module.__class__.__name__ == "Eager":
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return run
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    made, _ = layer.make(TINY)
-    notes: list[str] = []
-    rows = layer.graph_rows(Case(**TINY), made, CPU, 2, None, notes, capture)
-    assert {row["phase"] for row in rows} == {"graph"} and len(rows) == len(made) - 1
-    assert len(notes) == 1 and "no graph of eager PyTorch" in notes[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
