@@ -231,7 +231,7 @@ def house(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_tables_and_plots_from_results(smoke, sweep, house, capsys):
+def test_tables_from_results(smoke, sweep, house, capsys):
     assert "Not measured yet" in report.benchmarks_page() and "Nothing has been measured on a GPU" in report.HEAD + (
         report.benchmarks_page()
     )
@@ -244,10 +244,8 @@ def test_tables_and_plots_from_results(smoke, sweep, house, capsys):
     assert cli.main(["report", "--check"]) == 1
     assert cli.main(["report"]) == 0
     assert cli.main(["report", "--check"]) == 0
-    images = {path.name: path.stat().st_size for path in (house / "docs" / "images").iterdir()}
-    assert set(images) == {"bench-layer-cpu.png"} and max(images.values()) < 80_000
     page, readme = (house / "docs" / "benchmarks.md").read_text(), (house / "README.md").read_text()
-    texts = ("LoRAFusion-style", "authors' CURLoRA", "Dispatch", "| R=2 |", "M=4", "images/bench-layer-cpu.png")
+    texts = ("LoRAFusion-style", "authors' CURLoRA", "Dispatch", "| R=2 |", "M=4")
     assert [text for text in texts if text.replace("| R=2 |", "R=2") not in page] == []
     assert readme.startswith("before\n") and readme.endswith("after\n") and "training step, dropout 0.1" in readme
     (house / "docs" / "benchmarks.md").write_text(page.replace("forgetless", "x", 1))
