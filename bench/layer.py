@@ -163,7 +163,3 @@ def main(arguments: list[str] | None = None, deadline: float | None = None) -> R
             if options.compile:
                 torch._dynamo.reset()
     return finish(results, options)
-
-
-if __name__ == "__main__":
-    main()

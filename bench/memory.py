@@ -50,7 +50,7 @@ def probe(name: str, options: Any) -> int | None:
 
 def probe_elsewhere(name: str, options: Any) -> int | None:
     """The same in a fresh process."""
-    run = [sys.executable, "-m", f"{__package__}.memory", "--probe", name]
+    run = [sys.executable, "-m", str(__package__), "memory", "--probe", name]
     run += ["--batch", *map(str, options.batch), "--dropout", *map(str, options.dropout)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -90,7 +90,3 @@ def main(arguments: list[str] | None = None) -> Results:
                 sizes["peak RSS"] = size
         results["rows"] += [row(case, title, "step", metric, size, "B") for metric, size in sizes.items()]
     return finish(results, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -589,7 +589,3 @@ def main(arguments: list[str] | None = None) -> int:
         write_file(path, fresh.encode())
     print(f"written: {', '.join(names) or 'nothing, all is up to date'}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -88,7 +88,3 @@ def main(arguments: list[str] | None = None) -> Results:
     case = f"{name}, bfloat16, all linear layers, rank {peers.RANK}, {'×'.join(map(str, options.batch))} tokens"
     results["rows"] += time_rows(case, times, ("step",))
     return finish(results, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -414,7 +414,3 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps({key: value for key, value in r.items() if key != "problems"}))
     print(f"Triton {triton.__version__}: {len(records)} kernels compiled, {len(bad)} with problems")
     return bool(bad)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
