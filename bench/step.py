@@ -20,7 +20,7 @@ import forgetless as fl
 
 from . import providers as peers
 from .against import Both, providers
-from .harness import FROZEN, OURS, PEFT, Results, finish, interleave, parser, start, time_rows
+from .harness import OURS, Results, finish, interleave, parser, start, time_rows
 from .providers import NO_PEFT, have_peft
 
 METHODS = ("lora", "clora", "curlora")
@@ -48,12 +48,8 @@ def make(
     def step(model: Any, penalty: Any = None) -> Step:
         return Step([peers.step(model, inputs, ids, penalty)])
 
-    made = {FROZEN: step(peers.twin(base).train())}
-    for p in dropout if "lora" in methods else ():
-        made[f"{OURS}, dropout {p:g}"] = step(peers.lora_model(base, p))
-        if peft:
-            made[f"{PEFT}, dropout {p:g}"] = step(peers.peft_model(base, p))
-            made[f"{PEFT} bf16 adapters, dropout {p:g}"] = step(peers.peft_model(base, p, autocast=False))
+    builders = peers.models(dropout if "lora" in methods else (), "curlora" in methods)
+    made = {name: step(build(base)) for name, build in builders.items()}
     if "clora" in methods:
         for basis in ("orthogonal", "hadamard"):
             model = peers.clora_model(base, basis, k)
@@ -61,9 +57,6 @@ def make(
         if peft:
             model = peers.peft_model(base, 0.0)
             made["PEFT + authors' CLoRA"] = step(model, peers.authors_clora(model, k))
-    if "curlora" in methods:
-        made[f"{OURS} CURLoRA"] = step(peers.adapted(base, fl.CURLoRA(peers.RANK)))
-        made["authors' CURLoRA"] = step(peers.authors_curlora(base))
     return made, [] if peft else [NO_PEFT]
 
 
