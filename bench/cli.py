@@ -22,7 +22,7 @@ OTHERS = {
     "gpu": "on a CUDA machine: the correctness checks, then every benchmark, in at most ten minutes",
     "targets": "compile every kernel for every card, without one; what fits, what spills",
     "static": "bytes, FLOPs and predicted times of every kernel",
-    "report": "write every table and plot of README and docs from the JSON in bench/results",
+    "report": "write every table of README and docs from the JSON in bench/results",
 }
 
 

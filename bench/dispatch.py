@@ -97,7 +97,3 @@ def main(arguments: list[str] | None = None) -> Results:
     one_call = {name: [[value / options.calls for value in part] for part in parts] for name, parts in times.items()}
     results["rows"] = time_rows(CASE, one_call, ("both",))
     return finish(results, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -189,24 +189,6 @@ def interleave(
     return {name: [list(column) for column in zip(*each, strict=True)] for name, each in times.items()}
 
 
-def graphed(run: Run) -> Run:
-    """The call as one CUDA graph: the same work without the host. Raises RuntimeError where it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
-
-    def replay(outputs: Any = outputs) -> None:  # the graph's outputs must live as long as the graph
-        graph.replay()
-
-    return replay
-
-
 # ------------------------------------------------------------------------------------------- rows
 
 

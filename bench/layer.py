@@ -24,7 +24,7 @@ import forgetless as fl
 
 from .against import Both, Measured, providers
 from .bytes import peak_bytes, saved_bytes
-from .harness import FROZEN, OURS, Results, finish, graphed, interleave, parser, peaks, row, start, time_rows
+from .harness import FROZEN, OURS, Results, finish, interleave, parser, peaks, row, start, time_rows
 from .providers import NO_PEFT, curlora_layers, frozen_linear, have_peft, lora_layers, random_factors
 from .shapes import CPU, GPU, METHODS, SHAPES, Case, fitting, grid, sweeps
 
@@ -117,31 +117,8 @@ def measure(
         if name != "torch.compile":
             sizes = one.sizes()
             rows += [row(case.name, name, "both", metric, size, "B") for metric, size in sizes.items()]
-    if device.type == "cuda":
-        rows += graph_rows(case, made, device, rounds, seconds, results["notes"])
     results["rows"] += rows
     results["cases"][case.name] = case.about()
-
-
-def graph_rows(
-    case: Case,
-    made: Mapping[str, Measured],
-    device: torch.device,
-    rounds: int,
-    seconds: float | None,
-    notes: list[str],
-    capture: Callable[[Callable[[], Any]], Callable[[], Any]] = graphed,
-) -> list[dict[str, Any]]:
-    """Forward and backward as one CUDA graph each, of the providers in this process: phase "graph"."""
-    runs = {}
-    for name, layer in made.items():
-        if isinstance(layer, Layer):
-            try:
-                runs[name] = capture(layer.both)
-            except Exception as error:  # a library that cannot be captured is a note
-                notes.append(f"{case.name}: no graph of {name}: {(str(error).splitlines() or [''])[0]}")
-                torch.cuda.synchronize()
-    return time_rows(case.name, interleave(runs, rounds, 2, device, seconds), ("graph",)) if runs else []
 
 
 def main(arguments: list[str] | None = None, deadline: float | None = None) -> Results:
@@ -186,7 +163,3 @@ def main(arguments: list[str] | None = None, deadline: float | None = None) -> R
             if options.compile:
                 torch._dynamo.reset()
     return finish(results, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,45 +12,29 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-import forgetless as fl
-
 from . import providers as peers
 from .bytes import peak_bytes, peak_rss, saved_bytes
-from .harness import FROZEN, OURS, PEFT, Results, finish, parser, row, start
+from .harness import Results, finish, parser, row, start
 from .providers import NO_PEFT, have_peft
-
-
-def builders(dropouts: Sequence[float]) -> dict[str, Callable[[Any], Any]]:
-    """name -> base model to adapted model."""
-    result: dict[str, Callable[[Any], Any]] = {FROZEN: lambda base: peers.twin(base).train()}
-    for p in dropouts:
-        result[f"{OURS}, dropout {p:g}"] = partial(peers.lora_model, dropout=p)
-        if have_peft():
-            result[f"{PEFT}, dropout {p:g}"] = partial(peers.peft_model, dropout=p)
-            result[f"{PEFT} bf16 adapters, dropout {p:g}"] = partial(peers.peft_model, dropout=p, autocast=False)
-    result[f"{OURS} CURLoRA"] = lambda base: peers.adapted(base, fl.CURLoRA(peers.RANK))
-    result["authors' CURLoRA"] = peers.authors_curlora
-    return result
 
 
 def probe(name: str, options: Any) -> int | None:
     """Peak RSS of one provider's step, in this process; a step of a few tokens first, so that libraries are loaded."""
     torch.manual_seed(0)
     base, _ = peers.smollm2(torch.device("cpu"), options.smoke)
-    model = builders(options.dropout)[name](base)
+    model = peers.models(options.dropout)[name](base)
     peers.step(model, *peers.batch(base, 1, 8))()
     return peak_rss(peers.step(model, *peers.batch(base, *options.batch)))
 
 
 def probe_elsewhere(name: str, options: Any) -> int | None:
     """The same in a fresh process."""
-    run = [sys.executable, "-m", f"{__package__}.memory", "--probe", name]
+    run = [sys.executable, "-m", str(__package__), "memory", "--probe", name]
     run += ["--batch", *map(str, options.batch), "--dropout", *map(str, options.dropout)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -76,7 +60,7 @@ def main(arguments: list[str] | None = None) -> Results:
     base, name = peers.smollm2(device, options.smoke)
     inputs, ids = peers.batch(base, *options.batch)
     case = f"{name}, bfloat16, all linear layers, rank {peers.RANK}, {'×'.join(map(str, options.batch))} tokens"
-    for title, build in builders(options.dropout).items():
+    for title, build in peers.models(options.dropout).items():
         model = build(base)
         forward = partial(model, inputs_embeds=inputs.detach().requires_grad_(True), labels=ids)
         sizes = {
@@ -90,7 +74,3 @@ def main(arguments: list[str] | None = None) -> Results:
                 sizes["peak RSS"] = size
         results["rows"] += [row(case, title, "step", metric, size, "B") for metric, size in sizes.items()]
     return finish(results, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -151,7 +151,3 @@ def main(arguments: list[str] | None = None) -> Results:
     results["rows"] += [row(case, title, "penalty", "state", size, "B") for title, size in sizes.items()]
     results["rows"] += calibration(base, ids, options)
     return finish(results, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -297,6 +298,19 @@ def authors_curlora(base: nn.Module) -> Any:
         base_layer: Any = layer.base
         setattr(model.get_submodule(parent), last, CurloraAuthors(base_layer, adapter.rows, adapter.columns))
     return model.train()
+
+
+def models(dropouts: Sequence[float], curlora: bool = True) -> dict[str, Callable[[Any], Any]]:
+    """name -> base model to adapted model, for LoRA with each dropout and for CURLoRA; the frozen model first."""
+    result: dict[str, Callable[[Any], Any]] = {FROZEN: lambda base: twin(base).train()}
+    for p in dropouts:
+        result[f"{OURS}, dropout {p:g}"] = partial(lora_model, dropout=p)
+        if have_peft():
+            result[f"{PEFT}, dropout {p:g}"] = partial(peft_model, dropout=p)
+            result[f"{PEFT} bf16 adapters, dropout {p:g}"] = partial(peft_model, dropout=p, autocast=False)
+    if curlora:
+        result |= {f"{OURS} CURLoRA": lambda base: adapted(base, fl.CURLoRA(RANK)), "authors' CURLoRA": authors_curlora}
+    return result
 
 
 def step(model: Any, inputs: Tensor, labels: Tensor, penalty: Callable[[], Tensor] | None = None) -> Callable[[], None]:

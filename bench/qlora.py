@@ -137,7 +137,3 @@ def main(arguments: list[str] | None = None) -> Results:
         rows += [row(case, title, f"step {i}", "loss", loss, "nats") for i, loss in enumerate(losses[title], start=1)]
     results["rows"] = rows
     return finish(results, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,11 @@
-"""Every table, plot and page from the JSON in bench/results: ``python -m bench report [--check]``.
+"""Every table and page from the JSON in bench/results: ``python -m bench report [--check]``.
 
-Written are docs/benchmarks.md, docs/static.md and docs/images/bench-*.png, and the text between the marks of
-README.md and docs/peft.md. Ratios are computed here, from the rows.
+Written are docs/benchmarks.md and docs/static.md, and the text between the marks of README.md and docs/peft.md.
+Ratios are computed here, from the rows.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 import sys
@@ -130,14 +129,6 @@ def step_text(results: Results) -> str:
     text += against_text(results, "step")
     if shares := step_shares(results):
         text += f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
-    losses = by_provider(select(results, metric="loss"))
-    if losses:
-        exact = losses.pop("float32")
-        apart = {name: max(abs(a - b) for a, b in zip(v, exact, strict=True)) for name, v in losses.items()}
-        text += (
-            f"\n{len(exact)} AdamW steps from the same start: largest difference of the loss from that of the same "
-            f"weights in float32, in nats: {', '.join(f'{name} {value:.3f}' for name, value in apart.items())}.\n"
-        )
     return text
 
 
@@ -529,7 +520,8 @@ Written by `python -m bench report` from the JSON in `bench/results`; change not
 table ran interleaved in one process, one call of each per round, every round in another order. Times are medians, ± the
 median absolute deviation. Compare within a table, never across machines. `-style` rows are our own code with that
 project's order of operations; `tests/benchmarks` proves each provider equal to the reference. Rows of Unsloth-style and
-of products alone (the eight matrix products without autograd) are of an earlier bench, which measured them too.
+of products alone (the eight matrix products without autograd) are of an earlier bench, which measured them too; so are
+the command `lowrank` and the options `--curves` and `--no-compile`.
 """
 
 
@@ -546,8 +538,6 @@ def benchmarks_page() -> str:
             on_gpu |= results["machine"]["gpu"] is not None
             text += f"\n`{results['command']}`; {source(results, path)}.\n\n{write(results)}"
             text += "".join(f"\nNote: {note}\n" for note in results["notes"])
-            if kind == "layer":
-                text += f"\n![{title}](images/bench-{path.stem}.png)\n"
     if not on_gpu:
         text += (
             "\n## On GPUs\n\nNothing has been measured on a GPU yet. `python -m bench gpu` on a CUDA machine fills the "
@@ -561,51 +551,6 @@ def between(page: str, text: str) -> str:
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + text + END + after
-
-
-# ------------------------------------------------------------------------------------------- plots
-
-#: Okabe and Ito's palette: colour-blind readers can tell them apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#F0E442")
-
-
-def layer_plot(results: Results, figure: Any) -> None:
-    """Overhead over the frozen layer, one panel per dtype and dropout."""
-    times = by_case(select(results, phase="both", metric="time"))
-    groups = {key: names for key, names in layer_groups(results).items() if key[0] == "lora"}
-    providers = unique(p for names in groups.values() for name in names for p in times[name] if p != FROZEN)
-    axes = figure.subplots(max(1, len(groups)), 1, squeeze=False)[:, 0]
-    for axis, ((_, dtype, dropout), names) in zip(axes, groups.items(), strict=False):
-        width = 0.8 / len(providers)
-        for i, provider in enumerate(providers):
-            points = [(j, 100 * (ratio(times[n], provider) - 1)) for j, n in enumerate(names) if provider in times[n]]
-            places = [j + (i - (len(providers) - 1) / 2) * width for j, _ in points]
-            axis.bar(
-                places, [height for _, height in points], 0.92 * width, color=COLOURS[i % len(COLOURS)], label=provider
-            )
-        axis.set_xticks(range(len(names)), [title_of(results["cases"][name]) for name in names], fontsize=7)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_ylabel("% over frozen")
-        axis.set_title(f"{dtype}, dropout {dropout:g}", fontsize=9)
-    axes[0].legend(frameon=False, fontsize=7, ncols=4)
-
-
-def plot(results: Results) -> bytes:
-    """A small PNG: lines and bars need no more than 64 colours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    figure = Figure(figsize=(9, 10), layout="constrained")
-    FigureCanvasAgg(figure)
-    layer_plot(results, figure)
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(source(results), fontsize=7, color="#555555")
-    full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=100)
-    Image.open(full).convert("RGB").quantize(64).save(small, format="png", optimize=True)
-    return small.getvalue()
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -633,7 +578,6 @@ def pages() -> dict[Path, tuple[str, str]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="forgetless bench report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
-    parser.add_argument("--no-plots", action="store_true", help="pages only")
     options = parser.parse_args(arguments)
     stale = {path: fresh for path, (text, fresh) in pages().items() if text != fresh}
     names = [path.name for path in stale]
@@ -643,13 +587,5 @@ def main(arguments: list[str] | None = None) -> int:
         return int(bool(stale))
     for path, fresh in stale.items():
         write_file(path, fresh.encode())
-    for path in () if options.no_plots else sorted(RESULTS.glob("layer-*.json")):
-        target = ROOT / "docs" / "images" / f"bench-{path.stem}.png"
-        write_file(target, plot(read(path)))
-        names.append(target.name)
     print(f"written: {', '.join(names) or 'nothing, all is up to date'}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

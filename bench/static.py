@@ -340,7 +340,3 @@ def main(arguments: list[str] | None = None) -> int:
     write_json(options.out, results)
     print(f"written to {options.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

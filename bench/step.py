@@ -1,15 +1,13 @@
 """One training step of a whole model: frozen, with our adapters, with the peers', on the same weights and data.
 
-    python -m bench step [--rounds 7] [--dropout 0 0.1] [--methods lora clora curlora] [--curves 0]
+    python -m bench step [--rounds 7] [--dropout 0 0.1] [--methods lora clora curlora]
     python -m bench step --against COMMIT     the same with that commit's library, interleaved
 
-The frozen model with gradients of its inputs is the floor: an ideal adapter costs 1.00 of it. With ``--curves N`` both
-libraries also train N steps from the same start, and PEFT once more in float32, to show whose rounding costs what.
+The frozen model with gradients of its inputs is the floor: an ideal adapter costs 1.00 of it.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,13 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import forgetless as fl
 
 from . import providers as peers
 from .against import Both, providers
-from .harness import FROZEN, OURS, PEFT, Results, Row, finish, interleave, parser, row, start, time_rows
+from .harness import OURS, Results, finish, interleave, parser, start, time_rows
 from .providers import NO_PEFT, have_peft
 
 METHODS = ("lora", "clora", "curlora")
@@ -51,12 +48,8 @@ def make(
     def step(model: Any, penalty: Any = None) -> Step:
         return Step([peers.step(model, inputs, ids, penalty)])
 
-    made = {FROZEN: step(peers.twin(base).train())}
-    for p in dropout if "lora" in methods else ():
-        made[f"{OURS}, dropout {p:g}"] = step(peers.lora_model(base, p))
-        if peft:
-            made[f"{PEFT}, dropout {p:g}"] = step(peers.peft_model(base, p))
-            made[f"{PEFT} bf16 adapters, dropout {p:g}"] = step(peers.peft_model(base, p, autocast=False))
+    builders = peers.models(dropout if "lora" in methods else (), "curlora" in methods)
+    made = {name: step(build(base)) for name, build in builders.items()}
     if "clora" in methods:
         for basis in ("orthogonal", "hadamard"):
             model = peers.clora_model(base, basis, k)
@@ -64,46 +57,7 @@ def make(
         if peft:
             model = peers.peft_model(base, 0.0)
             made["PEFT + authors' CLoRA"] = step(model, peers.authors_clora(model, k))
-    if "curlora" in methods:
-        made[f"{OURS} CURLoRA"] = step(peers.adapted(base, fl.CURLoRA(peers.RANK)))
-        made["authors' CURLoRA"] = step(peers.authors_curlora(base))
     return made, [] if peft else [NO_PEFT]
-
-
-def curve(model: nn.Module, ids: Tensor, steps: int) -> list[float]:
-    """Losses of ``steps`` AdamW steps on one batch."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def curves(base: Any, ids: Tensor, steps: int) -> list[Row]:
-    """Losses from the same start, without dropout: both libraries beside the bfloat16 model, PEFT beside it in float32.
-
-    The last one shows what the others' rounding costs: the model's weights are the same numbers in both dtypes.
-    """
-    theirs, ours = peers.peft_model(base, 0.0), peers.lora_model(base, 0.0)
-    exact = peers.peft_model(copy.deepcopy(base).float(), 0.0)
-    starts = {name: p for name, p in theirs.named_parameters() if "lora_" in name}
-    with torch.no_grad():
-        for name, p in exact.named_parameters():
-            if name in starts:
-                p.copy_(starts[name])
-        for name, layer in fl.adapters(ours).items():
-            down: Any = layer.adapter.down
-            down.copy_(next(p for key, p in starts.items() if f".{name}.lora_A." in key))
-    losses = {name: curve(m, ids, steps) for name, m in ((OURS, ours), (PEFT, theirs), ("float32", exact))}
-    return [
-        row("losses from the same start", name, f"step {index}", "loss", value, "nats")
-        for name, values in losses.items()
-        for index, value in enumerate(values, start=1)
-    ]
 
 
 def main(arguments: list[str] | None = None) -> Results:
@@ -111,7 +65,6 @@ def main(arguments: list[str] | None = None) -> Results:
     made.add_argument("--batch", type=int, nargs=2, default=(4, 128), metavar=("SEQUENCES", "TOKENS"))
     made.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    made.add_argument("--curves", type=int, default=0, metavar="STEPS")
     made.add_argument("--against", metavar="COMMIT", help="measure that commit of the library too")
     options = made.parse_args(arguments)
     k = peers.K
@@ -124,14 +77,7 @@ def main(arguments: list[str] | None = None) -> Results:
         both = stack.enter_context(Both(options.against)) if options.against else None
         steps = providers(both, "step", {**spec, "k": k}, results)
         times = interleave({name: one.runs for name, one in steps.items()}, options.rounds, 2, device, options.seconds)
-    torch.manual_seed(0)
-    base, name = peers.smollm2(device, options.smoke)
+    _, name = peers.smollm2(device, options.smoke)
     case = f"{name}, bfloat16, all linear layers, rank {peers.RANK}, {'×'.join(map(str, options.batch))} tokens"
     results["rows"] += time_rows(case, times, ("step",))
-    if options.curves and have_peft():
-        results["rows"] += curves(base, peers.batch(base, *options.batch)[1], options.curves)
     return finish(results, options)
-
-
-if __name__ == "__main__":
-    main()

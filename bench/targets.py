@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -76,18 +77,12 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         (tiles, "arch_of", lambda device: arch),
         (matmul_lowrank, "programs_of", lambda device: PROCESSORS[arch]),
         (project, "sweep_pays", lambda *sizes: True),
+        (driver, "_active", _NoDriver(arch)),
     ]
-    before = [getattr(owner, name) for owner, name, _ in patches]
-    active = driver._active
-    driver.set_active(_NoDriver(arch))
-    for owner, name, value in patches:
-        setattr(owner, name, value)
-    try:
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield launches
-    finally:
-        driver._active = active
-        for (owner, name, _), value in zip(patches, before, strict=True):
-            setattr(owner, name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,20 +170,10 @@ def measure(case: Case, arch: int) -> list[Record]:
         if case.default_tile:
             default = dataclasses.asdict(tiles.TABLE[row][0, getattr(torch, case.dtype).itemsize])
             stack.enter_context(tiles.forced(row, **{k: v for k, v in default.items() if v}))
-            stack.enter_context(_without_descriptors())
+            stack.enter_context(mock.patch.object(matmul_lowrank, "has_row", lambda kernel, device: False))
         launches = stack.enter_context(compiling_for(arch))
         call()
     return [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, **usage(*one)} for one in launches]
-
-
-@contextlib.contextmanager
-def _without_descriptors() -> Iterator[None]:
-    module: Any = matmul_lowrank
-    before, module.has_row = module.has_row, lambda kernel, device: False
-    try:
-        yield
-    finally:
-        module.has_row = before
 
 
 def attempt(case: Case, arch: int) -> list[Record]:
@@ -201,18 +186,13 @@ def attempt(case: Case, arch: int) -> list[Record]:
     return [{**record, "problems": problems(record)} for record in records]
 
 
-def _one(job: tuple[Case, int]) -> list[Record]:
-    return attempt(*job)
-
-
 def collect(cases: list[Case], archs: tuple[int, ...] = ARCHS, jobs: int = 1, show: bool = False) -> list[Record]:
     """Every case on every card; each kernel is listed once"""
-    work = [(case, arch) for arch in archs for case in cases]
     records: list[Record] = []
     seen: set[str] = set()
     with contextlib.ExitStack() as stack:
-        done = map(_one, work) if jobs == 1 else stack.enter_context(ProcessPoolExecutor(jobs)).map(_one, work)
-        for some in done:
+        mapped = map if jobs == 1 else stack.enter_context(ProcessPoolExecutor(jobs)).map
+        for some in mapped(attempt, cases * len(archs), [arch for arch in archs for _ in cases]):
             for record in some:
                 key = json.dumps({k: v for k, v in record.items() if k != "case"}, sort_keys=True)
                 if key not in seen:
@@ -292,12 +272,8 @@ def macs_a_step(record: Record) -> int:
     """Multiply-adds that one step of the kernel's main loop, and what surrounds it, must hold"""
     block, name = record["block"], record["kernel"]
     M, K, R, N = (block.get(axis, 0) for axis in "MKRN")
-    if name == "project":
-        return M * K * R
-    if name == "outer":
-        return M * K * R
-    if name == "project_outer":
-        return 2 * M * K * R
+    if name in ("project", "outer", "project_outer"):
+        return M * K * R * (2 if name == "project_outer" else 1)
     if name.startswith("matmul_lowrank"):
         return M * N * K + M * N * R
     if name == "linear_lowrank":
@@ -414,7 +390,3 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps({key: value for key, value in r.items() if key != "problems"}))
     print(f"Triton {triton.__version__}: {len(records)} kernels compiled, {len(bad)} with problems")
     return bool(bad)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
