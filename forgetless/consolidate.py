@@ -76,21 +76,21 @@ def consolidate(
         ValueError: no adapters; an adapter holds NaN or Inf; a weight is tied to another module's; batches are
             missing. Nothing is changed then.
     """
-    found = check_foldable(model, "consolidated")
-    asking = [s for layer in found.values() for s in layer.adapter.penalty_states() if s.statistics]
+    result = check_foldable(model, "consolidated")
+    asking = [s for layer in result.values() for s in layer.adapter.penalty_states() if s.statistics]
     if asking and batches is None:
         title = type(asking[0].spec).__name__
         raise ValueError(f"batches is missing: {title} needs statistics of the finished task")
     before = {
         name: (layer.weight.detach().clone(), {k: v.clone() for k, v in layer.adapter.state_dict().items()})
-        for name, layer in found.items()
+        for name, layer in result.items()
     }
     once = {id(state.shared()): state for state in asking}
     copies = {key: state.export_statistics() for key, state in once.items()}
-    held = [copies[id(state.shared())] for state in asking]
+    current = [copies[id(state.shared())] for state in asking]
     rounding = {}
     try:
-        for name, layer in found.items():
+        for name, layer in result.items():
             if isinstance(layer.adapter, CURLoRAAdapter) and layer.adapter.weight_sha256 is None:
                 layer.adapter.weight_sha256 = weight_hash(layer.weight)
             rounding[name] = layer.fold()
@@ -99,22 +99,22 @@ def consolidate(
         if asking:
             assert batches is not None
             calibrate(model, batches, loss, on_batch)
-            _add(asking, held)
+            _add(asking, current)
     except BaseException:
-        Consolidation({}, {name: found[name] for name in rounding}, {n: before[n] for n in rounding}, model).undo()
+        Consolidation({}, {name: result[name] for name in rounding}, {n: before[n] for n in rounding}, model).undo()
         raise
-    return Consolidation(rounding, found, before if undo else None, model)
+    return Consolidation(rounding, result, before if undo else None, model)
 
 
-def _add(states: list[Any], held: list[dict[str, Tensor]]) -> None:
+def _add(states: list[Any], saved: list[dict[str, Tensor]]) -> None:
     """Add to each state what it held; siblings that share statistics go on sharing if they held the same."""
     first: dict[int, tuple[Any, dict[str, Tensor]]] = {}
-    for state, mine in zip(states, held, strict=True):
+    for state, mine in zip(states, saved, strict=True):
         _, theirs = first.setdefault(id(state.shared()), (state, mine))
         if theirs is not mine and not all(torch.equal(theirs[name], mine[name]) for name in mine):
             state.separate()
     done: set[int] = set()
-    for state, mine in zip(states, held, strict=True):
+    for state, mine in zip(states, saved, strict=True):
         if id(state.shared()) not in done:
             done.add(id(state.shared()))
             state.add_statistics(mine)

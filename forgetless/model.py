@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import compat
 from .adapter import Adapter, Site
 from .layers.linear import AdaptedLinear, form_groups, site_of
-from .layers.wrapped import AdaptedPacked, AdaptedSharded, put_on
+from .layers.wrapped import AdaptedPacked, AdaptedSharded, wrap
 from .methods.base import Method
 from .ops import explain_path
 from .ops.autograd import exact_products
@@ -53,7 +53,7 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
         method.check(site)
     built = {site.name: build(method, site, layers[site.name]) for site in sites}
     model.requires_grad_(False)
-    adapted = {name: put_on(layers[name], adapter, method, name) for name, adapter in built.items()}
+    adapted = {name: wrap(layers[name], adapter, method, name) for name, adapter in built.items()}
     for name, layer in adapted.items():
         layer.train(layers[name].training)
         _replace(model, layers[name], layer)
@@ -70,32 +70,32 @@ def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> adapted layer, in the model's order; empty for a model without adapters."""
-    found: dict[str, AdaptedLinear] = {}
-    _collect(model, "", found, set())
-    return found
+    result: dict[str, AdaptedLinear] = {}
+    _collect(model, "", result, set())
+    return result
 
 
-def _collect(module: nn.Module, name: str, found: dict[str, AdaptedLinear], seen: set[int]) -> None:
+def _collect(module: nn.Module, name: str, layers: dict[str, AdaptedLinear], seen: set[int]) -> None:
     """``named_modules`` without what is inside adapted layers: it is asked for every step."""
     if id(module) in seen:
         return
     seen.add(id(module))
     if isinstance(module, AdaptedLinear):
-        found[name] = module
+        layers[name] = module
         return
     for key, child in module._modules.items():
         if child is not None:
-            _collect(child, f"{name}.{key}" if name else key, found, seen)
+            _collect(child, f"{name}.{key}" if name else key, layers, seen)
 
 
 def running(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> layer on our op: those of ``adapters``, and the active adapters of PEFT layers that are swapped in."""
-    found = adapters(model)
+    result = adapters(model)
     if "peft" in sys.modules:
         from .peft.swap import views
 
-        found |= views(model)
-    return found
+        result |= views(model)
+    return result
 
 
 def _running(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -127,17 +127,17 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
         RuntimeError: within a transform of ``torch.func``.
     """
-    found = _running(model)
+    result = _running(model)
     if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
-    for layer in found.values():
+    for layer in result.values():
         hidden = None if layer.trace is None else layer.trace.hidden
         adapter = layer.adapter
         for state in adapter.penalty_states():
             if _calibrated(state):
                 kinds.setdefault((type(state), _device(layer, adapter)), []).append(Item(state, adapter, hidden))
-    device = next(iter(found.values())).weight.device
+    device = next(iter(result.values())).weight.device
     with exact_products(device.type):  # trainers add it within autocast, which would round it
         totals = [
             (kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)).to(device)  # type: ignore[attr-defined]
@@ -246,11 +246,11 @@ def merge(model: nn.Module, dequantise: bool = False) -> nn.Module:
             embedding), which merging would change too; a weight is packed and ``dequantise`` is False. Nothing is
             changed then.
     """
-    found = check_foldable(model, "merged", dequantise)
-    inside = {id(p) for layer in found.values() for p in layer.parameters()}
+    result = check_foldable(model, "merged", dequantise)
+    inside = {id(p) for layer in result.values() for p in layer.parameters()}
     others = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in inside)
     dtype = next(others, torch.float32)
-    for layer in found.values():
+    for layer in result.values():
         if isinstance(layer, AdaptedPacked):
             _replace(model, layer, layer.dense(dtype))
         else:
@@ -260,12 +260,12 @@ def merge(model: nn.Module, dequantise: bool = False) -> nn.Module:
 
 def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dict[str, AdaptedLinear]:
     """The adapted layers, if all updates can go into their weights; ValueError otherwise (``done``: for its text)."""
-    found = _adapters(model)
+    result = _adapters(model)
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), []).append(name)
-    for name, layer in found.items():
+    for name, layer in result.items():
         if not all(torch.isfinite(p).all() for p in layer.adapter.parameters()):
             raise ValueError(f"the adapter of {name} holds NaN or Inf; nothing was {done}")
         if isinstance(layer, AdaptedSharded) and done == "consolidated":
@@ -282,7 +282,7 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
         others = [other for other in owners[id(layer.weight)] if other != f"{name}.base"]
         if others:
             raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them first; nothing was {done}")
-    return found
+    return result
 
 
 def remove(model: nn.Module) -> nn.Module:

@@ -65,8 +65,8 @@ class PenaltyMixin:
             self._check_trainer()
             bare = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
             self._recorded = not adapted(bare) or record_drift(bare) is bare
-        found = super().compute_loss(model, inputs, True, num_items_in_batch, **others)  # type: ignore[misc]
-        loss, outputs = found
+        result = super().compute_loss(model, inputs, True, num_items_in_batch, **others)  # type: ignore[misc]
+        loss, outputs = result
         if model.training:
             loss = self._with_penalty(model, loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -149,7 +149,7 @@ class _LightningPenalty:
         self._restore(pl_module)  # an earlier fit may have been killed
         record_drift(pl_module)
         own = pl_module.training_step
-        held = pl_module.__dict__.get("training_step")
+        current = pl_module.__dict__.get("training_step")
 
         @functools.wraps(own)
         def training_step(*args: Any, **named: Any) -> Any:
@@ -163,7 +163,7 @@ class _LightningPenalty:
             total = loss + trainer.accumulate_grad_batches * value.to(loss.device)
             return {**output, "loss": total} if isinstance(output, dict) else total
 
-        training_step.held = held  # type: ignore[attr-defined]
+        training_step.held = current  # type: ignore[attr-defined]
         pl_module.training_step = training_step
 
     _steps = True  # this micro-batch is the last one of an optimiser step
@@ -207,7 +207,7 @@ def __getattr__(name: str) -> Any:
     if name != "PenaltyCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     known = ("lightning.pytorch", "pytorch_lightning")
-    for module in (*(found for found in known if found in sys.modules), *known):  # the one that is in use already
+    for module in (*(result for result in known if result in sys.modules), *known):  # the one that is in use already
         try:
             return _callback(importlib.import_module(module).Callback)
         except ImportError as error:

@@ -37,14 +37,14 @@ KNOWN = (
 def families(names: list[str]) -> list[list[str]]:
     """Groups of two or more of ``names`` that share a parent and stand together in ``KNOWN``."""
     known = set(names)
-    found = []
+    matches = []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in names):
         prefix = f"{parent}." if parent else ""
         for row in KNOWN:
             group = [prefix + last for last in row if prefix + last in known]
             if len(group) > 1:
-                found.append(group)
-    return found
+                matches.append(group)
+    return matches
 
 
 class Scope:

@@ -130,9 +130,9 @@ def _wants_4bit(base: Any) -> str | None:
 
 
 def _unpack_8bit(base: Any) -> Tensor:
-    held = base.weight if base.state.CB is None else base.state
+    current = base.weight if base.state.CB is None else base.state
     bnb: Any = importlib.import_module("bitsandbytes.functional")
-    return bnb.int8_vectorwise_dequant(held.CB, held.SCB)
+    return bnb.int8_vectorwise_dequant(current.CB, current.SCB)
 
 
 def _wants_8bit(base: Any) -> str | None:

@@ -73,7 +73,7 @@ def refusal(module: nn.Module) -> str | None:
     return f"its weight is placed {tuple(placed)}: wants one mesh dimension, column-wise or row-wise"
 
 
-def made_alike(module: nn.Module, cut: Cut) -> None:
+def broadcast_parameters(module: nn.Module, cut: Cut) -> None:
     """Give every rank the first one's parameters: their random starts may differ."""
     for parameter in module.parameters():
         torch.distributed.broadcast(parameter.data, group=cut.group, group_src=0)

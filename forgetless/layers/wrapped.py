@@ -13,7 +13,7 @@ from ..adapter import Adapter
 from ..methods.base import Method
 from .linear import AdaptedLinear, Trace, hooked
 from .quantized import Kind, kind_of, stand_in
-from .tensor_parallel import Cut, cut_of, gathered_columns, made_alike
+from .tensor_parallel import Cut, broadcast_parameters, cut_of, gathered_columns
 
 
 class AdaptedAround(AdaptedLinear):
@@ -67,7 +67,7 @@ class AdaptedSharded(AdaptedAround):
         self.reason = (
             f"its weight is cut {'row' if self.cut.dim else 'column'}-wise over {self.cut.mesh.size()} processes"
         )
-        made_alike(adapter, self.cut)
+        broadcast_parameters(adapter, self.cut)
 
     def drift(self) -> float | None:
         """As of AdaptedLinear; a collective call where the weight is cut row-wise."""
@@ -89,7 +89,7 @@ class AdaptedSharded(AdaptedAround):
         return squares.sqrt()
 
 
-def put_on(base: nn.Module, adapter: Adapter, method: Method, name: str) -> AdaptedLinear:
+def wrap(base: nn.Module, adapter: Adapter, method: Method, name: str) -> AdaptedLinear:
     """The adapted layer that fits the base as it is now."""
     if kind_of(base) is not None:
         return AdaptedPacked(base, adapter, method, name)

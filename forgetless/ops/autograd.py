@@ -207,10 +207,10 @@ def gradients(
                 if dh is not None:
                     g.add_(dh, alpha=s)
                 options = {"need_dx": need_x and dx is None, "dtype": dtypes[0]}
-                found = run.dx_and_ddown(
+                results = run.dx_and_ddown(
                     [None] if call.onto else dys, weights, g, downs, x if need_down else None, p, seed, **options
                 )
-                dx, ddown = found[0] if dx is None else dx, found[1]
+                dx, ddown = results[0] if dx is None else dx, results[1]
     except LaunchError as error:
         return gradients(call, saved, need, dys, dh, dispatch.failed(route, error))
     if call.up_scale != 1.0:
@@ -367,8 +367,8 @@ def _(dy, dh, saved, factors, need):  # type: ignore[no-untyped-def]
     shapes = [(dy.shape[0], weight.shape[1]), weight.shape, (weight.shape[0],), down.shape, up.shape]
     dtypes = [dy.dtype, dy.dtype, dy.dtype, down.dtype, up.dtype]
     return [
-        dy.new_empty(shape, dtype=dtype) if wanted else dy.new_empty(0)
-        for shape, dtype, wanted in zip(shapes, dtypes, need, strict=True)
+        dy.new_empty(shape, dtype=dtype) if expected else dy.new_empty(0)
+        for shape, dtype, expected in zip(shapes, dtypes, need, strict=True)
     ]
 
 

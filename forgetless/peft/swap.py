@@ -62,30 +62,30 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
         RuntimeError: its layers lack something that is needed here: a version that this was not tested with.
         ValueError: the model has no LoRA layers, or a penalty cannot be attached to one of them. Nothing is changed.
     """
-    found = dict(_lora_layers(model, _peft("tuners.lora.layer").LoraLayer))
-    if not found:
+    result = dict(_lora_layers(model, _peft("tuners.lora.layer").LoraLayer))
+    if not result:
         raise ValueError(
             f"model is a {type(model).__name__} without PEFT LoRA layers; "
             "make it with peft.get_peft_model(model, peft.LoraConfig(...)), or use fl.adapt"
         )
     versions.warn_untested("peft", "fl.swap_in")
-    missing = next((name for name in _ASKED if not hasattr(next(iter(found.values())), name)), None)
+    missing = next((name for name in _ASKED if not hasattr(next(iter(result.values())), name)), None)
     if missing is not None:
         raise versions.missing_error("peft", "fl.swap_in", f"LoraLayer.{missing}")
     specs = None if penalties is None else tuple(penalties)
     for spec in specs or ():
         if not isinstance(spec, Penalty):
             raise ValueError(f"penalties holds {spec!r}, wants Penalty instances such as fl.NullSpace()")
-    taken = {name: layer for name, layer in found.items() if _taken(layer)}
+    taken = {name: layer for name, layer in result.items() if _taken(layer)}
     takers = {}
     for name, layer in taken.items():
-        held = _taker(layer)
-        taker = _Taker(layer, _site_name(name), specs if specs is not None else held.specs if held else ())
-        if specs is None and held:
-            taker.views = held.views
+        current = _taker(layer)
+        taker = _Taker(layer, _site_name(name), specs if specs is not None else current.specs if current else ())
+        if specs is None and current:
+            taker.views = current.views
         takers[name] = taker
     if specs:
-        for name, layer in found.items():
+        for name, layer in result.items():
             reason = None if name in taken else _kind_reason(layer)
             reason = reason or next(filter(None, (_adapter_reason(layer, a) for a in layer.lora_A)), None)
             if reason is not None:
@@ -123,14 +123,14 @@ def swap_out(model: nn.Module) -> nn.Module:
 
 def views(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> active adapter of each swapped-in layer, as an adapted layer; "name:adapter" where several are active."""
-    found: dict[str, AdaptedLinear] = {}
+    result: dict[str, AdaptedLinear] = {}
     for name, layer in model.named_modules():
         taker = _taker(layer)
         if taker is not None:
             active = taker.active()
             for view in active:
-                found[name if len(active) == 1 else f"{name}:{view.adapter.key}"] = view
-    return found
+                result[name if len(active) == 1 else f"{name}:{view.adapter.key}"] = view
+    return result
 
 
 def reports(model: nn.Module) -> dict[str, LayerReport]:
@@ -280,11 +280,11 @@ class _SwappedTuner:
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)  # type: ignore[misc]
-        held = _swapped(model)
-        if held:  # not swapped out since
+        current = _swapped(model)
+        if current:  # not swapped out since
             for name, layer in _lora_layers(model, _peft("tuners.lora.layer").LoraLayer):
                 if _taken(layer) and _taker(layer) is None:
-                    _Taker(layer, name, held[0].specs).install()
+                    _Taker(layer, name, current[0].specs).install()
             _form_groups(model)
 
 
@@ -450,10 +450,10 @@ class _Taker:
 
     def _register(self) -> None:
         """Penalties' buffers go where the layer goes."""
-        held = {key: view.adapter.penalties for key, view in self.views.items() if len(view.adapter.penalties)}
+        current = {key: view.adapter.penalties for key, view in self.views.items() if len(view.adapter.penalties)}
         self.layer._modules.pop(_PENALTIES, None)
-        if held:
-            self.layer.add_module(_PENALTIES, nn.ModuleDict(held))
+        if current:
+            self.layer.add_module(_PENALTIES, nn.ModuleDict(current))
 
     def install(self) -> None:
         layer = self.layer

@@ -46,25 +46,25 @@ def evaluate(session: Session, plan: Plan | None, after: int = -1, midway: bool 
     """
     model, collate = session.model, Collator(session.tokenizer)
     domains = (session.tasks[: after + 1] if midway else session.tasks) + session.kept
-    found: dict[str, Any] = {"losses": {}, "accuracies": {}, "drift": {}}
+    matches: dict[str, Any] = {"losses": {}, "accuracies": {}, "drift": {}}
     layers: dict[str, float] = {}
     watched = session.original.watching() if plan is not None and plan.full and session.original else nullcontext()
     with watched:
         for domain in domains:
             score = nll(model, session.held_out[domain.name], collate)
-            found["losses"][domain.name] = score.loss
-            found["accuracies"][domain.name] = score.accuracy
+            matches["losses"][domain.name] = score.loss
+            matches["accuracies"][domain.name] = score.accuracy
             if plan is not None and domain in session.kept:
                 layers = drift(session, plan)
                 if layers:
-                    found["drift"][domain.name] = statistics.fmean(layers.values())
+                    matches["drift"][domain.name] = statistics.fmean(layers.values())
     if midway:
-        return found
+        return matches
     if plan is not None:
-        found["drift_layers"] = layers or drift(session, plan)
+        matches["drift_layers"] = layers or drift(session, plan)
     if session.facts:
-        found["facts"] = list(facts(model, session.tokenizer))
-    return found
+        matches["facts"] = list(facts(model, session.tokenizer))
+    return matches
 
 
 def drift(session: Session, plan: Plan) -> dict[str, float]:
@@ -122,8 +122,8 @@ def watching(
     def stepped(step: Step) -> None:
         on_step(step)
         if step.number in due:
-            found = evaluate(session, plan, i, midway=True)
-            row["points"].append({"task": session.tasks[i].name, "step": step.number, **found})
+            matches = evaluate(session, plan, i, midway=True)
+            row["points"].append({"task": session.tasks[i].name, "step": step.number, **matches})
 
     return stepped
 
@@ -131,11 +131,11 @@ def watching(
 def consolidate(session: Session, task: Domain, row: dict[str, Any]) -> None:
     """Fold a learnt task into the base; its own text joins what the penalties protect."""
     began = time.perf_counter()
-    wanted = None
+    expected = None
     if needs_calibration(session.model):
         encoded = encode_domain(task.train, session.tokenizer, session.options.max_length)
-        wanted = Collator(session.tokenizer).batches(encoded[: session.options.calibration])
-    lost = fl.consolidate(session.model, wanted).rounding
+        expected = Collator(session.tokenizer).batches(encoded[: session.options.calibration])
+    lost = fl.consolidate(session.model, expected).rounding
     row.setdefault("consolidated", []).append(
         {"after": task.name, "rounding": statistics.fmean(lost.values()), "seconds": time.perf_counter() - began}
     )

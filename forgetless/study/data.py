@@ -93,8 +93,8 @@ def _parse_row(line: str) -> Example | None:
     for key in keys:
         if key not in row:
             if len(row.keys() & set(keys)) == 0:
-                found = ", ".join(map(repr, row)) or "none"
-                raise DataError(f'wanted "text", or "prompt" and "completion"; keys here: {found}')
+                result = ", ".join(map(repr, row)) or "none"
+                raise DataError(f'wanted "text", or "prompt" and "completion"; keys here: {result}')
             raise DataError(f'"{key}" is missing')
         if not isinstance(row[key], str):
             raise DataError(f'"{key}" is {_json_type(row[key])}, wanted a string')
@@ -167,22 +167,22 @@ def _split(pool: Pool, held_out: int | float, seed: int, name: str) -> tuple[tup
     sizes = [1 if pool.documents else len(group) for group in groups]
     total = sum(map(len, groups))
     if isinstance(held_out, int):
-        wanted = held_out
+        expected = held_out
     else:
-        wanted = max(1, math.floor(held_out * total + 0.5))
+        expected = max(1, math.floor(held_out * total + 0.5))
         if pool.most_held_out is not None:
-            wanted = min(wanted, pool.most_held_out)
-        wanted = max(1, min(wanted, sum(sizes) - sizes[-1]))
+            expected = min(expected, pool.most_held_out)
+        expected = max(1, min(expected, sum(sizes) - sizes[-1]))
     kept: list[Example] = []
     count = 0
-    while len(kept) < wanted and count < len(groups) - 1:
+    while len(kept) < expected and count < len(groups) - 1:
         group = groups[count]
-        kept += [draw.choice(group)] if pool.documents else group[: wanted - len(kept)]
+        kept += [draw.choice(group)] if pool.documents else group[: expected - len(kept)]
         count += 1
-    if len(kept) < wanted:
+    if len(kept) < expected:
         what = f"{len(groups)} documents, one passage of each" if pool.documents else f"{total}"
         raise DataError(
-            f"{name}: cannot hold out {wanted} of {what} (repeated ones counted once) and have some left to train on"
+            f"{name}: cannot hold out {expected} of {what} (repeated ones counted once) and have some left to train on"
         )
     train = [example for group in groups[count:] for example in group]
     draw.shuffle(train)
@@ -318,13 +318,13 @@ def in_batches(encoded: Encoded, size: int, count: int, seed: int, pool: int = 1
     stream: list[int] = []
     ordered: list[list[int]] = []
     while len(ordered) < count:
-        wanted = min(pool, count - len(ordered)) * size
-        while len(stream) < wanted:
+        expected = min(pool, count - len(ordered)) * size
+        while len(stream) < expected:
             stream += draw.sample(range(len(encoded)), len(encoded))
-        rows, stream = stream[:wanted], stream[wanted:]
+        rows, stream = stream[:expected], stream[expected:]
         if pool > 1:
             rows.sort(key=lambda i: len(encoded[i]["input_ids"]))
-        batches = [rows[i : i + size] for i in range(0, wanted, size)]
+        batches = [rows[i : i + size] for i in range(0, expected, size)]
         draw.shuffle(batches)
         ordered += batches
     return [encoded[i] for batch in ordered for i in batch]

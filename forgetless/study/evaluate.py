@@ -99,8 +99,8 @@ def nll(
             logits = model(**batch, use_cache=False, **extra).logits  # (B, P, V) or (B, T, V)
             if not keeps:
                 logits = logits[:, :-1]
-            wanted = labels != IGNORED
-            logits, labels = logits[wanted].float(), labels[wanted]
+            expected = labels != IGNORED
+            logits, labels = logits[expected].float(), labels[expected]
             losses = F.cross_entropy(logits, labels, reduction="none")
             total += losses.double().sum().item()
             right += int((logits.argmax(-1) == labels).sum())
@@ -201,7 +201,7 @@ class Original:
     @torch.no_grad()
     def drift(self, adapted: dict[str, AdaptedLinear]) -> dict[str, float]:
         """Per layer, from the inputs that adapters or ``watching`` have seen last."""
-        found = {}
+        result = {}
         for name, (layer, start) in self.layers.items():
             wrapped = adapted.get(name)
             seen = self.seen.get(name) if wrapped is None else None if wrapped.trace is None else wrapped.trace.x
@@ -213,5 +213,5 @@ class Original:
             if wrapped is not None:
                 delta = delta + wrapped.delta().float()
             moved = (x @ delta.T).norm(dim=1) / x.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-            found[name] = moved.mean().item()
-        return found
+            result[name] = moved.mean().item()
+        return result

@@ -95,10 +95,10 @@ def baseline(results: dict[str, Any]) -> str | None:
 
 def groups(rows: Iterable[Row]) -> dict[str, dict[int, Row]]:
     """label -> seed -> row."""
-    found: dict[str, dict[int, Row]] = {}
+    result: dict[str, dict[int, Row]] = {}
     for row in rows:
-        found.setdefault(row["label"], {})[row["seed"]] = row
-    return found
+        result.setdefault(row["label"], {})[row["seed"]] = row
+    return result
 
 
 def against_baseline(results: dict[str, Any]) -> list[tuple[str, dict[int, tuple[Row, Row]]]]:
@@ -126,7 +126,7 @@ def equal_learning(results: dict[str, Any]) -> list[dict[str, Any]]:
     """
     tasks, kept = names(results)
     base = results["base"]
-    found = []
+    result = []
     for label, rows in against_baseline(results):
         curves = [[trajectory(row, base, tasks, kept) for row in both] for both in rows.values()]
         pairs = [_at_equal(*both) for both in curves]
@@ -140,17 +140,17 @@ def equal_learning(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "difference": interval(minus(a, b) for a, b in zip(mine, lora, strict=True)),
                 "ratio": _ratio(mine, lora),
             }
-        found.append(entry)
-    return found
+        result.append(entry)
+    return result
 
 
 def _at_equal(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, Any]:
     most = [max(p["learnt"] for p in curve) for curve in (ours, theirs)]
     x = min(most)
-    found: dict[str, Any] = {"share": x / most[1] if most[1] > 0 else 0.0}
+    result: dict[str, Any] = {"share": x / most[1] if most[1] > 0 else 0.0}
     for part in ("kept", "tasks"):
-        found[part] = [reached([p["learnt"] for p in curve], [p[part] for p in curve], x) for curve in (ours, theirs)]
-    return found
+        result[part] = [reached([p["learnt"] for p in curve], [p[part] for p in curve], x) for curve in (ours, theirs)]
+    return result
 
 
 def _ratio(mine: list[float | None], lora: list[float | None]) -> dict[str, Any] | None:
@@ -190,14 +190,14 @@ def drift_and_forgetting(results: dict[str, Any]) -> dict[str, Any]:
 
 def front(results: dict[str, Any]) -> list[dict[str, Any]]:
     """(learnt, forgotten) of every label, sweep included, means over seeds, and whether it is on the Pareto front."""
-    found: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = []
     for label, rows in groups(whole(results["rows"])).items():
         first = next(iter(rows.values()))
         learnt, lost = (interval(map(value, rows.values())) for value in (learnt_sum, lambda r: r["forgotten_mean"]))
         assert learnt is not None and lost is not None
-        found.append({"label": label, "family": first.get("family") or label, "learnt": learnt, "forgotten": lost})
-    on = pareto([(p["learnt"]["mean"], p["forgotten"]["mean"]) for p in found])
-    return [{**point, "front": best} for point, best in zip(found, on, strict=True)]
+        result.append({"label": label, "family": first.get("family") or label, "learnt": learnt, "forgotten": lost})
+    on = pareto([(p["learnt"]["mean"], p["forgotten"]["mean"]) for p in result])
+    return [{**point, "front": best} for point, best in zip(result, on, strict=True)]
 
 
 def tuned(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -218,12 +218,12 @@ def tuned(results: dict[str, Any]) -> list[dict[str, Any]]:
         learnt = statistics.fmean(map(learnt_sum, runs.values()))
         lost = statistics.fmean(row["forgotten_mean"] for row in runs.values())
         families.setdefault(family, []).append({"label": label, "learnt": learnt, "forgotten": lost})
-    found = []
+    result = []
     for family, settings in families.items():
         fit = [s for s in settings if s["learnt"] >= enough]
         best = min(fit, key=lambda s: s["forgotten"]) if fit else None
-        found.append({"family": family, "settings": len(settings), "best": best})
-    return found
+        result.append({"family": family, "settings": len(settings), "best": best})
+    return result
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:

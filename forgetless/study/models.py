@@ -223,8 +223,8 @@ def _cache_fault(folder: Path) -> str | None:
     """What is wrong with a cached checkpoint, by the checksums written with it; None when nothing is."""
     try:
         sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, wanted in sums.items():
-            if sha256_of(folder / name) != wanted:
+        for name, expected in sums.items():
+            if sha256_of(folder / name) != expected:
                 return f"{name} has changed"
     except (OSError, ValueError, AttributeError) as error:
         return _first_line(error)

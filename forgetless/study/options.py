@@ -232,11 +232,11 @@ def parse_method(
         raise BadInput(f"method {spec!r}: full fine-tuning has no adapter, so no penalty and nothing to consolidate")
     if penalties and "penalties" not in {f.name for f in dataclasses.fields(cls)}:
         raise BadInput(f"method {spec!r}: {TITLES.get(name, name)} takes no extra penalty")
-    wanted: dict[str, Any] = {k: v for k, v in METHOD_SETTINGS.get(name, {}).items() if k in fields}
+    expected: dict[str, Any] = {k: v for k, v in METHOD_SETTINGS.get(name, {}).items() if k in fields}
     common = {"rank": rank, "alpha": alpha, "weight": weight}
-    wanted |= {k: v for k, v in common.items() if v is not None and k in fields}
+    expected |= {k: v for k, v in common.items() if v is not None and k in fields}
     if rank is not None and alpha is None and "alpha" in METHOD_SETTINGS.get(name, {}):
-        wanted["alpha"] = 2 * rank
+        expected["alpha"] = 2 * rank
     rate = lr * (LR_FACTOR.get(name, 1.0) if lr_is_default else 1.0)
     changed: dict[int, dict[str, Any]] = {}
     for item in filter(None, tail.split(",")):
@@ -244,7 +244,7 @@ def parse_method(
         if equals and field == "lr":
             rate = float(number(value, f"method {spec!r}: lr"))
         elif equals and field in fields:
-            wanted[field] = _value(value, fields[field], f"{field} of {spec!r}")
+            expected[field] = _value(value, fields[field], f"{field} of {spec!r}")
         else:
             which, inner = _owner(field, penalties) if equals else (None, field)
             if which is None:
@@ -252,20 +252,20 @@ def parse_method(
                 raise BadInput(f"method {spec!r}: {item!r} is not FIELD=VALUE;{near(field, {*fields, *theirs, 'lr'})}")
             default = next(f.default for f in dataclasses.fields(penalties[which]) if f.name == inner)
             changed.setdefault(which, {})[inner] = _value(value, default, f"{field} of {spec!r}")
-    if wanted.get("rank", 1) < 1:
-        raise BadInput(f"rank must be at least 1, got {wanted['rank']}")
+    if expected.get("rank", 1) < 1:
+        raise BadInput(f"rank must be at least 1, got {expected['rank']}")
     if not rate > 0:
         raise BadInput(f"lr must be positive, got {rate}")
     try:
         for which, values in changed.items():
             penalties[which] = dataclasses.replace(penalties[which], **values)
         if penalties:
-            wanted["penalties"] = tuple(penalties)
-        method = cls(**wanted)
+            expected["penalties"] = tuple(penalties)
+        method = cls(**expected)
     except (TypeError, ValueError) as error:
         raise BadInput(f"method {spec!r}: {error}") from None
     label = "+".join([TITLES.get(name, name), *extras]) + (f":{tail}" if tail else "")
-    return Plan(label, method, rate, "seed" in wanted, consolidate)
+    return Plan(label, method, rate, "seed" in expected, consolidate)
 
 
 def _value(text: str, default: Any, what: str) -> Any:
@@ -282,12 +282,12 @@ def _value(text: str, default: Any, what: str) -> Any:
 def _owner(field: str, penalties: list[Any]) -> tuple[int | None, str]:
     """Which penalty a field belongs to: the one that is named before a dot, or the only one that has it."""
     name, dot, inner = field.rpartition(".")
-    found = [
+    result = [
         i
         for i, penalty in enumerate(penalties)
         if inner in {f.name for f in dataclasses.fields(penalty)} and (not dot or penalty.name.startswith(name))
     ]
-    return (found[0] if len(found) == 1 else None), inner
+    return (result[0] if len(result) == 1 else None), inner
 
 
 def _penalty(text: str, spec: str) -> Any:

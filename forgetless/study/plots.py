@@ -128,12 +128,12 @@ def _bars(axis: Any, groups: Rows, values: dict[str, Value]) -> None:
     width = 0.8 / max(1, len(groups))
     for i, (label, rows) in enumerate(groups.items()):
         for j, value in enumerate(values.values()):
-            found = interval(value(row) for row in rows)
-            if found is None:
+            result = interval(value(row) for row in rows)
+            if result is None:
                 continue
             where = j + (i - (len(groups) - 1) / 2) * width
             colour = COLOURS[i % len(COLOURS)]
-            axis.bar(where, found["mean"], 0.92 * width, yerr=half_of(found), capsize=2, color=colour, label=label)
+            axis.bar(where, result["mean"], 0.92 * width, yerr=half_of(result), capsize=2, color=colour, label=label)
     axis.set_xticks(range(len(values)), list(values))
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_ylabel("nats per token")

@@ -135,10 +135,10 @@ def write_report(folder: Path, results: dict[str, Any]) -> list[Path]:
 
 def published(results: dict[str, Any]) -> dict[str, Any]:
     """The results without folders, rounded to five digits, the drift of single layers as means over seeds."""
-    found = copy.deepcopy(results)
-    found["command"] = command_of(results)
+    result = copy.deepcopy(results)
+    result["command"] = command_of(results)
     layers: dict[str, dict[str, list[float]]] = {}
-    for row in found["rows"]:
+    for row in result["rows"]:
         for stage in row["stages"]:
             each = stage.pop("drift_layers", {})
             if stage is row["stages"][-1] and not row.get("family"):
@@ -146,11 +146,11 @@ def published(results: dict[str, Any]) -> dict[str, Any]:
                     layers.setdefault(row["label"], {}).setdefault(name, []).append(value)
         row.pop("adapter", None)
     if layers:
-        found["drift_layers"] = {
+        result["drift_layers"] = {
             label: {name: statistics.fmean(values) for name, values in of.items()} for label, of in layers.items()
         }
-    found = rounded(found)
-    return {**found, "summary": rounded(summary(found))}  # of the rounded rows: anyone can make it again
+    result = rounded(result)
+    return {**result, "summary": rounded(summary(result))}  # of the rounded rows: anyone can make it again
 
 
 def rounded(value: Any) -> Any:
@@ -169,12 +169,12 @@ def command_of(results: dict[str, Any]) -> str:
     return re.sub(r" --(?:out[ =]\S+|any-commit|fresh)(?= |$)", "", results["command"])
 
 
-def verdicts(found: dict[str, Any]) -> list[str]:
+def verdicts(figures: dict[str, Any]) -> list[str]:
     """One sentence per method, from the intervals alone: a difference is claimed only where they exclude none."""
-    lora = found["baseline"]
-    paired = {row["label"]: row for row in found["paired_with_baseline"]}
+    lora = figures["baseline"]
+    paired = {row["label"]: row for row in figures["paired_with_baseline"]}
     lines = []
-    for row in found["equal_learning"]:
+    for row in figures["equal_learning"]:
         label = row["label"]
         said = [_said(row["kept"], "the kept texts", lora), _said(row["tasks"], "earlier tasks", lora)]
         text = f"**{label}**: " + "; ".join(filter(None, said))
@@ -207,10 +207,10 @@ def _said(part: dict[str, Any], what: str, lora: str) -> str:
 
 def page(results: dict[str, Any], picture: str, data: str | None) -> str:
     """The whole page; ``picture`` and ``data`` are file names to refer to."""
-    found = summary(results)
+    result = summary(results)
     machine, versions = results["machine"], results["versions"]
     seconds = sum(row["seconds"] for row in results["rows"])
-    short = verdicts(found) or ["Nothing to compare with plain LoRA."]
+    short = verdicts(result) or ["Nothing to compare with plain LoRA."]
     short.append(drift_sentence(results) or "Too few runs to correlate drift with forgetting.")
     parts = [
         "# What was learnt, and what was forgotten",
@@ -224,7 +224,7 @@ def page(results: dict[str, Any], picture: str, data: str | None) -> str:
         main_table(results).markdown(),
         READING,
         *(f"## {capital(title)}\n\n{table.markdown()}" for title, table in further_tables(results)),
-        tuning_text(results, found),
+        tuning_text(results, result),
         "## How it is compared",
         COMPARING,
         "## Settings",
@@ -258,14 +258,14 @@ def setting_text(results: dict[str, Any]) -> str:
     )
 
 
-def tuning_text(results: dict[str, Any], found: dict[str, Any]) -> str:
+def tuning_text(results: dict[str, Any], figures: dict[str, Any]) -> str:
     """The tuned setting of every method; empty without a sweep."""
-    if not found["tuned"]:
+    if not figures["tuned"]:
         return ""
     options = results["options"]
     seeds = ", ".join(map(str, options.get("sweep_seeds") or options["seeds"]))
     lines = [f"## Tuned weights\n\nWith the seeds of the sweep alone ({seeds}):\n"]
-    for family in found["tuned"]:
+    for family in figures["tuned"]:
         best = family["best"]
         text = f"none of {family['settings']} settings learnt enough"
         if best:

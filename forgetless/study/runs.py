@@ -57,14 +57,14 @@ class Store:
         self.folder = session.options.out / FOLDER
         self.session = session
         self.commit = (commit() or "").rstrip("+")
-        self.wanted: set[str] = set()
+        self.expected: set[str] = set()
 
     def find(self, plan: Plan | None, seed: int | None) -> tuple[Path, str, dict[str, Any] | None]:
         """Where the run belongs, its fingerprint, and the run itself if an earlier one finished it."""
         mark = fingerprint(self.session, plan, seed)
         start = f"base-{mark}" if plan is None else f"{slug(plan.label)}-seed{seed}-{mark}"
         path = self.folder / f"{start}-{self.commit[:7] or 'nocommit'}.json"
-        self.wanted.add(start)
+        self.expected.add(start)
         places = [path]
         if self.session.options.any_commit:
             places += sorted(self.folder.glob(f"{start}-*.json"), key=lambda p: p.stat().st_mtime, reverse=True)
@@ -93,7 +93,7 @@ class Store:
         if self.session.options.fresh or self.session.options.any_commit:
             return
         there = [p.stem for p in self.folder.glob("*.json")]
-        mine = {stem for stem in there if stem.rpartition("-")[0] in self.wanted}
+        mine = {stem for stem in there if stem.rpartition("-")[0] in self.expected}
         elsewhere = [stem for stem in mine if stem.rpartition("-")[2] != (self.commit[:7] or "nocommit")]
         have = {stem.rpartition("-")[0] for stem in mine} - {stem.rpartition("-")[0] for stem in elsewhere}
         other_code = {stem.rpartition("-")[0] for stem in elsewhere} - have

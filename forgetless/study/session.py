@@ -176,7 +176,7 @@ def source_rows(kept: Sequence[Domain], tokenizer: PreTrainedTokenizerBase, coun
         share = (count + len(kept) - 1 - i) // len(kept)
         # One window of each passage: many passages say more about a domain than all of a few.
         windows = [encode_domain([example], tokenizer, length)[:1] for example in domain.train[:share]]
-        rows += [row for found in windows for row in found]
+        rows += [row for result in windows for row in result]
     return rows
 
 

@@ -34,9 +34,9 @@ def interval(values: Iterable[float | None]) -> dict[str, Any] | None:
     return {"mean": middle, "low": middle - half, "high": middle + half, "n": n}
 
 
-def half_of(found: dict[str, Any]) -> float | None:
+def half_of(figures: dict[str, Any]) -> float | None:
     """Half the width of an ``interval``; None for that of one value."""
-    return None if found["high"] is None else found["high"] - found["mean"]
+    return None if figures["high"] is None else figures["high"] - figures["mean"]
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -52,26 +52,26 @@ def figure(value: float | None, digits: int = 2) -> str:
 
 def change(values: list[float | None], digits: int = 3) -> str:
     """Mean change with its sign and, of several seeds, half its 95 % t-interval."""
-    found = interval(values)
-    if found is None:
+    result = interval(values)
+    if result is None:
         return NOTHING
-    half = half_of(found)
-    return f"{found['mean']:+.{digits}f}" + (f" ±{half:.{digits}f}" if half is not None else "")
+    half = half_of(result)
+    return f"{result['mean']:+.{digits}f}" + (f" ±{half:.{digits}f}" if half is not None else "")
 
 
 def mean(values: list[float | None], digits: int = 2) -> str:
     """Mean of what is known, or a dash."""
-    found = interval(values)
-    return figure(None if found is None else found["mean"], digits)
+    result = interval(values)
+    return figure(None if result is None else result["mean"], digits)
 
 
-def between(found: dict[str, Any] | None, digits: int = 2, sign: bool = False) -> str:
+def between(figures: dict[str, Any] | None, digits: int = 2, sign: bool = False) -> str:
     """A mean and its interval from ``stats.interval``: "0.33 (0.21 to 0.45)"."""
-    if found is None:
+    if figures is None:
         return NOTHING
     form = f"{'+' if sign else ''}.{digits}f"
-    shown = f"{found['mean']:{form}}"
-    return shown if found["low"] is None else f"{shown} ({found['low']:{form}} to {found['high']:{form}})"
+    shown = f"{figures['mean']:{form}}"
+    return shown if figures["low"] is None else f"{shown} ({figures['low']:{form}} to {figures['high']:{form}})"
 
 
 def main_table(results: dict[str, Any]) -> Table:
@@ -141,21 +141,21 @@ def domains_table(results: dict[str, Any]) -> Table:
 
 def further_tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
     """What only several tasks, seeds, evaluations or weights can tell; a table is left out where it would be empty."""
-    found = results.get("summary") or summary(results)
+    result = results.get("summary") or summary(results)
     tasks, _ = names(results)
     tables = []
-    if len(tasks) > 1 and found["continual"]:
-        tables.append(("the task sequence", sequence_table(found)))
-    if found["paired_with_baseline"] and len(results["options"]["seeds"]) > 1:
-        tables.append((f"differences to {found['baseline']} with the same seed", paired_table(found)))
-    if found["equal_learning"] and any(row.get("points") for row in results["rows"]):
-        tables.append((f"against {found['baseline']} at equal learning", equal_table(found)))
-    if found["tuned"]:
-        tables.append(("learnt and forgotten over the sweep", sweep_table(found)))
+    if len(tasks) > 1 and result["continual"]:
+        tables.append(("the task sequence", sequence_table(result)))
+    if result["paired_with_baseline"] and len(results["options"]["seeds"]) > 1:
+        tables.append((f"differences to {result['baseline']} with the same seed", paired_table(result)))
+    if result["equal_learning"] and any(row.get("points") for row in results["rows"]):
+        tables.append((f"against {result['baseline']} at equal learning", equal_table(result)))
+    if result["tuned"]:
+        tables.append(("learnt and forgotten over the sweep", sweep_table(result)))
     return tables
 
 
-def sequence_table(found: dict[str, Any]) -> Table:
+def sequence_table(figures: dict[str, Any]) -> Table:
     """Continual-learning metrics of each method."""
     keys = ("final", "backward_transfer", "forward_transfer", "forgetting")
     columns = ["method", "mean loss at the end", "backward transfer", "forward transfer", "forgetting of tasks"]
@@ -164,26 +164,26 @@ def sequence_table(found: dict[str, Any]) -> Table:
         [label]
         + [between(of["losses"][key], 3, sign=key != "final") for key in keys]
         + [between(of["accuracies"]["final"], 3), between(of["accuracies"]["backward_transfer"], 3, sign=True)]
-        for label, of in found["continual"].items()
+        for label, of in figures["continual"].items()
     ]
     return Table(columns, rows)
 
 
-def paired_table(found: dict[str, Any]) -> Table:
+def paired_table(figures: dict[str, Any]) -> Table:
     """Differences to plain LoRA, seed by seed."""
     keys = ("learnt", "forgotten", "tasks", "drift")
     columns = ["method", "learnt, all tasks", "forgotten, kept texts", "forgotten, earlier tasks", "drift"]
-    rows = [[row["label"], *(between(row[key], 3, sign=True) for key in keys)] for row in found["paired_with_baseline"]]
+    rows = [[row["label"], *(between(row[key], 3, sign=True) for key in keys)] for row in figures["paired_with_baseline"]]
     return Table(columns, rows)
 
 
-def equal_table(found: dict[str, Any]) -> Table:
+def equal_table(figures: dict[str, Any]) -> Table:
     """Forgetting where a method and plain LoRA had learnt the same."""
-    columns = ["method", "learning compared at", "kept texts", f"{found['baseline']} there", "ratio"]
-    columns += ["earlier tasks", f"{found['baseline']} there ", "ratio "]
+    columns = ["method", "learning compared at", "kept texts", f"{figures['baseline']} there", "ratio"]
+    columns += ["earlier tasks", f"{figures['baseline']} there ", "ratio "]
     rows = []
-    for row in found["equal_learning"]:
-        share = f"{100 * row['share']['mean']:.0f} % of {found['baseline']}'s" + ("" if row["enough"] else " (!)")
+    for row in figures["equal_learning"]:
+        share = f"{100 * row['share']['mean']:.0f} % of {figures['baseline']}'s" + ("" if row["enough"] else " (!)")
         cells = [row["label"], share]
         for part in ("kept", "tasks"):
             both = row[part]
@@ -192,10 +192,10 @@ def equal_table(found: dict[str, Any]) -> Table:
     return Table(columns, rows)
 
 
-def sweep_table(found: dict[str, Any]) -> Table:
+def sweep_table(figures: dict[str, Any]) -> Table:
     """Every setting with what it learnt and forgot; a star marks the Pareto front."""
-    points = sorted(found["front"], key=lambda p: (p["family"], p["learnt"]["mean"]))
-    best = {t["best"]["label"] for t in found["tuned"] if t["best"]}
+    points = sorted(figures["front"], key=lambda p: (p["family"], p["learnt"]["mean"]))
+    best = {t["best"]["label"] for t in figures["tuned"] if t["best"]}
     rows = [
         [
             point["label"] + (" *" if point["front"] else ""),

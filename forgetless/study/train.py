@@ -126,10 +126,10 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
         return takes and getattr(model, "loss_function", None) is ForCausalLMLoss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **named: Any) -> Any:
-        found = super().compute_loss(model, self._trim(inputs), *others, **named)
+        results = super().compute_loss(model, self._trim(inputs), *others, **named)
         if model.training and self.accelerator.sync_gradients:
             self._agree()
-        return found
+        return results
 
     def _agree(self) -> None:
         """All processes have the whole batch's numbers, and stop together: one alone would leave others waiting."""
@@ -167,11 +167,11 @@ class MasterAdamW(torch.optim.AdamW):
         copies = self.param_groups[0]["params"]
         for copy, parameter in zip(copies, self.rounded, strict=True):
             copy.grad = None if parameter.grad is None else parameter.grad.float()
-        found = super().step(closure)
+        results = super().step(closure)
         for copy, parameter in zip(copies, self.rounded, strict=True):
             parameter.copy_(copy)
             copy.grad = None
-        return found
+        return results
 
 
 class Watch(TrainerCallback):
