@@ -173,7 +173,8 @@ def paired_table(figures: dict[str, Any]) -> Table:
     """Differences to plain LoRA, seed by seed."""
     keys = ("learnt", "forgotten", "tasks", "drift")
     columns = ["method", "learnt, all tasks", "forgotten, kept texts", "forgotten, earlier tasks", "drift"]
-    rows = [[row["label"], *(between(row[key], 3, sign=True) for key in keys)] for row in figures["paired_with_baseline"]]
+    paired = figures["paired_with_baseline"]
+    rows = [[row["label"], *(between(row[key], 3, sign=True) for key in keys)] for row in paired]
     return Table(columns, rows)
 
 
