@@ -146,9 +146,9 @@ def asked_module() -> ModuleType | None:
     return _asked.get()
 
 
-def module_for(device: torch.device, dtype: torch.dtype, asked: Any = None) -> Any:
-    """The module that runs the op on that device in that dtype, before any plan is chosen."""
-    module = asked or (kernels if device.type == "cuda" and kernels is not None else blas)
+def module_for(on_cuda: bool, dtype: torch.dtype, asked: Any) -> Any:
+    """The module that runs the op there in that dtype, before any plan is chosen."""
+    module = asked or (kernels if on_cuda and kernels is not None else blas)
     return blas if module is kernels and dtype not in KERNEL_DTYPES else module
 
 
@@ -161,9 +161,7 @@ def choose_route(sweep: str, like: Tensor, sizes: tuple[int, int, int], asked: A
         sizes: out_features, in_features, rank of the first layer.
         asked: the module of a ``backend`` block.
     """
-    module = asked or (kernels if like.is_cuda and kernels is not None else blas)
-    if module is kernels and like.dtype not in KERNEL_DTYPES:
-        module = blas
+    module = module_for(like.is_cuda, like.dtype, asked)
     if compat.is_batched(like):  # torch.autograd.grad(is_grads_batched=True): only what torch can vectorise
         return REFERENCE
     if module is not kernels:
@@ -200,7 +198,7 @@ def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: in
         ValueError: ``FORGETLESS_PLAN`` holds something else than a plan or "strict".
     """
     asked = asked_module()
-    module = module_for(device, dtype, asked)
+    module = module_for(device.type == "cuda", dtype, asked)
     if module is kernels and kernels is not None:
         choice = choose(problem_of(device, "forward", 4096, N, K, R, dtype))
         return choice.plan, choice.reason
