@@ -14,6 +14,7 @@ from .adapter import Adapter, Site
 from .layers.linear import AdaptedLinear, form_groups, site_of
 from .layers.wrapped import AdaptedPacked, AdaptedSharded, wrap
 from .methods.base import Method
+from .names import bare_modules, wraps
 from .ops import explain_path
 from .ops.autograd import exact_products
 from .penalties.base import Item
@@ -85,7 +86,8 @@ def _collect(module: nn.Module, name: str, layers: dict[str, AdaptedLinear], see
         return
     for key, child in module._modules.items():
         if child is not None:
-            _collect(child, f"{name}.{key}" if name else key, layers, seen)
+            inner = name if wraps(module, key) else f"{name}.{key}" if name else key
+            _collect(child, inner, layers, seen)
 
 
 def running(model: nn.Module) -> dict[str, AdaptedLinear]:

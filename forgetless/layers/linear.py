@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from .. import compat
 from ..adapter import Adapter, Site, whole
 from ..methods.base import Method
+from ..names import bare_modules
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
 from .groups import Group, families
 from .quantized import kind_of, stand_in
+from .states import keep_base_names
 from .tensor_parallel import cut_of
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -31,10 +33,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def form_groups(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
     """Let siblings run together inside a call of their parent, where stored factors allow it."""
+    modules = bare_modules(model)
     for names in families(list(layers)):
         members = [layers[name] for name in names if not layers[name].around and _stores_factors(layers[name].adapter)]
         if len(members) > 1 and len({m.in_features for m in members}) == 1:
-            group = Group(model.get_submodule(names[0].rpartition(".")[0]), members)
+            group = Group(modules[names[0].rpartition(".")[0]], members)
             for member in members:
                 member.group = group
 
@@ -137,6 +140,19 @@ class AdaptedLinear(nn.Module):
         self.folded: list[tuple[Tensor, Tensor]] = []  # (down, up) of tasks that are in the weight already
         self.group: Group | None = None  # siblings that get the same x
         self.needs_hidden = any(state.needs_hidden for state in adapter.penalty_states())
+        keep_base_names(self)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A weight or bias that is set, as tying does, is the base layer's."""
+        if name in ("weight", "bias"):
+            setattr(self.base, name, param)
+        else:
+            super().register_parameter(name, param)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint: what goes by its own name in a state dict -> the submodule it is in."""
+        base = self.base
+        return dict.fromkeys((*base._parameters, *base._buffers, *base._modules), "base")
 
     @property
     def weight(self) -> Tensor:

@@ -22,6 +22,7 @@ from .. import compat, versions
 from ..adapter import Adapter, Site
 from ..layers.linear import AdaptedLinear, form_groups, hooked, is_conv1d, runs_by, stored
 from ..methods import LoRA
+from ..names import bare_name
 from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.check import FLOATS
@@ -129,7 +130,8 @@ def views(model: nn.Module) -> dict[str, AdaptedLinear]:
         if taker is not None:
             active = taker.active()
             for view in active:
-                result[name if len(active) == 1 else f"{name}:{view.adapter.key}"] = view
+                bare = bare_name(model, name)
+                result[bare if len(active) == 1 else f"{bare}:{view.adapter.key}"] = view
     return result
 
 
@@ -151,7 +153,7 @@ def _peft(module: str) -> Any:
 
 
 def _lora_layers(model: nn.Module, cls: type) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, cls))
+    return ((bare_name(model, name), module) for name, module in model.named_modules() if isinstance(module, cls))
 
 
 def _taker(module: nn.Module) -> _Taker | None:
@@ -534,7 +536,7 @@ def _form_groups(model: nn.Module) -> None:
         taker = _taker(module)
         for view in [] if taker is None else taker.make_views():
             if _base_reason(view.layer.base_layer) is None:
-                together.setdefault(view.adapter.key, {})[name] = view
+                together.setdefault(view.adapter.key, {})[bare_name(model, name)] = view
     for same in together.values():
         form_groups(model, same)
 
