@@ -49,6 +49,11 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
     layers = find_layers(model, targets)
     sites = [site_of(name, base) for name, base in layers.items()]
     for site in sites:
+        if site.weight.is_meta and any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise ValueError(
+                f"the weight of {site.name} is offloaded by a hook of accelerate's on a module around it; "
+                "offload without preload_module_classes"
+            )
         if not site.weight.is_floating_point():
             raise ValueError(f"{site.name} has a weight of dtype {site.weight.dtype}, wants a floating-point dtype")
         method.check(site)
@@ -139,7 +144,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         for state in adapter.penalty_states():
             if _calibrated(state):
                 kinds.setdefault((type(state), _device(layer, adapter)), []).append(Item(state, adapter, hidden))
-    device = next(iter(result.values())).weight.device
+    device = next(iter(result.values())).device
     with exact_products(device.type):  # trainers add it within autocast, which would round it
         totals = [
             (kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)).to(device)  # type: ignore[attr-defined]
@@ -152,8 +157,9 @@ def _device(layer: AdaptedLinear, adapter: Adapter) -> torch.device:
     """Where the layer is, without a walk through its modules: this is asked for every step."""
     for t in adapter._parameters.values():
         if t is not None:
+            layer.check_here(t)
             return t.device
-    return layer.weight.device
+    return layer.device
 
 
 def _calibrated(state: nn.Module) -> bool:
@@ -273,6 +279,11 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
         if isinstance(layer, AdaptedSharded) and done == "consolidated":
             raise ValueError(
                 f"the weight of {name} is cut over processes: consolidate the model whole, before cutting it"
+            )
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"the weight of {name} is offloaded, or has no numbers yet: nothing was {done}; "
+                "load the base model without offloading, fl.load the adapter onto it, and go on from there"
             )
         if isinstance(layer, AdaptedPacked):
             if not dequantise:

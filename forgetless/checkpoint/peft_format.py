@@ -126,7 +126,14 @@ def _layer_of(key: str, folder: Path) -> str:
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file of these tensors."""
+    """A safetensors file of these tensors.
+
+    Raises:
+        ValueError: one has no numbers.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{key} is on the meta device, offloaded or never filled: there is nothing to save")
     plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     return serialise(plain, metadata={"format": "pt"})
 

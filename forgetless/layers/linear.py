@@ -17,6 +17,7 @@ from ..names import bare_modules
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
 from .groups import Group, families
+from .offload import execution_device, onloaded
 from .quantized import kind_of, stand_in
 from .states import keep_base_names
 from .tensor_parallel import cut_of
@@ -79,15 +80,18 @@ def stored(base: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
-    """The layer as a method sees it; a weight that is packed or cut is a stand-in unless its ``values`` are wanted."""
-    kind = kind_of(base)
-    if kind is not None:
-        return Site(name, kind.unpack(base) if values else stand_in(base, kind.dtype(base)))
-    if cut_of(base) is not None:
-        return Site(name, whole(base.weight).detach() if values else stand_in(base, base.weight.dtype))  # type: ignore[arg-type]
-    transposed = is_conv1d(base)
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    return Site(name, weight.detach().T if transposed else weight.detach(), transposed)
+    """The layer as a method sees it; a weight that is packed, cut or offloaded is a stand-in but for its ``values``."""
+    kind, transposed = kind_of(base), is_conv1d(base)
+    if values:
+        with onloaded(base):
+            weight = whole(base.weight).detach() if kind is None else kind.unpack(base)  # type: ignore[arg-type]
+    elif kind is not None:
+        weight = stand_in(base, kind.dtype(base))
+    elif cut_of(base) is not None or execution_device(base) is not None:
+        weight = stand_in(base, base.weight.dtype)  # type: ignore[arg-type]
+    else:
+        weight = base.weight.detach()  # type: ignore[operator]
+    return Site(name, weight.T if transposed else weight, transposed)
 
 
 @dataclass
@@ -163,6 +167,12 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     @property
+    def device(self) -> torch.device:
+        """Where the layer executes: its weight may be kept elsewhere."""
+        here = self.weight.device
+        return (execution_device(self.base) or here) if here.type == "meta" else here
+
+    @property
     def in_features(self) -> int:
         return self.weight.shape[0 if self.transposed else 1]
 
@@ -226,6 +236,8 @@ class AdaptedLinear(nn.Module):
     def _around(self, x: Tensor) -> Tensor:
         """By the base's own forward, the low-rank product added to what it returns."""
         adapter, cut = self.adapter, self.cut
+        for parameter in adapter._parameters.values():
+            self.check_here(parameter)
         down, up = adapter.factors()
         if cut is not None:
             down, up = cut.local(down, up)
@@ -252,6 +264,13 @@ class AdaptedLinear(nn.Module):
             raise ValueError(
                 f"the weight of {self.name} is distributed, {tuple(weight.placements)}: with tensor parallelism call "
                 "parallelize_module first, then fl.adapt; with FSDP2 call the model that fully_shard was given"
+            )
+
+    def check_here(self, parameter: Tensor | None) -> None:
+        """Refuse a parameter of the adapter that has no numbers where the layer has them."""
+        if parameter is not None and parameter.is_meta and self.device.type != "meta":
+            raise ValueError(
+                f"the adapter of {self.name} is offloaded: offload the model first, then fl.adapt or fl.load"
             )
 
     def _joins(self, first: AdaptedLinear, like: Tensor, dropout: float) -> bool:
@@ -296,7 +315,7 @@ class AdaptedLinear(nn.Module):
 
     def delta(self) -> Tensor:  # (N, K) float32, or float64
         """scale * up @ down in at least float32, as ``fl.merge`` adds it."""
-        with exact_products(self.weight.device.type):  # factors may be products too
+        with exact_products(self.device.type):  # factors may be products too
             return self._delta(*self.adapter.factors())
 
     def _delta(self, down: Tensor, up: Tensor) -> Tensor:

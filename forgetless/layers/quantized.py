@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import whole
+from .offload import execution_device, onloaded
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,15 @@ def kind_of(module: nn.Module) -> Kind | None:
 def weight_mark(base: nn.Module) -> Tensor:
     """What is hashed to know a weight again: the weight itself, all of it, or unpacked. Collective where it is cut."""
     kind = kind_of(base)
-    return whole(base.weight) if kind is None else (kind.mark or kind.unpack)(base)  # type: ignore[arg-type]
+    with onloaded(base):
+        return whole(base.weight) if kind is None else (kind.mark or kind.unpack)(base)  # type: ignore[arg-type]
 
 
 def stand_in(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
-    """NaN in the shape and on the device of the weight, in no memory: who reads it learns that it must not."""
-    N, K = int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
-    device = next(t.device for t in (*base.parameters(), *base.buffers()))
-    return torch.full((1, 1), torch.nan, dtype=dtype or torch.float32, device=device).expand(N, K)
+    """NaN in the shape of the weight, where its layer executes, in no memory: who reads it learns that it must not."""
+    shape: Any = base.weight.shape if kind_of(base) is None else (base.out_features, base.in_features)
+    device = execution_device(base) or next(t.device for t in (*base.parameters(), *base.buffers()))
+    return torch.full((1, 1), torch.nan, dtype=dtype or torch.float32, device=device).expand(shape)
 
 
 def _full_name(cls: type) -> str:
