@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from . import compat
 from .adapter import Adapter, Site
 from .layers.linear import AdaptedLinear, form_groups, site_of
+from .layers.offload import check_here
+from .layers.quantized import kind_of, unpacked
 from .layers.wrapped import AdaptedPacked, AdaptedSharded, wrap
 from .methods.base import Method
-from .names import bare_modules, wraps
+from .names import wraps
 from .ops import explain_path
 from .ops.autograd import exact_products
 from .penalties.base import Item
 from .report import LayerReport, Report
-from .targets import ALL_LINEAR, find_layers
+from .targets import ALL_LINEAR, find_layers, refusal
 
 
 def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_LINEAR) -> nn.Module:
@@ -44,11 +46,18 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
     """
     if not isinstance(method, Method):
         raise ValueError(f"method is {method!r}, wants an instance such as fl.LoRA(rank=16)")
+    return adapt_layers(model, method, find_layers(model, targets))
+
+
+def adapt_layers(
+    model: nn.Module, method: Method, layers: dict[str, nn.Module], drawn_as: dict[str, str] | None = None
+) -> nn.Module:
+    """``adapt`` for these layers of the model, by name; random bases are drawn for the names in ``drawn_as``."""
     if adapters(model):
         raise ValueError("model is adapted already; fl.merge(model) or fl.remove(model) first")
-    layers = find_layers(model, targets)
-    sites = [site_of(name, base) for name, base in layers.items()]
-    for site in sites:
+    _check_no_peft(model)
+    sites = {name: site_of((drawn_as or {}).get(name, name), base) for name, base in layers.items()}
+    for site in sites.values():
         if site.weight.is_meta and any(hasattr(module, "_hf_hook") for module in model.modules()):
             raise ValueError(
                 f"the weight of {site.name} is offloaded by a hook of accelerate's on a module around it; "
@@ -57,14 +66,24 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
         if not site.weight.is_floating_point():
             raise ValueError(f"{site.name} has a weight of dtype {site.weight.dtype}, wants a floating-point dtype")
         method.check(site)
-    built = {site.name: build(method, site, layers[site.name]) for site in sites}
+    built = {name: build(method, site, layers[name]) for name, site in sites.items()}
     model.requires_grad_(False)
-    adapted = {name: wrap(layers[name], adapter, method, name) for name, adapter in built.items()}
+    adapted = {name: wrap(layers[name], adapter, method, sites[name].name) for name, adapter in built.items()}
     for name, layer in adapted.items():
         layer.train(layers[name].training)
         _replace(model, layers[name], layer)
     form_groups(model, adapted)
     return model
+
+
+def _check_no_peft(model: nn.Module) -> None:
+    """PEFT's own factors are linear layers, too, and would be adapted and frozen."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # without it there is no such layer
+    if peft is not None and any(isinstance(module, peft.BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "model has PEFT adapters: fl.swap_in(model) runs its LoRA layers on our op; to adapt the model that they "
+            "change, call its merge_and_unload() first"
+        )
 
 
 def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
@@ -139,6 +158,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
     for layer in result.values():
+        check_here(layer)
         hidden = None if layer.trace is None else layer.trace.hidden
         adapter = layer.adapter
         for state in adapter.penalty_states():
@@ -157,7 +177,6 @@ def _device(layer: AdaptedLinear, adapter: Adapter) -> torch.device:
     """Where the layer is, without a walk through its modules: this is asked for every step."""
     for t in adapter._parameters.values():
         if t is not None:
-            layer.check_here(t)
             return t.device
     return layer.device
 
@@ -246,8 +265,8 @@ def merge(model: nn.Module, dequantise: bool = False) -> nn.Module:
     Args:
         model: an adapted model.
         dequantise: make a layer that packs its weight an nn.Linear in the dtype it was packed from, where that is
-            known, else in the model's; that takes so much more memory. The model's own quantisation config still
-            says that it is quantised.
+            known, else in the model's; that takes so much more memory. Layers without an adapter too, so that a
+            model of transformers is no quantised one any more, and neither is its config.
 
     Raises:
         ValueError: no adapters; an adapter holds NaN or Inf; a weight is shared with another module (a tied
@@ -260,19 +279,49 @@ def merge(model: nn.Module, dequantise: bool = False) -> nn.Module:
     dtype = next(others, torch.float32)
     for layer in result.values():
         if isinstance(layer, AdaptedPacked):
-            _replace(model, layer, layer.dense(dtype))
+            _replace(model, layer, unpacked(layer.base, dtype, layer.delta()))
         else:
             layer.fold()
-    return remove(model) if adapters(model) else model
+    if adapters(model):
+        remove(model)
+    if dequantise:
+        _unpack_rest(model, dtype)
+    return model
+
+
+def _unpack_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """Unpack the layers that had no adapter; where none is left that packs its weight, transformers is told."""
+    for module in list(model.modules()):
+        kind = kind_of(module)
+        if kind is not None and kind.wants(module) is None:
+            _replace(model, module, unpacked(module, dtype))
+    left = sorted({type(module).__qualname__ for module in model.modules() if _packs(module)})
+    for module in model.modules():
+        quantizer = getattr(module, "hf_quantizer", None)
+        if quantizer is None:
+            continue
+        if left:
+            warnings.warn(f"the model's config still says quantised: it has {', '.join(left)}", stacklevel=3)
+            return
+        quantizer.remove_quantization_config(module)
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            module.__dict__.pop(flag, None)
+
+
+def _packs(module: nn.Module) -> bool:
+    """Whether a layer packs its weight, in a way that is known or not."""
+    weight = getattr(module, "weight", None)
+    dense = isinstance(weight, Tensor) and weight.is_floating_point()
+    return kind_of(module) is not None or (refusal(module) is not None and not dense)
 
 
 def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dict[str, AdaptedLinear]:
     """The adapted layers, if all updates can go into their weights; ValueError otherwise (``done``: for its text)."""
     result = _adapters(model)
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for p in module.parameters(recurse=False):
-            owners.setdefault(id(p), []).append(name)
+            owners.setdefault(id(p), []).append((name, module))
     for name, layer in result.items():
         if not all(torch.isfinite(p).all() for p in layer.adapter.parameters()):
             raise ValueError(f"the adapter of {name} holds NaN or Inf; nothing was {done}")
@@ -292,7 +341,7 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
                     "fl.load it onto the base model in full precision, or fl.merge(model, dequantise=True)"
                 )
             continue
-        others = [other for other in owners[id(layer.weight)] if other != f"{name}.base"]
+        others = [other for other, module in owners[id(layer.weight)] if module is not layer.base]
         if others:
             raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them first; nothing was {done}")
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,26 @@ from ..files import newest, read_json, sha256_of
 from ..layers.linear import AdaptedLinear
 from ..methods import LoRA, Method
 from ..methods.lora import LoRAAdapter
+from ..names import bare_modules
+from .beside import within
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+PICKLED = "adapter_model.bin"
 PREFIX = "base_model.model."
-#: Entries of a config that change what the checkpoint computes and that LoRA here does not have.
+#: Entries of a config that are read here, and those that say nothing about what the checkpoint computes.
+KNOWN = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "init_lora_weights",
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
+#: Entries that change what the checkpoint computes, for people; any other that is set is refused by its name alone.
 UNSUPPORTED = {
     "use_dora": "DoRA",
-    "modules_to_save": "modules_to_save",
+    "bias": "trained biases",
+    "alora_invocation_tokens": "activated LoRA",
     "rank_pattern": "per-layer ranks",
     "alpha_pattern": "per-layer alphas",
     "lora_bias": "a bias in lora_B",
@@ -81,12 +95,35 @@ def config_of(model: nn.Module, layers: Mapping[str, AdaptedLinear], method: Met
 def _target_modules(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> list[str]:
     """The last parts of the names where they select the same layers, else the full names."""
     last = {name.rpartition(".")[2] for name in layers}
-    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    selected = {name for name in bare_modules(model) if name.rpartition(".")[2] in last}
     return sorted(last) if selected == set(layers) else sorted(layers)
 
 
-def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor]]:
-    """Method, names of the layers and tensors of a LoRA checkpoint that PEFT wrote.
+def warn_of_experts(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Name the layers that PEFT passes over: with transformers 5 it takes their names for those of fused experts."""
+    if not any(p.dim() == 3 for p in model.parameters()):
+        return
+    try:
+        convert = importlib.import_module("peft.utils.transformers_weight_conversion")
+    except ImportError:  # no PEFT, or versions that convert nothing
+        return
+    theirs: Any = importlib.import_module("peft").LoraConfig(target_modules=config["target_modules"])
+    try:
+        convert.convert_peft_config_for_transformers(theirs, model, None)
+        left = set(theirs.target_modules)
+    except ValueError:  # some of the names that it takes together
+        left = set()
+    lost = sorted(set(config["target_modules"]) - left)
+    if lost:
+        warnings.warn(
+            f"PEFT takes {', '.join(lost)} for the experts of {type(model).__name__} and does not read the adapters of "
+            "these layers; fl.load does",
+            stacklevel=4,
+        )
+
+
+def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor], list[str]]:
+    """Method, names of the layers, tensors, and names of those of ``modules_to_save``, that PEFT wrote.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -96,17 +133,29 @@ def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor]]:
     config = read_json(newest(folder, CONFIG))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, wants 'LORA'")
-    for key, title in UNSUPPORTED.items():
-        if config.get(key):
-            raise ValueError(f"{path}: the checkpoint has {title} ({key}), which forgetless does not load")
+    for key, value in config.items():
+        if value and value != "none" and key not in KNOWN:
+            title = UNSUPPORTED.get(key, "an entry that is not known")
+            raise ValueError(f"{path}: the checkpoint has {title} ({key}={value!r}), which forgetless does not load")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
         raise ValueError(
             f"{path}: init_lora_weights is {start!r}, which changes the base weights as well; "
             "convert the checkpoint to plain LoRA with PEFT first"
         )
+    if not newest(folder, WEIGHTS).exists() and (folder / PICKLED).exists():
+        raise ValueError(
+            f"{folder / PICKLED}: a pickle, which can run code, is not read; "
+            "PEFT's save_pretrained(folder, safe_serialization=True) writes safetensors"
+        )
     tensors = read_tensors(newest(folder, WEIGHTS))
-    names = list(dict.fromkeys(_layer_of(key, folder) for key in tensors))
+    beside = [
+        key.removeprefix(PREFIX)
+        for key in tensors
+        if ".lora_" not in key and within(key.removeprefix(PREFIX), config.get("modules_to_save") or ())
+    ]
+    saved = {PREFIX + key for key in beside}
+    names = list(dict.fromkeys(_layer_of(key, folder) for key in tensors if key not in saved))
     if not names:
         raise ValueError(f"{folder / WEIGHTS}: holds no tensors")
     method = LoRA(
@@ -115,14 +164,19 @@ def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor]]:
         dropout=config.get("lora_dropout") or 0.0,
         rslora=bool(config.get("use_rslora")),
     )
-    return method, names, tensors
+    return method, names, tensors, beside
 
 
 def _layer_of(key: str, folder: Path) -> str:
     for suffix in (".lora_A.weight", ".lora_B.weight"):
         if key.endswith(suffix):
             return key.removeprefix(PREFIX).removesuffix(suffix)
-    raise ValueError(f"{folder / WEIGHTS}: {key} is not a LoRA factor of a linear layer")
+    if ".lora_" in key:
+        raise ValueError(f"{folder / WEIGHTS}: {key} is not a LoRA factor of a linear layer")
+    raise ValueError(
+        f"{folder / WEIGHTS}: {key} is a weight of the base model and not of modules_to_save; PEFT writes those of "
+        "embeddings unless save_pretrained is given save_embedding_layers=False"
+    )
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:

@@ -17,7 +17,7 @@ from ..names import bare_modules
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
 from .groups import Group, families
-from .offload import execution_device, onloaded
+from .offload import check_here, execution_device, onloaded
 from .quantized import kind_of, stand_in
 from .states import keep_base_names
 from .tensor_parallel import cut_of
@@ -236,8 +236,7 @@ class AdaptedLinear(nn.Module):
     def _around(self, x: Tensor) -> Tensor:
         """By the base's own forward, the low-rank product added to what it returns."""
         adapter, cut = self.adapter, self.cut
-        for parameter in adapter._parameters.values():
-            self.check_here(parameter)
+        check_here(self)
         down, up = adapter.factors()
         if cut is not None:
             down, up = cut.local(down, up)
@@ -264,13 +263,6 @@ class AdaptedLinear(nn.Module):
             raise ValueError(
                 f"the weight of {self.name} is distributed, {tuple(weight.placements)}: with tensor parallelism call "
                 "parallelize_module first, then fl.adapt; with FSDP2 call the model that fully_shard was given"
-            )
-
-    def check_here(self, parameter: Tensor | None) -> None:
-        """Refuse a parameter of the adapter that has no numbers where the layer has them."""
-        if parameter is not None and parameter.is_meta and self.device.type != "meta":
-            raise ValueError(
-                f"the adapter of {self.name} is offloaded: offload the model first, then fl.adapt or fl.load"
             )
 
     def _joins(self, first: AdaptedLinear, like: Tensor, dropout: float) -> bool:

@@ -23,6 +23,13 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
+def check_here(layer: Any) -> None:
+    """Refuse to run or to train an adapter without numbers on a layer that has them."""
+    parameters = layer.adapter._parameters.values()
+    if any(p is not None and p.is_meta for p in parameters) and layer.device.type != "meta":
+        raise ValueError(f"the adapter of {layer.name} is offloaded: offload the model first, then fl.adapt or fl.load")
+
+
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
     """Within it, the tensors of the module and its submodules have their numbers; what is written to them is lost."""

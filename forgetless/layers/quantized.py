@@ -98,6 +98,19 @@ def stand_in(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
     return torch.full((1, 1), torch.nan, dtype=dtype or torch.float32, device=device).expand(shape)
 
 
+@torch.no_grad()
+def unpacked(base: Any, dtype: torch.dtype, delta: Tensor | None = None) -> nn.Linear:
+    """The layer as an nn.Linear in its own dtype or in this, with ``delta`` added in delta's dtype and rounded once."""
+    kind: Any = kind_of(base)
+    weight, bias = kind.unpack(base), base.bias
+    N, K = weight.shape
+    made = nn.Linear(K, N, bias is not None, weight.device, kind.dtype(base) or dtype)
+    made.weight.copy_(weight if delta is None else weight.to(delta.dtype) + delta)
+    if bias is not None:
+        made.bias.copy_(bias)
+    return made.requires_grad_(False).train(base.training)
+
+
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
