@@ -323,8 +323,6 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), []).append((name, module))
     for name, layer in result.items():
-        if not all(torch.isfinite(p).all() for p in layer.adapter.parameters()):
-            raise ValueError(f"the adapter of {name} holds NaN or Inf; nothing was {done}")
         if isinstance(layer, AdaptedSharded) and done == "consolidated":
             raise ValueError(
                 f"the weight of {name} is cut over processes: consolidate the model whole, before cutting it"
@@ -334,6 +332,8 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
                 f"the weight of {name} is offloaded, or has no numbers yet: nothing was {done}; "
                 "load the base model without offloading, fl.load the adapter onto it, and go on from there"
             )
+        if not all(torch.isfinite(p).all() for p in layer.adapter.parameters()):
+            raise ValueError(f"the adapter of {name} holds NaN or Inf; nothing was {done}")
         if isinstance(layer, AdaptedPacked):
             if not dequantise:
                 raise ValueError(

@@ -182,7 +182,6 @@ def _peft_config(model: nn.Module, layers: dict[str, AdaptedLinear], method: Met
     """adapter_config.json for PEFT, with a warning of what PEFT will not read."""
     config = peft_format.config_of(model, layers, method) | {"modules_to_save": beside.modules or None}
     warn_of_lost(beside)
-    peft_format.warn_of_experts(model, config)
     return config
 
 

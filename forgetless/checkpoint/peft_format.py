@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,29 +95,6 @@ def _target_modules(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> li
     last = {name.rpartition(".")[2] for name in layers}
     selected = {name for name in bare_modules(model) if name.rpartition(".")[2] in last}
     return sorted(last) if selected == set(layers) else sorted(layers)
-
-
-def warn_of_experts(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Name the layers that PEFT passes over: with transformers 5 it takes their names for those of fused experts."""
-    if not any(p.dim() == 3 for p in model.parameters()):
-        return
-    try:
-        convert = importlib.import_module("peft.utils.transformers_weight_conversion")
-    except ImportError:  # no PEFT, or versions that convert nothing
-        return
-    theirs: Any = importlib.import_module("peft").LoraConfig(target_modules=config["target_modules"])
-    try:
-        convert.convert_peft_config_for_transformers(theirs, model, None)
-        left = set(theirs.target_modules)
-    except ValueError:  # some of the names that it takes together
-        left = set()
-    lost = sorted(set(config["target_modules"]) - left)
-    if lost:
-        warnings.warn(
-            f"PEFT takes {', '.join(lost)} for the experts of {type(model).__name__} and does not read the adapters of "
-            "these layers; fl.load does",
-            stacklevel=4,
-        )
 
 
 def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor], list[str]]:

@@ -240,7 +240,8 @@ def test_there_and_back_again(tmp_path, peft):
     "options, message",
     [
         ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"alora_invocation_tokens": [4, 5]}, "activated LoRA"),
+        ({"arrow_config": {"top_k": 1}}, "an entry that is not known .arrow_config"),
         ({"rank_pattern": {"q_proj": 2}}, "per-layer ranks"),
         ({"alpha_pattern": {"q_proj": 2}}, "per-layer alphas"),
         ({"bias": "lora_only"}, "bias"),
