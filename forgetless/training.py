@@ -58,7 +58,8 @@ class PenaltyMixin:
         if marked:  # what transformers looks at: else it refuses to train quantised weights
             model._hf_peft_config_loaded = True
         try:
-            super().__init__(model, *others, **named)
+            above: Any = super()
+            above.__init__(model, *others, **named)
         finally:
             if marked:
                 del model._hf_peft_config_loaded
@@ -115,25 +116,29 @@ class PenaltyMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapters as ``fl.save`` does, and no base model; without adapters of ours, as the Trainer."""
         trainer: Any = self
+        above: Any = super()
         bare = trainer.accelerator.unwrap_model(trainer.model)
         if not adapters(bare) or trainer.is_deepspeed_enabled:
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            above.save_model(output_dir, _internal_call)
             return
         if trainer.args.should_save or any(hasattr(p, "full_tensor") for p in bare.parameters()):  # sharded: all do
             save(bare, output_dir or trainer.args.output_dir)
         bare.save_pretrained = _write_nothing  # the Trainer's way of writing a model
         try:
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            above.save_model(output_dir, _internal_call)
         finally:
             del bare.save_pretrained
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        above: Any = super()
         if not self._resumed(resume_from_checkpoint, model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            above._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not self._resumed(self.state.best_model_checkpoint, None):  # type: ignore[attr-defined]
-            super()._load_best_model()  # type: ignore[misc]
+        trainer: Any = self
+        above: Any = super()
+        if not self._resumed(trainer.state.best_model_checkpoint, None):
+            above._load_best_model()
 
     def _resumed(self, folder: str, model: nn.Module | None) -> bool:
         """Whether the folder has adapters that the model has, too; then they are read."""

@@ -2,7 +2,8 @@
 
 A folder holds
 
-    adapter_model.safetensors   the adapter's parameters; PEFT's key names for LoRA-shaped methods
+    adapter_model.safetensors   the adapter's parameters, and what is trained beside it; PEFT's key names for LoRA-shaped
+                                methods
     adapter_config.json         PEFT's config for LoRA-shaped methods, so that ``peft.PeftModel`` loads the folder
     forgetless.json             method, penalties, layers, and hashes of what must fit together
     forgetless_state.safetensors   statistics of the penalties (curvature, covariance), if there are any
@@ -44,14 +45,17 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Every file is written beside its place and then renamed, so a reader never sees half of one; killed at any moment,
     it leaves the old adapter or the new one for ``fl.load``. Where parameters are sharded over processes (FSDP2), every
     process must call this; the first one writes, and all return when it has.
-    Parameters keep their dtype; PEFT loads the folders of LoRA, CLoRA and LaLoRA.
+    Parameters keep their dtype; PEFT loads the folders of LoRA, CLoRA and LaLoRA. What is trained beside the adapters
+    is written, too, with the other tensors of its module: PEFT's ``modules_to_save``. A warning names what of it PEFT
+    does not read.
 
     Args:
         model: an adapted model.
         folder: is made if it is not there; files of an earlier adapter in it are replaced.
 
     Raises:
-        ValueError: the model has no adapters, or they are of several methods.
+        ValueError: the model has no adapters, they are of several methods, or their numbers are not here (offloaded,
+            flattened).
         OSError: the folder cannot be written.
     """
     model = bare_modules(model)[""]
@@ -118,7 +122,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         model: the base model, without adapters.
-        folder: written by ``fl.save``, or a LoRA checkpoint written by PEFT.
+        folder: written by ``fl.save``, or a LoRA checkpoint written by PEFT, its ``modules_to_save`` included.
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..files import newest
+from ..folding import check_foldable
 from ..layers.linear import AdaptedLinear, site_of
 from ..layers.quantized import weight_mark
 from ..methods import Method
 from ..methods.curlora import CURLoRAAdapter, weight_hash
 from ..methods.lora import LoRAAdapter
-from ..model import adapters, check_foldable
+from ..model import adapters
 from ..siblings import share_statistics
 from . import peft_format
 from .beside import places
@@ -24,7 +26,8 @@ from .peft_format import PREFIX, WEIGHTS, read_tensors
 STATE = "forgetless_state.safetensors"
 
 
-class Saved(NamedTuple):
+@dataclass(frozen=True)
+class Saved:
     """What a folder holds."""
 
     method: Method
@@ -36,6 +39,7 @@ class Saved(NamedTuple):
 
 
 def read_saved(folder: Path) -> Saved:
+    """What ``fl.save`` wrote there, checked as far as it can be without a model. Raises what ``fl.load`` does."""
     ours = read_description(newest(folder, OURS))
     digests, count = ours["sha256"], ours["consolidated"]
     method = Method.from_json(ours["method"])
@@ -47,10 +51,12 @@ def read_saved(folder: Path) -> Saved:
 
 
 def own_tensors(layer: AdaptedLinear) -> dict[str, Tensor]:
+    """The adapter's state dict without its penalties."""
     return {key: value for key, value in layer.adapter.state_dict().items() if not key.startswith("penalties.")}
 
 
 def folded_keys(name: str, index: int) -> tuple[str, str]:
+    """Keys of the factors down and up of a consolidated task."""
     return f"{name}.folded.{index}.down", f"{name}.folded.{index}.up"
 
 

@@ -20,7 +20,7 @@ from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_pro
 from .groups import Group, families
 from .offload import check_here, execution_device, onloaded
 from .quantized import kind_of, stand_in
-from .states import keep_base_names
+from .states import Standing
 from .tensor_parallel import cut_of
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -111,7 +111,7 @@ def _sample(x: Tensor) -> Tensor:  # (..., K) -> (tokens, K)
     return as_rows(x.detach())[::step].clone()
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(Standing):
     """y = base(x) + scale * (drop(x) @ down.T) @ up.T, as one op.
 
     ``weight`` and ``bias`` are the base layer's, for code that looks at them; the base is not changed until merged.
@@ -145,19 +145,6 @@ class AdaptedLinear(nn.Module):
         self.folded: list[tuple[Tensor, Tensor]] = []  # (down, up) of tasks that are in the weight already
         self.group: Group | None = None  # siblings that get the same x
         self.needs_hidden = any(state.needs_hidden for state in adapter.penalty_states())
-        keep_base_names(self)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """A weight or bias that is set, as tying does, is the base layer's."""
-        if name in ("weight", "bias"):
-            setattr(self.base, name, param)
-        else:
-            super().register_parameter(name, param)
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """For torch.distributed.checkpoint: what goes by its own name in a state dict -> the submodule it is in."""
-        base = self.base
-        return dict.fromkeys((*base._parameters, *base._buffers, *base._modules), "base")
 
     @property
     def weight(self) -> Tensor:

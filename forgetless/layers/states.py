@@ -1,4 +1,4 @@
-"""State dicts of adapted models: what is in the base layer goes by the names that the base model knows."""
+"""Modules that stand for a base layer: what is in it goes by the names that the base model knows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ from typing import Any
 from torch import nn
 
 
-def keep_base_names(layer: nn.Module) -> None:
-    """Leave "base." out of the keys of the state dict of ``layer``, and take such keys with it and without it."""
-    layer.register_state_dict_post_hook(_hide_base)
-    layer.register_load_state_dict_pre_hook(_show_base)
+class Standing(nn.Module):
+    """A module in the place of its ``base``, whose tensors keep their names in state dicts, with or without "base."."""
+
+    base: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_hide_base)
+        self.register_load_state_dict_pre_hook(_show_base)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A weight or bias that is set, as tying does, is the base layer's."""
+        if name in ("weight", "bias"):
+            setattr(self.base, name, param)
+        else:
+            super().register_parameter(name, param)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint: what goes by its own name in a state dict -> the submodule it is in."""
+        base = self.base
+        return dict.fromkeys((*base._parameters, *base._buffers, *base._modules), "base")
 
 
 def _hide_base(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
