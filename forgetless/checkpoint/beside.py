@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -60,13 +59,6 @@ def warn_of_lost(beside: Beside) -> None:
 def places(model: nn.Module) -> dict[str, Tensor]:
     """Name in the base model's state dict -> parameter or buffer, of all that is outside of adapters."""
     return {key: t for name, module in _outside(model).items() for key, t in _own(name, module).items()}
-
-
-def within(key: str, modules: Iterable[str]) -> bool:
-    """Whether a tensor of that name is one of a module that ends like one of ``modules``, as PEFT has it."""
-    parts = key.split(".")
-    owners = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(owner.endswith(name) for owner in owners for name in modules)
 
 
 def _outside(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 A folder holds
 
-    adapter_model.safetensors   the adapter's parameters, and what is trained beside it; PEFT's key names for LoRA-shaped
+    adapter_model.safetensors   the adapter's parameters, what is trained beside it; PEFT's key names for LoRA-shaped
                                 methods
     adapter_config.json         PEFT's config for LoRA-shaped methods, so that ``peft.PeftModel`` loads the folder
     forgetless.json             method, penalties, layers, and hashes of what must fit together

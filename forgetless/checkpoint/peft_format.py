@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ..layers.linear import AdaptedLinear
 from ..methods import LoRA, Method
 from ..methods.lora import LoRAAdapter
 from ..names import bare_modules
-from .beside import within
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -127,7 +126,7 @@ def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor], list[str]]:
     beside = [
         key.removeprefix(PREFIX)
         for key in tensors
-        if ".lora_" not in key and within(key.removeprefix(PREFIX), config.get("modules_to_save") or ())
+        if ".lora_" not in key and _within(key.removeprefix(PREFIX), config.get("modules_to_save") or ())
     ]
     saved = {PREFIX + key for key in beside}
     names = list(dict.fromkeys(_layer_of(key, folder) for key in tensors if key not in saved))
@@ -140,6 +139,13 @@ def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor], list[str]]:
         rslora=bool(config.get("use_rslora")),
     )
     return method, names, tensors, beside
+
+
+def _within(key: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor of that name is one of a module that ends like one of ``modules``, as PEFT has it."""
+    parts = key.split(".")
+    owners = [".".join(parts[:end]) for end in range(1, len(parts))]
+    return any(owner.endswith(name) for owner in owners for name in modules)
 
 
 def _layer_of(key: str, folder: Path) -> str:

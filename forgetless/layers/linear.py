@@ -148,11 +148,11 @@ class AdaptedLinear(Standing):
 
     @property
     def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
+        return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
+        return self.base.bias
 
     @property
     def device(self) -> torch.device:

@@ -365,7 +365,7 @@ class _View(AdaptedLinear):
             self.needs_hidden = any(state.needs_hidden for state in adapter.penalty_states())
 
     @property
-    def base(self) -> Any:  # type: ignore[override]
+    def base(self) -> Any:
         base = self.layer.base_layer
         return base if self.adapter.bias is None else _Biased(base.weight, self.bias)
 
