@@ -43,6 +43,7 @@ class CLoRA(Method):
 
     name: ClassVar[str] = "clora"
     reads_weight: ClassVar[bool] = False
+    adapts_experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)

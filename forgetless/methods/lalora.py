@@ -47,6 +47,7 @@ class LaLoRA(Method):
 
     name: ClassVar[str] = "lalora"
     reads_weight: ClassVar[bool] = False
+    adapts_experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)

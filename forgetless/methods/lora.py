@@ -40,6 +40,7 @@ class LoRA(Method):
 
     name: ClassVar[str] = "lora"
     reads_weight: ClassVar[bool] = False
+    adapts_experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
