@@ -75,7 +75,7 @@ def _is_stack(module: nn.Module, name: str, experts: int) -> bool:
     return type(t) is nn.Parameter and t.dim() == 3 and t.shape[0] == experts and t.is_floating_point()
 
 
-def stacks(model: nn.Module) -> dict[str, nn.Module]:
+def stacks(model: nn.Module) -> dict[str, Stack]:
     """Name -> stack, of all experts modules of the model: "model.layers.0.mlp.experts.gate_up_proj"."""
     return {
         f"{name}.{key}" if name else key: Stack(module, key)
