@@ -36,8 +36,9 @@ class Method:
         for name, fits, wants in _CHECKS:
             if hasattr(self, name) and not fits(getattr(self, name)):
                 raise ValueError(f"{title}.{name} is {getattr(self, name)!r}, wants {wants}")
-        if not isinstance(getattr(self, "penalties", ()), tuple):
-            object.__setattr__(self, "penalties", tuple(self.penalties))
+        penalties = getattr(self, "penalties", ())
+        if not isinstance(penalties, tuple):
+            object.__setattr__(self, "penalties", tuple(penalties))
         for penalty in self.all_penalties():  # the method's own refuse nonsense in its fields
             if not isinstance(penalty, Penalty):
                 raise ValueError(f"{title}.penalties holds {penalty!r}, wants Penalty instances such as fl.NullSpace()")
