@@ -198,7 +198,8 @@ def _subclass(mixin: type, cls: type) -> Any:
 
 
 def _put_before(mixin: type, module: Any) -> None:
-    module.__class__ = _subclass(mixin, type(module))
+    cls: Any = type(module)
+    module.__class__ = _subclass(mixin, cls)
 
 
 def _blank(mixin: type, cls: type) -> Any:
