@@ -92,7 +92,8 @@ def weight_mark(base: Any) -> Tensor:
 def stand_in(base: Any, dtype: torch.dtype | None) -> Tensor:
     """NaN in the shape and on the device of the weight, in no memory: who reads it learns that it must not."""
     device = next(t.device for t in (*base.parameters(), *base.buffers()))
-    return torch.full((1, 1), torch.nan, dtype=dtype or torch.float32, device=device).expand(base.out_features, base.in_features)
+    one = torch.full((1, 1), torch.nan, dtype=dtype or torch.float32, device=device)
+    return one.expand(base.out_features, base.in_features)
 
 
 def _full_name(cls: type) -> str:
