@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import compat
 from .adapter import Adapter, Site
-from .layers.experts import SUFFIX, AdaptedExperts, build_experts, check_experts, expert_site, matrices
+from .layers.expert_factors import build_experts, expert_site
+from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
 from .layers.linear import AdaptedLinear, form_groups, site_of
 from .layers.stack import Stack
 from .layers.wrapped import AdaptedPacked, AdaptedSharded, wrap
@@ -213,7 +214,7 @@ def explain(model: nn.Module) -> Report:
     Raises:
         ValueError: the model has no adapters.
     """
-    from .peft.swap import reports
+    from .peft.reports import reports
 
     report = Report(reports(model))
     for name, layer in (adapters(model) if report else _adapters(model)).items():

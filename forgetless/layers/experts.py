@@ -7,95 +7,22 @@ matrices: ``matrices`` gives one ``Expert`` for each.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Site
+from ..adapter import Adapter
 from ..methods.base import Method
-from ..methods.lora import LoRAAdapter
 from ..ops.autograd import exact_products, lowrank_linear
 from ..ops.grouped import Factors, Rows, grouped_lowrank, sort_rows
-from ..penalties import Penalty
+from .expert_factors import parts
 from .linear import DRIFT_TOKENS, AdaptedLinear, Trace, hooked
 from .stack import Stack, give_back, take_over, verify, verify_once
-
-
-class _Part(Adapter):
-    """The factors of one expert, slices of the stack, for one call of a penalty."""
-
-    def __init__(self, owner: Adapter, down: Tensor, up: Tensor, states: list[Any]):
-        super().__init__()
-        self.scale, self.dropout = owner.scale, owner.dropout
-        self._parameters.update(down=down, up=up)  # type: ignore[arg-type]
-        self.states = states
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.down, self.up  # type: ignore[return-value]
-
-    def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
-        return {"down": ddown, "up": dup}
-
-    def penalty_states(self) -> list[Any]:
-        return self.states
-
-
-def parts(adapter: Adapter) -> list[_Part]:
-    """The adapter of each expert. Its factors are slices, all of one graph."""
-    with torch.enable_grad():
-        downs, ups = (factor.unbind() for factor in adapter.factors())
-    states = adapter.penalty_states()
-    n = len(states) // len(downs)
-    pairs = enumerate(zip(downs, ups, strict=True))
-    return [_Part(adapter, down, up, states[n * e : n * (e + 1)]) for e, (down, up) in pairs]
-
-
-def attach_to_parts(adapter: Adapter, penalties: tuple[Any, ...], site: Site) -> None:
-    """One state for each expert and penalty, expert after expert."""
-    if len(adapter.penalties):
-        raise ValueError(f"{site.name} has penalties already")
-    for e, part in enumerate(parts(adapter)):
-        for penalty in penalties:
-            adapter.penalties.append(penalty.attach(part, expert_site(site, e)))
-
-
-def expert_site(site: Site, expert: int) -> Site:
-    """One expert as a layer: "...experts.gate_up_proj.3"."""
-    return Site(f"{site.name}.{expert}", site.weight[expert])
-
-
-class ExpertsLoRA(LoRAAdapter):
-    """``down`` (E, R, K) and ``up`` (E, N, R), each expert's as its method starts it."""
-
-    def __init__(self, members: list[Adapter]):
-        Adapter.__init__(self)
-        self.scale, self.dropout = members[0].scale, members[0].dropout
-        self.down, self.up = (
-            nn.Parameter(torch.stack([factor.detach() for factor in factors]))
-            for factors in zip(*(member.factors() for member in members), strict=True)
-        )
-
-    @torch.no_grad()
-    def restart(self, site: Site) -> None:
-        for down in self.down:
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        self.up.zero_()
-
-    def attach(self, penalties: tuple[Penalty, ...], site: Site) -> None:
-        attach_to_parts(self, penalties, site)
-
-
-def build_experts(method: Method, site: Site) -> ExpertsLoRA:
-    """The adapter of a stack (E, N, K), penalties attached; of a method that ``adapts_experts``."""
-    members = [method.build(expert_site(site, e)) for e in range(site.weight.shape[0])]
-    adapter = ExpertsLoRA(members)
-    adapter.attach(method.all_penalties(), site)
-    return adapter
 
 
 def check_experts(layers: dict[str, nn.Module], method: Method, all_linear: bool) -> dict[str, nn.Module]:
@@ -172,12 +99,14 @@ class AdaptedExperts(AdaptedLinear):
         if not _adapted(module):
             give_back(module)
 
-    def forward(self, x: Tensor, rows: Rows, sums: Tensor | None, by_token: bool) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, stack: Stack, rows: Rows, sums: Tensor | None, by_token: bool
+    ) -> Tensor:
         if any(hooked(expert) for expert in self.experts):
             return self._one_by_one(x, rows, sums, by_token)
         adapter = self.adapter
         factors = Factors(*adapter.factors(), adapter.scale, adapter.dropout if self.training else 0.0)
-        y, h = grouped_lowrank(x, self.base.matrices(), self.bias, factors, rows, sums, by_token)
+        y, h = grouped_lowrank(x, stack.matrices(), stack.bias, factors, rows, sums, by_token)
         self._record_rows(x, h, rows, by_token)
         return y
 
@@ -331,7 +260,22 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         (T, K) in the dtype of ``hidden_states``.
     """
     verify_once(experts, _plain_forward)
-    return _forward(experts, _adapted(experts), hidden_states, top_k_index, top_k_weights)
+    layers = _adapted(experts) | {view.base.key: view for view in _called.get()}
+    return _forward(experts, layers, hidden_states, top_k_index, top_k_weights)
+
+
+@torch.compiler.disable
+def call_with(view: AdaptedExperts, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a module that ends in the experts of ``view``, with its update: for adapters that are kept elsewhere."""
+    token = _called.set((*_called.get(), view))
+    try:
+        return module(*args, **kwargs)
+    finally:
+        _called.reset(token)
+
+
+#: The adapters that are set down for the call that runs.
+_called: ContextVar[tuple[AdaptedExperts, ...]] = ContextVar("forgetless experts", default=())
 
 
 def _plain_forward(experts: Any, *arguments: Tensor) -> Tensor:
@@ -343,9 +287,9 @@ def _forward(experts: Any, layers: dict[str, AdaptedExperts], x: Tensor, index: 
     sums = shares.reshape(-1)[rows.order]
 
     def product(key: str, x: Tensor, sums: Tensor | None, by_token: bool) -> Tensor:
-        if key in layers:
-            return layers[key](x, rows, sums, by_token)
         stack = Stack(experts, key)
+        if key in layers:
+            return layers[key](x, stack, rows, sums, by_token)
         weight = stack.matrices()
         E, N, K = weight.shape
         none = Factors(weight.new_zeros(E, 0, K), weight.new_zeros(E, N, 0))

@@ -106,8 +106,9 @@ def take_over(experts: Any, forward: Forward) -> None:
 
 
 def give_back(experts: Any) -> None:
-    """Let the module run as its model's config says."""
-    experts.config = experts.config.config
+    """Let the module run as its model's config says; again is harmless."""
+    if isinstance(experts.config, _Config):
+        experts.config = experts.config.config
 
 
 def verify_once(experts: Any, plain: Forward) -> None:

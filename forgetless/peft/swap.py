@@ -12,19 +12,19 @@ from __future__ import annotations
 import copyreg
 import functools
 import importlib
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import versions
+from ..layers.experts import call_with, experts_forward
 from ..layers.linear import AdaptedLinear, form_groups, runs_by
-from ..ops import explain_path
+from ..layers.stack import give_back, take_over
 from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
-from ..report import LayerReport
-from .routes import adapter_reason, base_reason, kind_reason, onto_base, state_reason
+from .experts import ExpertsView, title
+from .routes import adapter_reason, base_reason, kind_reason, onto_base, runs_experts, stack_of
 from .views import View
 
 #: What is asked of a PEFT layer.
@@ -68,7 +68,7 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
         if not isinstance(spec, Penalty):
             raise ValueError(f"penalties holds {spec!r}, wants Penalty instances such as fl.NullSpace()")
     takers = {
-        name: _Taker(layer, name.removeprefix("base_model.model."), specs or ())  # as fl.adapt would call it
+        name: _Taker(layer, title(name, layer).removeprefix("base_model.model."), specs or ())  # as of fl.adapt
         for name, layer in result.items()
         if kind_reason(layer) is None and (specs is not None or _taker(layer) is None)
     }
@@ -115,14 +115,9 @@ def views(model: nn.Module) -> dict[str, AdaptedLinear]:
         if taker is not None:
             active = taker.active()
             for view in active:
-                result[name if len(active) == 1 else f"{name}:{view.adapter.key}"] = view
+                own = title(name, layer)
+                result[own if len(active) == 1 else f"{own}:{view.adapter.key}"] = view
     return result
-
-
-def reports(model: nn.Module) -> dict[str, LayerReport]:
-    """Name -> how it runs, of every PEFT LoRA layer of the model, swapped in or not."""
-    peft = sys.modules.get("peft.tuners.lora.layer")  # without it there is no such layer
-    return {} if peft is None else {name: _report(layer) for name, layer in _lora_layers(model, peft.LoraLayer)}
 
 
 def _peft(module: str) -> Any:
@@ -163,7 +158,11 @@ class _SwappedLayer(_Theirs):
         taker = self._forgetless
         if taker is None:
             return super().forward(x, *args, **kwargs)
-        if not args and (not kwargs or (kwargs.keys() <= _IDLE and not any(v is not None for v in kwargs.values()))):
+        if taker.stacked:
+            active = taker.active() if runs_experts(self, taker.keys(), x) else []
+            if active:
+                return call_with(active[0], self.base_layer, x, *args, **kwargs)
+        elif not args and (not kwargs or (kwargs.keys() <= _IDLE and not any(v is not None for v in kwargs.values()))):
             route = taker.route(x)
             if route is not None:
                 return taker.run(x, *route)
@@ -184,7 +183,7 @@ class _SwappedTuner(_Theirs):
         if current:  # not swapped out since
             for name, layer in _lora_layers(model, _peft("tuners.lora.layer").LoraLayer):
                 if kind_reason(layer) is None and _taker(layer) is None:
-                    _Taker(layer, name, current[0].specs).install()
+                    _Taker(layer, title(name, layer), current[0].specs).install()
             _form_groups(model)
 
 
@@ -216,17 +215,19 @@ class _Taker:
 
     def __init__(self, layer: Any, name: str, specs: tuple[Penalty, ...]):
         self.layer, self.name, self.specs = layer, name, specs
-        self.views: dict[str, View] = {}
+        self.views: dict[str, Any] = {}
+        self.stacked = stack_of(layer) is not None
 
-    def view(self, key: str) -> View:
+    def view(self, key: str) -> Any:
         view = self.views.get(key)
         if view is None or view.adapter.module is not self.layer.lora_A._modules[key]:  # deleted and added again
-            view = self.views[key] = View(self.layer, key, self.name, self.specs)
+            made: Any = ExpertsView if self.stacked else View
+            view = self.views[key] = made(self.layer, key, self.name, self.specs)
             if self.layer.__dict__.get("_forgetless") is self:
                 self._register()
         return view
 
-    def make_views(self) -> list[View]:
+    def make_views(self) -> list[Any]:
         keys = self.layer.lora_A._modules
         return [self.view(key) for key in keys if adapter_reason(self.layer, key) is None]
 
@@ -242,19 +243,23 @@ class _Taker:
         if not isinstance(layer, _SwappedLayer):
             _put_before(_SwappedLayer, layer)
         layer.__dict__["_forgetless"] = self
+        if self.stacked:
+            take_over(layer.get_base_layer(), experts_forward)
         self.make_views()
         self._register()
 
     def remove(self) -> None:
         self.layer._modules.pop(_PENALTIES, None)
         del self.layer.__dict__["_forgetless"]
+        if self.stacked:
+            give_back(self.layer.get_base_layer())
 
     def keys(self) -> list[str]:
         """The active adapters that this layer has."""
         known = self.layer.lora_A._modules
         return [key for key in self.layer.active_adapters if key in known]
 
-    def active(self) -> list[View]:
+    def active(self) -> list[Any]:
         return [self.view(key) for key in self.keys() if adapter_reason(self.layer, key) is None]
 
     def route(self, x: Any) -> tuple[list[View], bool] | None:
@@ -299,46 +304,3 @@ def _detach_groups(takers: list[_Taker]) -> None:
         for view in taker.views.values():
             if view.group is not None:
                 view.group.detach()
-
-
-def _report(layer: Any) -> LayerReport:
-    known = {**layer.lora_A._modules, **getattr(layer, "lora_embedding_A", {})}
-    keys = [key for key in layer.active_adapters if key in known]
-    path, reason = _path(layer, keys)
-    rank = sum(layer.r[key] for key in keys)
-    parameters = [p for part in layer.adapter_layer_names for p in getattr(layer, part, nn.Module()).parameters()]
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    return LayerReport("lora", layer.in_features, layer.out_features, rank, trainable, path, reason)
-
-
-def _path(layer: Any, keys: list[str]) -> tuple[str, str]:
-    """How a layer with these active adapters runs, and why."""
-    taker = _taker(layer)
-    if taker is None:
-        return "peft", kind_reason(layer) or "not swapped in: call fl.swap_in(model), again after adding layers"
-    if state := state_reason(layer):
-        return "base", state
-    if not keys:
-        return "base", "none of its adapters is active: the frozen layer alone"
-    if reason := next(filter(None, (adapter_reason(layer, key) for key in keys)), None):
-        return "peft", reason
-    return _op_report(taker.active())
-
-
-def _op_report(active: list[View]) -> tuple[str, str]:
-    first = active[0]
-    down = first.adapter.down
-    own = base_reason(first.layer.base_layer)
-    several = f"; {len(active)} adapters: {', '.join(view.adapter.key for view in active)}" if len(active) > 1 else ""
-    if own is not None:
-        return "onto", f"{own}, the low-rank product is added to its result{several}"
-    weight = first.weight
-    N, K = first.out_features, first.in_features
-    path, reason = explain_path(weight.device, weight.dtype, N, K, down.shape[0])
-    members = first.group.partners(first) if first.group else []
-    partners = [view.name.rpartition(".")[2] for view in members if view is not first]
-    like, dropout = first.stored()[0], first.adapter.dropout
-    together = all(view._joins(first, like, dropout) for view in members)
-    if not several and partners and first in members and together:
-        reason += f"; one pass over x with {', '.join(partners)}"
-    return path, reason + several
