@@ -17,14 +17,18 @@ from ..penalties import Penalty
 class _Part(Adapter):
     """The factors of one expert, slices of the stack, for one call of a penalty."""
 
+    down: Tensor
+    up: Tensor
+
     def __init__(self, owner: Adapter, down: Tensor, up: Tensor, states: list[Any]):
         super().__init__()
         self.scale, self.dropout = owner.scale, owner.dropout
-        self._parameters.update(down=down, up=up)  # type: ignore[arg-type]
+        own: Any = self._parameters  # slices are no parameters
+        own.update(down=down, up=up)
         self.states = states
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.down, self.up  # type: ignore[return-value]
+        return self.down, self.up
 
     def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
         return {"down": ddown, "up": dup}

@@ -123,15 +123,13 @@ class AdaptedExperts(AdaptedLinear):
         self.trace = ExpertsTrace(seen, ids, h if self.needs_hidden else None, rows) if keeps else None
 
     def _one_by_one(self, x: Tensor, rows: Rows, sums: Tensor | None, by_token: bool) -> Tensor:
-        """The same, each expert called as a layer of its own on all tokens: for who watches single experts."""
-        everything = x if by_token else x.new_zeros(0)
+        """The same, each expert called as a layer of its own on all tokens, the rest zero: for who watches it."""
         made = []
         for e, part in rows.slices():
             expert, tokens = self.experts[e], rows.tokens[part]
             expert.tokens = tokens
-            if not by_token:
-                everything = x.new_zeros(rows.size, x.shape[1]).index_copy(0, tokens, x[part])
-            made.append(expert(everything)[tokens])
+            own = x[tokens] if by_token else x[part]
+            made.append(expert(x.new_zeros(rows.size, x.shape[1]).index_copy(0, tokens, own))[tokens])
         y = torch.cat(made) if made else x.new_zeros(0, self.out_features)
         if sums is None:
             return y
@@ -202,7 +200,7 @@ class Expert(AdaptedLinear):
         return None if bias is None else bias[self.index]
 
     @property
-    def trace(self) -> Trace | None:  # type: ignore[override]
+    def trace(self) -> Trace | None:
         """h of every token, zero where it was routed elsewhere: means over tokens are those of the whole pass."""
         trace = self.owner.trace
         if trace is None or trace.hidden is None:
@@ -213,8 +211,8 @@ class Expert(AdaptedLinear):
         return Trace(None, h.new_zeros(rows.size, h.shape[1]).index_copy(0, rows.tokens[part], h[part]))
 
     @trace.setter
-    def trace(self, value: None) -> None:
-        self.owner.trace = value
+    def trace(self, value: Trace | None) -> None:
+        self.owner.trace = value and self.owner.trace  # who measures lets go of it
 
     def forward(self, x: Tensor) -> Tensor:  # (T, K) -> (T, N), zero where a token is routed elsewhere
         owner = self.owner

@@ -17,11 +17,8 @@ from .views import View
 def reports(model: nn.Module) -> dict[str, LayerReport]:
     """Name -> how it runs, of every PEFT LoRA layer of the model, swapped in or not."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # without it there is no such layer
-    layers = (
-        []
-        if peft is None
-        else ((name, layer) for name, layer in model.named_modules() if isinstance(layer, peft.LoraLayer))
-    )
+    known = () if peft is None else peft.LoraLayer
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, known))
     return {title(name, layer): _report(layer) for name, layer in layers}
 
 
