@@ -25,7 +25,7 @@ from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from ..report import LayerReport
 from .routes import adapter_reason, base_reason, kind_reason, onto_base, state_reason
-from .views import View
+from .views import OwnLayer, View
 
 #: What is asked of a PEFT layer.
 _ASKED = (
@@ -112,17 +112,23 @@ def views(model: nn.Module) -> dict[str, AdaptedLinear]:
     result: dict[str, AdaptedLinear] = {}
     for name, layer in model.named_modules():
         taker = _taker(layer)
+        active: dict[str, AdaptedLinear] = {}
         if taker is not None:
-            active = taker.active()
-            for view in active:
-                result[name if len(active) == 1 else f"{name}:{view.adapter.key}"] = view
+            active = {view.adapter.key: view for view in taker.active()}
+        elif isinstance(layer, OwnLayer):
+            active = layer.active_layers()
+        for key, view in active.items():
+            result[name if len(active) == 1 else f"{name}:{key}"] = view
     return result
 
 
 def reports(model: nn.Module) -> dict[str, LayerReport]:
-    """Name -> how it runs, of every PEFT LoRA layer of the model, swapped in or not."""
+    """Name -> how it runs, of every PEFT LoRA layer of the model, swapped in or not, and of our own in PEFT."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # without it there is no such layer
-    return {} if peft is None else {name: _report(layer) for name, layer in _lora_layers(model, peft.LoraLayer)}
+    if peft is None:
+        return {}
+    ours = {name: layer.report() for name, layer in model.named_modules() if isinstance(layer, OwnLayer)}
+    return {**ours, **{name: _report(layer) for name, layer in _lora_layers(model, peft.LoraLayer)}}
 
 
 def _peft(module: str) -> Any:
@@ -182,10 +188,29 @@ class _SwappedTuner(_Theirs):
         super().inject_adapter(model, *args, **kwargs)
         current = _swapped(model)
         if current:  # not swapped out since
-            for name, layer in _lora_layers(model, _peft("tuners.lora.layer").LoraLayer):
-                if kind_reason(layer) is None and _taker(layer) is None:
-                    _Taker(layer, name, current[0].specs).install()
-            _form_groups(model)
+            take_over(model, {}, current[0].specs)
+
+
+def take_over(model: nn.Module, own: dict[str, tuple[Penalty, ...]], specs: tuple[Penalty, ...] = ()) -> None:
+    """Run the layers that PEFT has added to the inner model on our op.
+
+    Args:
+        model: without PEFT's wrappers.
+        own: adapter -> penalties that it has for itself.
+        specs: penalties of every other adapter of a new layer.
+
+    Raises:
+        ValueError: an adapter that has its own penalties is one that PEFT's forward must run.
+    """
+    for name, layer in _lora_layers(model, _peft("tuners.lora.layer").LoraLayer):
+        for key in own.keys() & {*layer.lora_A, *getattr(layer, "lora_embedding_A", {})}:
+            if reason := kind_reason(layer) or adapter_reason(layer, key):
+                raise ValueError(f"penalties cannot be attached to {name}: {reason}")
+        if kind_reason(layer) is None:
+            taker = _taker(layer) or _Taker(layer, name, specs)
+            taker.own.update(own)
+            taker.install()
+    _form_groups(model)
 
 
 @functools.cache
@@ -208,7 +233,7 @@ def _blank(mixin: type, cls: type) -> Any:
 
 
 #: Name of the submodule that holds the states of attached penalties; there is none without penalties.
-_PENALTIES = "forgetless_penalties"
+PENALTIES = "forgetless_penalties"
 
 
 class _Taker:
@@ -216,12 +241,13 @@ class _Taker:
 
     def __init__(self, layer: Any, name: str, specs: tuple[Penalty, ...]):
         self.layer, self.name, self.specs = layer, name, specs
+        self.own: dict[str, tuple[Penalty, ...]] = {}  # of adapters whose configuration has penalties
         self.views: dict[str, View] = {}
 
     def view(self, key: str) -> View:
         view = self.views.get(key)
         if view is None or view.adapter.module is not self.layer.lora_A._modules[key]:  # deleted and added again
-            view = self.views[key] = View(self.layer, key, self.name, self.specs)
+            view = self.views[key] = View(self.layer, key, self.name, self.own.get(key, self.specs))
             if self.layer.__dict__.get("_forgetless") is self:
                 self._register()
         return view
@@ -233,9 +259,12 @@ class _Taker:
     def _register(self) -> None:
         """Penalties' buffers go where the layer goes."""
         current = {key: view.adapter.penalties for key, view in self.views.items() if len(view.adapter.penalties)}
-        self.layer._modules.pop(_PENALTIES, None)
+        self.layer._modules.pop(PENALTIES, None)
         if current:
-            self.layer.add_module(_PENALTIES, nn.ModuleDict(current))
+            self.layer.add_module(PENALTIES, nn.ModuleDict(current))
+        if self.own:  # PEFT saves, loads and deletes them as it does an adapter's other parts
+            names = dict.fromkeys((*self.layer.adapter_layer_names, PENALTIES))
+            self.layer.adapter_layer_names = tuple(n for n in names if n != PENALTIES or current)
 
     def install(self) -> None:
         layer = self.layer
@@ -246,7 +275,7 @@ class _Taker:
         self._register()
 
     def remove(self) -> None:
-        self.layer._modules.pop(_PENALTIES, None)
+        self.layer._modules.pop(PENALTIES, None)
         del self.layer.__dict__["_forgetless"]
 
     def keys(self) -> list[str]:
