@@ -214,7 +214,7 @@ def explain(model: nn.Module) -> Report:
     Raises:
         ValueError: the model has no adapters.
     """
-    from .peft.reports import reports
+    from .peft.explain import reports
 
     report = Report(reports(model))
     for name, layer in (adapters(model) if report else _adapters(model)).items():

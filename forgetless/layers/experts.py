@@ -22,7 +22,7 @@ from ..ops.autograd import exact_products, lowrank_linear
 from ..ops.grouped import Factors, Rows, grouped_lowrank, sort_rows
 from .expert_factors import parts
 from .linear import DRIFT_TOKENS, AdaptedLinear, Trace, hooked
-from .stack import Stack, give_back, take_over, verify, verify_once
+from .stack import Stack, give_back, run_by, verify, verify_once
 
 
 def check_experts(layers: dict[str, nn.Module], method: Method, all_linear: bool) -> dict[str, nn.Module]:
@@ -89,7 +89,7 @@ class AdaptedExperts(AdaptedLinear):
 
     def install(self) -> None:
         """Go into the experts module, and let it run by ``experts_forward``."""
-        take_over(self.base.experts, experts_forward)
+        run_by(self.base.experts, experts_forward)
         self.base.experts.add_module(self.base.key + SUFFIX, self)
 
     def uninstall(self) -> None:

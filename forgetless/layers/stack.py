@@ -98,7 +98,7 @@ class _Config:
         return getattr(self.config, name)
 
 
-def take_over(experts: Any, forward: Forward) -> None:
+def run_by(experts: Any, forward: Forward) -> None:
     """Let the module run by ``forward`` from now on; again is harmless."""
     sys.modules["transformers.integrations.moe"].ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
     if not isinstance(experts.config, _Config):

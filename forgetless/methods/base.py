@@ -25,6 +25,9 @@ class Method:
     """A way to adapt a layer: ``build`` makes its adapter. Subclasses are frozen dataclasses with plain fields.
 
     Fields are what JSON can hold (numbers, strings, booleans), but for ``penalties``, a tuple of ``Penalty``.
+
+    Raises:
+        ValueError: ``rank``, ``alpha``, ``dropout`` or ``penalties``, where there is one, is no such thing.
     """
 
     name: ClassVar[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ def stack_of(layer: Any) -> Stack | None:
     key = getattr(layer, "parameter_name", None)
     experts = layer.get_base_layer() if isinstance(key, str) else nn.Identity()
     return Stack(experts, key) if isinstance(key, str) and key in keys_of(experts) else None
+
+
+def lora_layers(model: nn.Module, cls: type) -> Iterator[tuple[str, Any]]:
+    """Name and layer of every PEFT LoRA layer, ``cls`` being PEFT's class of them."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, cls))
+
+
+def taker_of(module: nn.Module) -> Any:
+    """What ``swap_in`` keeps beside a layer that it has taken over; None for any other module."""
+    return module.__dict__.get("_forgetless")
 
 
 def kind_reason(layer: Any) -> str | None:

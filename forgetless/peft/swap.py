@@ -12,7 +12,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from .. import versions
 from ..layers.experts import call_with, experts_forward
 from ..layers.linear import AdaptedLinear, form_groups, runs_by
-from ..layers.stack import give_back, take_over
+from ..layers.stack import give_back, run_by
 from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from .experts import ExpertsView, title
-from .routes import adapter_reason, base_reason, kind_reason, onto_base, runs_experts, stack_of
-from .views import View
+from .routes import adapter_reason, base_reason, kind_reason, lora_layers, onto_base, runs_experts, stack_of, taker_of
+from .views import OwnLayer, View
 
 #: What is asked of a PEFT layer.
 _ASKED = (
@@ -53,7 +53,7 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
         RuntimeError: its layers lack something that is needed here: a version that this was not tested with.
         ValueError: the model has no LoRA layers, or a penalty cannot be attached to one of them. Nothing is changed.
     """
-    result = dict(_lora_layers(model, _peft("tuners.lora.layer").LoraLayer))
+    result = dict(lora_layers(model, _peft("tuners.lora.layer").LoraLayer))
     if not result:
         raise ValueError(
             f"model is a {type(model).__name__} without PEFT LoRA layers; "
@@ -70,7 +70,7 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
     takers = {
         name: _Taker(layer, title(name, layer).removeprefix("base_model.model."), specs or ())  # as of fl.adapt
         for name, layer in result.items()
-        if kind_reason(layer) is None and (specs is not None or _taker(layer) is None)
+        if kind_reason(layer) is None and (specs is not None or taker_of(layer) is None)
     }
     if specs:
         for name, layer in result.items():
@@ -111,12 +111,15 @@ def views(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> active adapter of each swapped-in layer, as an adapted layer; "name:adapter" where several are active."""
     result: dict[str, AdaptedLinear] = {}
     for name, layer in model.named_modules():
-        taker = _taker(layer)
+        taker = taker_of(layer)
+        active: dict[str, AdaptedLinear] = {}
         if taker is not None:
-            active = taker.active()
-            for view in active:
-                own = title(name, layer)
-                result[own if len(active) == 1 else f"{own}:{view.adapter.key}"] = view
+            active = {view.adapter.key: view for view in taker.active()}
+        elif isinstance(layer, OwnLayer):
+            active = layer.active_layers()
+        own = title(name, layer)
+        for key, view in active.items():
+            result[own if len(active) == 1 else f"{own}:{key}"] = view
     return result
 
 
@@ -131,16 +134,8 @@ def _peft(module: str) -> Any:
         ) from error
 
 
-def _lora_layers(model: nn.Module, cls: type) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, cls))
-
-
-def _taker(module: nn.Module) -> _Taker | None:
-    return module.__dict__.get("_forgetless")
-
-
 def _swapped(model: nn.Module) -> list[_Taker]:
-    return [taker for module in model.modules() if (taker := _taker(module)) is not None]
+    return [taker for module in model.modules() if (taker := taker_of(module)) is not None]
 
 
 # -------------------------------------------------------------------------------------- the layers
@@ -181,10 +176,29 @@ class _SwappedTuner(_Theirs):
         super().inject_adapter(model, *args, **kwargs)
         current = _swapped(model)
         if current:  # not swapped out since
-            for name, layer in _lora_layers(model, _peft("tuners.lora.layer").LoraLayer):
-                if kind_reason(layer) is None and _taker(layer) is None:
-                    _Taker(layer, title(name, layer), current[0].specs).install()
-            _form_groups(model)
+            take_over(model, {}, current[0].specs)
+
+
+def take_over(model: nn.Module, own: dict[str, tuple[Penalty, ...]], specs: tuple[Penalty, ...] = ()) -> None:
+    """Run the layers that PEFT has added to the inner model on our op.
+
+    Args:
+        model: without PEFT's wrappers.
+        own: adapter -> penalties that it has for itself.
+        specs: penalties of every other adapter of a new layer.
+
+    Raises:
+        ValueError: an adapter that has its own penalties is one that PEFT's forward must run.
+    """
+    for name, layer in lora_layers(model, _peft("tuners.lora.layer").LoraLayer):
+        for key in own.keys() & {*layer.lora_A, *getattr(layer, "lora_embedding_A", {})}:
+            if reason := kind_reason(layer) or adapter_reason(layer, key):
+                raise ValueError(f"penalties cannot be attached to {name}: {reason}")
+        if kind_reason(layer) is None:
+            taker = taker_of(layer) or _Taker(layer, title(name, layer), specs)
+            taker.own.update(own)
+            taker.install()
+    _form_groups(model)
 
 
 @functools.cache
@@ -207,7 +221,7 @@ def _blank(mixin: type, cls: type) -> Any:
 
 
 #: Name of the submodule that holds the states of attached penalties; there is none without penalties.
-_PENALTIES = "forgetless_penalties"
+PENALTIES = "forgetless_penalties"
 
 
 class _Taker:
@@ -215,6 +229,7 @@ class _Taker:
 
     def __init__(self, layer: Any, name: str, specs: tuple[Penalty, ...]):
         self.layer, self.name, self.specs = layer, name, specs
+        self.own: dict[str, tuple[Penalty, ...]] = {}  # of adapters whose configuration has penalties
         self.views: dict[str, Any] = {}
         self.stacked = stack_of(layer) is not None
 
@@ -222,7 +237,7 @@ class _Taker:
         view = self.views.get(key)
         if view is None or view.adapter.module is not self.layer.lora_A._modules[key]:  # deleted and added again
             made: Any = ExpertsView if self.stacked else View
-            view = self.views[key] = made(self.layer, key, self.name, self.specs)
+            view = self.views[key] = made(self.layer, key, self.name, self.own.get(key, self.specs))
             if self.layer.__dict__.get("_forgetless") is self:
                 self._register()
         return view
@@ -234,9 +249,12 @@ class _Taker:
     def _register(self) -> None:
         """Penalties' buffers go where the layer goes."""
         current = {key: view.adapter.penalties for key, view in self.views.items() if len(view.adapter.penalties)}
-        self.layer._modules.pop(_PENALTIES, None)
+        self.layer._modules.pop(PENALTIES, None)
         if current:
-            self.layer.add_module(_PENALTIES, nn.ModuleDict(current))
+            self.layer.add_module(PENALTIES, nn.ModuleDict(current))
+        if self.own:  # PEFT saves, loads and deletes them as it does an adapter's other parts
+            names = dict.fromkeys((*self.layer.adapter_layer_names, PENALTIES))
+            self.layer.adapter_layer_names = tuple(n for n in names if n != PENALTIES or current)
 
     def install(self) -> None:
         layer = self.layer
@@ -244,12 +262,12 @@ class _Taker:
             _put_before(_SwappedLayer, layer)
         layer.__dict__["_forgetless"] = self
         if self.stacked:
-            take_over(layer.get_base_layer(), experts_forward)
+            run_by(layer.get_base_layer(), experts_forward)
         self.make_views()
         self._register()
 
     def remove(self) -> None:
-        self.layer._modules.pop(_PENALTIES, None)
+        self.layer._modules.pop(PENALTIES, None)
         del self.layer.__dict__["_forgetless"]
         if self.stacked:
             give_back(self.layer.get_base_layer())
@@ -291,7 +309,7 @@ def _form_groups(model: nn.Module) -> None:
     _detach_groups(_swapped(model))
     together: dict[str, dict[str, AdaptedLinear]] = {}
     for name, module in model.named_modules():
-        taker = _taker(module)
+        taker = taker_of(module)
         for view in [] if taker is None else taker.make_views():
             if base_reason(view.layer.base_layer) is None:
                 together.setdefault(view.adapter.key, {})[name] = view

@@ -12,7 +12,20 @@ from ..layers.linear import AdaptedLinear, hooked, stored
 from ..methods import LoRA
 from ..ops.add_lowrank import Term
 from ..penalties import Penalty
+from ..report import LayerReport
 from .routes import adapter_reason, base_reason, state_reason
+
+
+class OwnLayer:
+    """A tuner layer of ours among PEFT's: what the rest of the library asks of it."""
+
+    def active_layers(self) -> dict[str, AdaptedLinear]:
+        """Adapter -> adapted layer, of the active adapters."""
+        raise NotImplementedError
+
+    def report(self) -> LayerReport:
+        """How it runs."""
+        raise NotImplementedError
 
 
 class PeftAdapter(Adapter):

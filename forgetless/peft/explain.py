@@ -1,4 +1,4 @@
-"""How each PEFT LoRA layer runs, and why: the part of ``fl.explain`` that is about PEFT models."""
+"""What ``fl.explain`` says of the layers of a PEFT model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import nn
 from ..ops import explain_path
 from ..report import LayerReport
 from .experts import title
-from .routes import adapter_reason, base_reason, kind_reason, state_reason
-from .views import View
+from .routes import adapter_reason, base_reason, kind_reason, lora_layers, state_reason, taker_of
+from .views import OwnLayer, View
 
 
 def reports(model: nn.Module) -> dict[str, LayerReport]:
-    """Name -> how it runs, of every PEFT LoRA layer of the model, swapped in or not."""
+    """Name -> how it runs, of every PEFT LoRA layer of the model, swapped in or not, and of our own in PEFT."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # without it there is no such layer
-    known = () if peft is None else peft.LoraLayer
-    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, known))
-    return {title(name, layer): _report(layer) for name, layer in layers}
+    if peft is None:
+        return {}
+    ours = {name: layer.report() for name, layer in model.named_modules() if isinstance(layer, OwnLayer)}
+    return {**ours, **{title(name, layer): _report(layer) for name, layer in lora_layers(model, peft.LoraLayer)}}
 
 
 def _report(layer: Any) -> LayerReport:
@@ -34,7 +35,7 @@ def _report(layer: Any) -> LayerReport:
 
 def _path(layer: Any, keys: list[str]) -> tuple[str, str]:
     """How a layer with these active adapters runs, and why."""
-    taker = layer.__dict__.get("_forgetless")
+    taker = taker_of(layer)
     if taker is None:
         return "peft", kind_reason(layer) or "not swapped in: call fl.swap_in(model), again after adding layers"
     if state := state_reason(layer):
