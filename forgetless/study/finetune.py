@@ -14,7 +14,8 @@ import forgetless as fl
 from ..cli.console import Ui
 from . import processes
 from . import results as book
-from .data import Collator, Domain, Encoded, encode_domain, encode_for_training, load_domain
+from .data import Collator, Domain, load_domain
+from .encoding import CHAT, Encoded, encode_domain, encode_for_training, template_for
 from .evaluate import nll
 from .machine import machine, versions
 from .models import load_model
@@ -50,6 +51,7 @@ class Work:
     source: Encoded
     held_out: Encoded
     steps: int
+    template: str
 
 
 def prepare(options: FinetuneOptions) -> Work:
@@ -73,13 +75,14 @@ def prepare(options: FinetuneOptions) -> Work:
     if calibrates(plan) and not kept:
         raise BadInput(f"{plan.label} is calibrated on text to keep: give --source")
     model, tokenizer = load_model(options.model, DTYPES[options.dtype], options.device)
-    encoded = encode_for_training(domain.train, tokenizer, options.max_length)
+    template = template_for(options.template, tokenizer)
+    encoded = encode_for_training(domain.train, tokenizer, options.max_length, template)
     source = source_rows(kept, tokenizer, options.calibration, min(options.max_length, 256)) if kept else []
     check_fit(model, [plan], options.targets)
     per_step = options.batch_size * options.accumulate
     steps = options.steps or max(1, math.ceil(options.epochs * len(encoded) / per_step))
-    held_out = take_tokens(encode_domain(domain.held_out, tokenizer, options.max_length), EVAL_TOKENS)
-    return Work(plan, domain, model, tokenizer, source, held_out, steps)
+    held_out = take_tokens(encode_domain(domain.held_out, tokenizer, options.max_length, template), EVAL_TOKENS)
+    return Work(plan, domain, model, tokenizer, source, held_out, steps, template)
 
 
 def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
@@ -95,7 +98,10 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
     if work.source:
         ui.say(f"calibrating on {len(work.source)} sequences of {', '.join(options.source)}")
         fl.calibrate(model, collate.batches(work.source))
-    config = TrainConfig.of(options, work.steps, plan.lr, options.seed)
+    config = dataclasses.replace(TrainConfig.of(options, work.steps, plan.lr, options.seed), template=work.template)
+    if any(example.prompt for example in work.domain.train):
+        way = "through the chat template of the tokenizer" if work.template == CHAT else "as they are, no chat template"
+        ui.say(f"prompts and completions: {way}")
     before = nll(model, work.held_out, collate).loss
     if processes.number() == 0:
         (options.out / UNFINISHED).touch()

@@ -111,6 +111,7 @@ class FinetuneOptions:
     accumulate: int = 1
     max_length: int = 512
     calibration: int = 32
+    template: str = "auto"
     seed: int = 0
     dtype: str = "bfloat16"
     device: str = "cpu"

@@ -30,7 +30,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..training import PenaltyMixin, mean_drift
 from . import processes
-from .data import Collator, Encoded, encode_for_training, in_batches
+from .data import Collator, in_batches
+from .encoding import MESSAGES, Encoded, encode_for_training
 from .machine import Peak
 from .options import CompareOptions, FinetuneOptions
 from .texts import Example
@@ -52,6 +53,7 @@ class TrainConfig:
     max_length: int = 96
     seed: int = 0
     snapshot_every: int = 5
+    template: str = MESSAGES  # what goes through the chat template, see encoding
     pool: int = 8  # batches sorted by length together, see in_batches; a fifth less padding in the default compare
 
     @classmethod
@@ -248,7 +250,7 @@ def train(
     Parameters in half precision (full fine-tuning) are updated through float32 copies. Several processes (torchrun)
     divide each batch; they end early together, also when one of them finds that ``stop`` has been asked for.
     """
-    encoded = encode_for_training(examples, tokenizer, config.max_length)
+    encoded = encode_for_training(examples, tokenizer, config.max_length, config.template)
     result, watch = TrainResult(), Watch(Snapshot(trainable(model)), config.snapshot_every)
     use_cache = getattr(model.config, "use_cache", None)
     peak = Peak(model.device)
