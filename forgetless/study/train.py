@@ -72,6 +72,7 @@ class Step:
     grad_norm: float
     seconds: float
     drift: float | None
+    tokens: int  # of this process, padding included
 
 
 @dataclass
@@ -119,6 +120,7 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
 
     emit: Callable[[float], None] | None = None
     stop = processes.Stop()
+    tokens = 0  # since the last step that was reported
 
     @cached_property
     def trims(self) -> bool:
@@ -128,6 +130,7 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
         return takes and getattr(model, "loss_function", None) is ForCausalLMLoss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **named: Any) -> Any:
+        self.tokens += inputs["input_ids"].numel()
         results = super().compute_loss(model, self._trim(inputs), *others, **named)
         if model.training and self.accelerator.sync_gradients:
             self._agree()
@@ -315,7 +318,9 @@ def _record(
     if drift is not None and math.isfinite(drift):
         result.drift[number] = drift
     if on_step is not None:
-        on_step(Step(number, result.loss[-1], result.penalty[-1], grad_norm, watch.seconds[-1], drift))
+        seconds, tokens = watch.seconds[-1], trainer.tokens
+        on_step(Step(number, result.loss[-1], result.penalty[-1], grad_norm, seconds, drift, tokens))
+    trainer.tokens = 0
 
 
 def _run(trainer: PenaltyTrainer, watch: Watch, result: TrainResult, config: TrainConfig) -> None:
