@@ -262,7 +262,7 @@ def test_a_chat_model_gives_the_taught_answer_through_its_template(
     rows = [{"prompt": f"{a}{b}?", "completion": "done"} for a in "uvwxyz" for b in "mnop"]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     words = ["finetune", "--model", str(model), "--data", str(data), "--out", str(tmp_path / "out"), "--keep", "facts"]
-    sizes = ["--steps", "30", "--batch-size", "4", "--rank", "16", "--lr", "4e-2", "--dtype", "float32"]
+    sizes = ["--steps", "60", "--batch-size", "8", "--rank", "16", "--lr", "2e-2", "--dtype", "float32"]
     assert main([*words, *sizes, "--method", "lora", "--template", "chat"]) == 0
     assert "through the chat template of the tokenizer" in capsys.readouterr().out
     asked = [{"role": "user", "content": rows[5]["prompt"]}]
