@@ -85,7 +85,7 @@ class View(AdaptedLinear):
     def __init__(self, layer: Any, key: str, name: str, specs: tuple[Penalty, ...]):
         adapter = PeftAdapter(layer, key)
         super().__init__(layer.base_layer, adapter, LoRA(), name)
-        self._modules.clear()
+        del self._modules["base"]  # PEFT's layer may get another
         self.__dict__.update(layer=layer, adapter=adapter)
         if specs:
             weight = self.weight.detach()
