@@ -9,6 +9,7 @@ from torch import nn
 
 from ..ops import explain_path
 from ..report import LayerReport
+from .experts import title
 from .routes import adapter_reason, base_reason, kind_reason, lora_layers, state_reason, taker_of
 from .views import OwnLayer, View
 
@@ -19,7 +20,7 @@ def reports(model: nn.Module) -> dict[str, LayerReport]:
     if peft is None:
         return {}
     ours = {name: layer.report() for name, layer in model.named_modules() if isinstance(layer, OwnLayer)}
-    return {**ours, **{name: _report(layer) for name, layer in lora_layers(model, peft.LoraLayer)}}
+    return {**ours, **{title(name, layer): _report(layer) for name, layer in lora_layers(model, peft.LoraLayer)}}
 
 
 def _report(layer: Any) -> LayerReport:
@@ -43,6 +44,9 @@ def _path(layer: Any, keys: list[str]) -> tuple[str, str]:
         return "base", "none of its adapters is active: the frozen layer alone"
     if reason := next(filter(None, (adapter_reason(layer, key) for key in keys)), None):
         return "peft", reason
+    if taker.stacked:
+        several = "several adapters are active: the stack of experts takes one"
+        return ("peft", several) if len(keys) > 1 else taker.active()[0].path(0)
     return _op_report(taker.active())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..layers.linear import hooked, is_conv1d
+from ..layers.stack import Stack, keys_of
 from ..ops.check import FLOATS, dtype_name
 
 #: PEFT's layers whose forward is base_layer(x) + sum of lora_B(lora_A(dropout(x))) * scaling.
@@ -19,6 +20,13 @@ LAYERS = (
     "peft.tuners.lora.bnb.Linear8bitLt",
     "peft.tuners.lora.torchao.TorchaoLoraLinear",
 )
+
+
+def stack_of(layer: Any) -> Stack | None:
+    """What a ParamWrapper adapts, if it is a stack of experts that can run our way."""
+    key = getattr(layer, "parameter_name", None)
+    experts = layer.get_base_layer() if isinstance(key, str) else nn.Identity()
+    return Stack(experts, key) if isinstance(key, str) and key in keys_of(experts) else None
 
 
 def lora_layers(model: nn.Module, cls: type) -> Iterator[tuple[str, Any]]:
@@ -34,6 +42,9 @@ def taker_of(module: nn.Module) -> Any:
 def kind_reason(layer: Any) -> str | None:
     """Why PEFT's own forward runs a layer of this class; None if our op may."""
     cls = getattr(type(layer), "_forgetless_base", type(layer))
+    if cls.__name__ == "ParamWrapper":
+        told = f"it adapts {layer.parameter_name} of a {type(layer.get_base_layer()).__name__}, no stack of experts"
+        return None if stack_of(layer) is not None else told
     if f"{cls.__module__}.{cls.__qualname__}" in LAYERS:
         return None
     return f"{cls.__name__} is none of {', '.join(name.rpartition('.')[2] for name in LAYERS)}"
@@ -109,6 +120,18 @@ def onto_base(layer: Any, keys: list[str], x: Any) -> bool | None:
     alike = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
     autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
     return False if alike or autocast else None
+
+
+def runs_experts(layer: Any, keys: list[str], x: Any) -> bool:
+    """Whether a stack of experts takes these adapters by our op; else PEFT adds them to the stack, or runs none."""
+    return (
+        len(keys) == 1
+        and not layer._disable_adapters
+        and not layer.merged_adapters
+        and adapter_reason(layer, keys[0]) is None
+        and layer.lora_B._modules[keys[0]]._parameters["bias"] is None
+        and _surroundings_allow(x)
+    )
 
 
 def _plain(t: Tensor | None, meta: bool = False) -> bool:

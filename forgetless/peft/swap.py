@@ -18,10 +18,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import versions
+from ..layers.experts import call_with, experts_forward
 from ..layers.linear import AdaptedLinear, form_groups, runs_by
+from ..layers.stack import give_back, run_by
 from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
-from .routes import adapter_reason, base_reason, kind_reason, lora_layers, onto_base, taker_of
+from .experts import ExpertsView, title
+from .routes import adapter_reason, base_reason, kind_reason, lora_layers, onto_base, runs_experts, stack_of, taker_of
 from .views import OwnLayer, View
 
 #: What is asked of a PEFT layer.
@@ -65,7 +68,7 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
         if not isinstance(spec, Penalty):
             raise ValueError(f"penalties holds {spec!r}, wants Penalty instances such as fl.NullSpace()")
     takers = {
-        name: _Taker(layer, name.removeprefix("base_model.model."), specs or ())  # as fl.adapt would call it
+        name: _Taker(layer, title(name, layer).removeprefix("base_model.model."), specs or ())  # as of fl.adapt
         for name, layer in result.items()
         if kind_reason(layer) is None and (specs is not None or taker_of(layer) is None)
     }
@@ -114,8 +117,9 @@ def views(model: nn.Module) -> dict[str, AdaptedLinear]:
             active = {view.adapter.key: view for view in taker.active()}
         elif isinstance(layer, OwnLayer):
             active = layer.active_layers()
+        own = title(name, layer)
         for key, view in active.items():
-            result[name if len(active) == 1 else f"{name}:{key}"] = view
+            result[own if len(active) == 1 else f"{own}:{key}"] = view
     return result
 
 
@@ -149,7 +153,11 @@ class _SwappedLayer(_Theirs):
         taker = self._forgetless
         if taker is None:
             return super().forward(x, *args, **kwargs)
-        if not args and (not kwargs or (kwargs.keys() <= _IDLE and not any(v is not None for v in kwargs.values()))):
+        if taker.stacked:
+            active = taker.active() if runs_experts(self, taker.keys(), x) else []
+            if active:
+                return call_with(active[0], self.base_layer, x, *args, **kwargs)
+        elif not args and (not kwargs or (kwargs.keys() <= _IDLE and not any(v is not None for v in kwargs.values()))):
             route = taker.route(x)
             if route is not None:
                 return taker.run(x, *route)
@@ -187,7 +195,7 @@ def take_over(model: nn.Module, own: dict[str, tuple[Penalty, ...]], specs: tupl
             if reason := kind_reason(layer) or adapter_reason(layer, key, meta=True):
                 raise ValueError(f"penalties cannot be attached to {name}: {reason}")
         if kind_reason(layer) is None:
-            taker = taker_of(layer) or _Taker(layer, name, specs)
+            taker = taker_of(layer) or _Taker(layer, title(name, layer), specs)
             taker.own.update(own)
             taker.install()
     _form_groups(model)
@@ -222,17 +230,19 @@ class _Taker:
     def __init__(self, layer: Any, name: str, specs: tuple[Penalty, ...]):
         self.layer, self.name, self.specs = layer, name, specs
         self.own: dict[str, tuple[Penalty, ...]] = {}  # of adapters whose configuration has penalties
-        self.views: dict[str, View] = {}
+        self.views: dict[str, Any] = {}
+        self.stacked = stack_of(layer) is not None
 
-    def view(self, key: str) -> View:
+    def view(self, key: str) -> Any:
         view = self.views.get(key)
         if view is None or view.adapter.module is not self.layer.lora_A._modules[key]:  # deleted and added again
-            view = self.views[key] = View(self.layer, key, self.name, self.own.get(key, self.specs))
+            made: Any = ExpertsView if self.stacked else View
+            view = self.views[key] = made(self.layer, key, self.name, self.own.get(key, self.specs))
             if self.layer.__dict__.get("_forgetless") is self:
                 self._register()
         return view
 
-    def make_views(self) -> list[View]:
+    def make_views(self) -> list[Any]:
         keys = self.layer.lora_A._modules
         return [self.view(key) for key in keys if adapter_reason(self.layer, key, meta=key in self.own) is None]
 
@@ -251,19 +261,23 @@ class _Taker:
         if not isinstance(layer, _SwappedLayer):
             _put_before(_SwappedLayer, layer)
         layer.__dict__["_forgetless"] = self
+        if self.stacked:
+            run_by(layer.get_base_layer(), experts_forward)
         self.make_views()
         self._register()
 
     def remove(self) -> None:
         self.layer._modules.pop(PENALTIES, None)
         del self.layer.__dict__["_forgetless"]
+        if self.stacked:
+            give_back(self.layer.get_base_layer())
 
     def keys(self) -> list[str]:
         """The active adapters that this layer has."""
         known = self.layer.lora_A._modules
         return [key for key in self.layer.active_adapters if key in known]
 
-    def active(self) -> list[View]:
+    def active(self) -> list[Any]:
         return [self.view(key) for key in self.keys() if adapter_reason(self.layer, key) is None]
 
     def route(self, x: Any) -> tuple[list[View], bool] | None:
