@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from .layers.experts import AdaptedExperts
 from .layers.linear import AdaptedLinear
 from .layers.quantized import kind_of, unpacked
 from .layers.wrapped import AdaptedPacked, AdaptedSharded
@@ -99,7 +100,8 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
                     "fl.load it onto the base model in full precision, or fl.merge(model, dequantise=True)"
                 )
             continue
-        others = [other for other, module in owners[id(layer.weight)] if module is not layer.base]
+        own = layer.base.experts if isinstance(layer, AdaptedExperts) else layer.base
+        others = [other for other, module in owners[id(layer.weight)] if module is not own]
         if others:
             raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them first; nothing was {done}")
     return result

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from . import compat
 from .adapter import Adapter, Site
+from .layers.expert_factors import build_experts, expert_site
+from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
 from .layers.linear import AdaptedLinear, form_groups, site_of
 from .layers.offload import check_here
+from .layers.stack import Stack
 from .layers.wrapped import wrap
 from .methods.base import Method
 from .names import wraps
-from .ops import explain_path
 from .ops.autograd import exact_products
 from .penalties.base import Item
 from .report import LayerReport, Report
@@ -45,32 +47,40 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
     """
     if not isinstance(method, Method):
         raise ValueError(f"method is {method!r}, wants an instance such as fl.LoRA(rank=16)")
-    return adapt_layers(model, method, find_layers(model, targets))
+    return adapt_layers(model, method, find_layers(model, targets), all_linear=targets == ALL_LINEAR)
 
 
 def adapt_layers(
-    model: nn.Module, method: Method, layers: dict[str, nn.Module], drawn_as: dict[str, str] | None = None
+    model: nn.Module,
+    method: Method,
+    layers: dict[str, nn.Module],
+    drawn_as: dict[str, str] | None = None,
+    all_linear: bool = False,
 ) -> nn.Module:
     """``adapt`` for these layers of the model, by name; random bases are drawn for the names in ``drawn_as``."""
     if adapters(model):
         raise ValueError("model is adapted already; fl.merge(model) or fl.remove(model) first")
     _check_no_peft(model)
+    layers = check_experts(layers, method, all_linear)
     sites = {name: site_of((drawn_as or {}).get(name, name), base) for name, base in layers.items()}
     for site in sites.values():
         if site.weight.is_meta and any(hasattr(module, "_hf_hook") for module in model.modules()):
             raise ValueError(
-                f"the weight of {site.name} is offloaded by a hook of accelerate's on a module around it; "
-                "offload without preload_module_classes"
+                f"the weight of {site.name} is offloaded with the module around it, and cannot be adapted there; keep "
+                "experts on a device, and leave preload_module_classes out"
             )
         if not site.weight.is_floating_point():
             raise ValueError(f"{site.name} has a weight of dtype {site.weight.dtype}, wants a floating-point dtype")
-        method.check(site)
+        method.check(site if site.weight.dim() == 2 else expert_site(site, 0))
     built = {name: build(method, site, layers[name]) for name, site in sites.items()}
     model.requires_grad_(False)
     adapted = {name: wrap(layers[name], adapter, method, sites[name].name) for name, adapter in built.items()}
     for name, layer in adapted.items():
         layer.train(layers[name].training)
-        _replace(model, layers[name], layer)
+        if isinstance(layer, AdaptedExperts):
+            layer.install()
+        else:
+            _replace(model, layers[name], layer)
     form_groups(model, adapted)
     return model
 
@@ -87,6 +97,8 @@ def _check_no_peft(model: nn.Module) -> None:
 
 def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
     """The adapter of one layer with its penalties attached; if ``base`` packs its weight, unpacked for who reads it."""
+    if isinstance(base, Stack):
+        return build_experts(method, site)
     adapter = method.build(site if base is None else site_of(site.name, base, method.reads_weight))
     adapter.attach(method.all_penalties(), site)
     return adapter
@@ -105,7 +117,7 @@ def _collect(module: nn.Module, name: str, layers: dict[str, AdaptedLinear], see
         return
     seen.add(id(module))
     if isinstance(module, AdaptedLinear):
-        layers[name] = module
+        layers[name.removesuffix(SUFFIX) if isinstance(module, AdaptedExperts) else name] = module
         return
     for key, child in module._modules.items():
         if child is not None:
@@ -152,7 +164,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
         RuntimeError: within a transform of ``torch.func``.
     """
-    result = _running(model)
+    result = matrices(_running(model))
     if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
@@ -233,17 +245,13 @@ def explain(model: nn.Module) -> Report:
     Raises:
         ValueError: the model has no adapters.
     """
-    from .peft.swap import reports
+    from .peft.explain import reports
 
     report = Report(reports(model))
     for name, layer in (adapters(model) if report else _adapters(model)).items():
         with torch.no_grad():
-            rank = layer.adapter.factors()[0].shape[0]
-        N, K = layer.out_features, layer.in_features
-        if layer.runs_base():
-            path, reason = "onto", f"{layer.reason}, the low-rank product is added to its result"
-        else:
-            path, reason = explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
+            rank = layer.adapter.factors()[0].shape[-2]
+        path, reason = layer.path(rank)
         members = layer.group.partners(layer) if layer.group else []
         partners = [m.name.rpartition(".")[2] for m in members if m is not layer]
         if partners:
@@ -264,8 +272,11 @@ def remove(model: nn.Module) -> nn.Module:
     for layer in _adapters(model).values():
         if layer.group is not None:
             layer.group.detach()
-        layer.base.train(layer.training)
-        _replace(model, layer, layer.base)
+        if isinstance(layer, AdaptedExperts):
+            layer.uninstall()
+        else:
+            layer.base.train(layer.training)
+            _replace(model, layer, layer.base)
     return model
 
 

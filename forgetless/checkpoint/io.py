@@ -26,6 +26,7 @@ from ..adapter import whole
 from ..files import newest, write_together
 from ..layers.linear import AdaptedLinear, site_of
 from ..layers.quantized import weight_mark
+from ..layers.stack import stacks
 from ..methods import Method
 from ..methods.curlora import weight_hash
 from ..methods.lora import LoRAAdapter
@@ -35,6 +36,7 @@ from ..targets import find_layers
 from . import peft_format
 from .beside import Beside, trained_beside, warn_of_lost
 from .description import FORMAT, OURS, json_bytes
+from .experts_format import flattened, stacked
 from .peft_format import CONFIG, PREFIX, WEIGHTS, tensor_bytes
 from .restore import STATE, Saved, facts_of, fill, folded_keys, own_tensors, read_saved, restore
 
@@ -74,7 +76,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         config = _peft_config(model, layers, method, beside)
     else:
         config = {"peft_type": method.name.upper(), "base_model_name_or_path": peft_format.base_name(model)}
-    files = {WEIGHTS: tensor_bytes(tensors | _besides(beside))}
+    files = {WEIGHTS: tensor_bytes(flattened(model, tensors) | _besides(beside))}
     if state:
         files[STATE] = tensor_bytes(state)
     ours = {
@@ -110,10 +112,13 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if newest(Path(folder), OURS).exists():
         raise ValueError(f"folder {folder} holds a checkpoint of fl.save ({OURS}); export into another one")
     beside = trained_beside(model)
-    tensors = _besides(beside)
+    tensors = {}
     for name, layer in layers.items():
         tensors.update(peft_format.tensors_of(name, layer))
-    files = {WEIGHTS: tensor_bytes(tensors), CONFIG: json_bytes(_peft_config(model, layers, method, beside))}
+    files = {
+        WEIGHTS: tensor_bytes(flattened(model, tensors) | _besides(beside)),
+        CONFIG: json_bytes(_peft_config(model, layers, method, beside)),
+    }
     _write_once(Path(folder), files, layers)
 
 
@@ -135,7 +140,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     path = newest(folder, OURS)
     if not path.exists():
         return _load_peft(model, folder)
-    saved = read_saved(folder)
+    saved = read_saved(model, folder)
     layers = _check_layers(model, saved.facts, saved.method, folder)
     try:
         drawn_as = {name: facts.get("drawn_as", name) for name, facts in saved.facts.items()}
@@ -154,9 +159,10 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
     """Load a LoRA checkpoint that PEFT wrote."""
-    method, names, tensors, beside = peft_format.read(folder)
+    method, names, tensors, beside = peft_format.read(model, folder)
     adapt_layers(model, method, _find(model, names, folder))
     try:
+        tensors = stacked(model, names, tensors, folder)
         fill(model, Saved(method, {}, tensors, {}, 0, dict.fromkeys(beside, True)))
     except Exception:
         remove(model)
@@ -177,7 +183,7 @@ def _of_one_method(model: nn.Module) -> tuple[dict[str, AdaptedLinear], Method]:
     for name, layer in layers.items():
         if any(p.is_meta for p in layer.adapter.parameters()):
             raise ValueError(f"the adapter of {name} has no numbers: it is offloaded, or was never filled")
-        if layer.weight.dim() != 2:
+        if layer.weight.dim() < 2:
             raise ValueError(f"the weight of {name} is flattened (FSDP1, ZeRO-3): gather all parameters first")
     return layers, method
 
@@ -218,7 +224,7 @@ def _write_once(folder: Path, files: dict[str, bytes], layers: dict[str, Adapted
 
 def _find(model: nn.Module, names: Iterable[str], folder: Path) -> dict[str, nn.Module]:
     names = list(names)
-    present = bare_modules(model)
+    present = bare_modules(model) | stacks(model)
     for name in names:
         if name not in present:
             raise ValueError(f"{folder}: the adapter has a layer {name}, this {type(model).__name__} has none")
@@ -230,7 +236,7 @@ def _check_layers(model: nn.Module, facts: dict[str, Any], method: Method, folde
     """The base model has these layers, of these sizes and, where that is saved, with these weights."""
     layers = _find(model, facts, folder)
     for name, layer in layers.items():
-        saved, shape = facts[name], tuple(site_of(name, layer).weight.shape)
+        saved, shape = facts[name], tuple(site_of(name, layer).weight.shape[-2:])
         if (saved.get("out_features"), saved.get("in_features")) != shape:
             raise ValueError(
                 f"{folder}: {name} was (out {saved.get('out_features')}, in {saved.get('in_features')}), "

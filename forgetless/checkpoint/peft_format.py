@@ -17,18 +17,18 @@ from ..layers.linear import AdaptedLinear
 from ..methods import LoRA, Method
 from ..methods.lora import LoRAAdapter
 from ..names import bare_modules
+from .experts_format import PREFIX, keys, named, split_targets
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PICKLED = "adapter_model.bin"
-PREFIX = "base_model.model."
 #: Entries of a config that are read here, and those that say nothing about what the checkpoint computes.
 KNOWN = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "init_lora_weights",
     "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "target_parameters",
 }  # fmt: skip
 #: Entries that change what the checkpoint computes, for people; any other that is set is refused by its name alone.
 UNSUPPORTED = {
@@ -43,19 +43,14 @@ UNSUPPORTED = {
 }
 
 
-def keys(name: str) -> dict[str, str]:
-    """Factor -> the key of its tensor, for the layer ``name``."""
-    return {"down": f"{PREFIX}{name}.lora_A.weight", "up": f"{PREFIX}{name}.lora_B.weight"}
-
-
 def tensors_of(name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
-    """lora_A (R, K) and lora_B (N, R) on the CPU.
+    """lora_A (R, K) and lora_B (N, R) on the CPU; of a stack of experts (E, R, K) and (E, N, R).
 
     The factors of consolidated tasks follow as further ranks, so that PEFT computes the sum on the original base model.
     """
     factors = [tuple(factor.detach() for factor in layer.adapter.factors()), *layer.folded]
     downs, ups = zip(*((down.cpu(), up.cpu()) for down, up in factors), strict=True)
-    return dict(zip(keys(name).values(), (torch.cat(downs), torch.cat(ups, dim=1)), strict=True))
+    return dict(zip(keys(name).values(), (torch.cat(downs, dim=-2), torch.cat(ups, dim=-1)), strict=True))
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -66,12 +61,13 @@ def base_name(model: nn.Module) -> str | None:
 def config_of(model: nn.Module, layers: Mapping[str, AdaptedLinear], method: Method) -> dict[str, Any]:
     """The content of adapter_config.json."""
     first = next(iter(layers.values()))
-    rank = first.adapter.factors()[0].shape[0] * (1 + len(first.folded))
+    rank = first.adapter.factors()[0].shape[-2] * (1 + len(first.folded))
     exact = isinstance(first.adapter, LoRAAdapter) and not first.folded  # PEFT divides by the rank as the method does
     rslora = exact and bool(getattr(method, "rslora", False))
     alpha = getattr(method, "alpha", None) if exact else None
     if alpha is None:
         alpha = first.adapter.scale * rank
+    modules, experts = split_targets(model, layers)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
@@ -81,11 +77,12 @@ def config_of(model: nn.Module, layers: Mapping[str, AdaptedLinear], method: Met
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": first.adapter.dropout,
         "use_rslora": rslora,
-        "fan_in_fan_out": first.transposed,
+        "fan_in_fan_out": any(layer.transposed for layer in modules.values()),
         "bias": "none",
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _target_modules(model, layers),
+        "target_modules": _target_modules(model, modules),
+        **experts,
     }
 
 
@@ -96,8 +93,8 @@ def _target_modules(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> li
     return sorted(last) if selected == set(layers) else sorted(layers)
 
 
-def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor], list[str]]:
-    """Method, names of the layers, tensors, and names of those of ``modules_to_save``, that PEFT wrote.
+def read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor], list[str]]:
+    """Method, names of the layers in ``model``, tensors, and names of those of ``modules_to_save``, that PEFT wrote.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -129,8 +126,9 @@ def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor], list[str]]:
         if ".lora_" not in key and _within(key.removeprefix(PREFIX), config.get("modules_to_save") or ())
     ]
     saved = {PREFIX + key for key in beside}
-    names = list(dict.fromkeys(_layer_of(key, folder) for key in tensors if key not in saved))
-    if not names:
+    wrappers = list(dict.fromkeys(_layer_of(key, folder) for key in tensors if key not in saved))
+    names = named(model, wrappers, config.get("target_parameters") or (), folder)
+    if not wrappers:
         raise ValueError(f"{folder / WEIGHTS}: holds no tensors")
     method = LoRA(
         rank=config.get("r"),  # type: ignore[arg-type]

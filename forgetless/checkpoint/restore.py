@@ -21,6 +21,7 @@ from ..siblings import share_statistics
 from . import peft_format
 from .beside import places
 from .description import OURS, read_description
+from .experts_format import stacked
 from .peft_format import PREFIX, WEIGHTS, read_tensors
 
 STATE = "forgetless_state.safetensors"
@@ -38,12 +39,12 @@ class Saved:
     trained: dict[str, bool]  # tensor beside the adapters -> whether it is trained
 
 
-def read_saved(folder: Path) -> Saved:
-    """What ``fl.save`` wrote there, checked as far as it can be without a model. Raises what ``fl.load`` does."""
+def read_saved(model: nn.Module, folder: Path) -> Saved:
+    """What ``fl.save`` wrote there, for this model. Raises what ``fl.load`` does."""
     ours = read_description(newest(folder, OURS))
     digests, count = ours["sha256"], ours["consolidated"]
     method = Method.from_json(ours["method"])
-    tensors = read_tensors(newest(folder, WEIGHTS), digests[WEIGHTS])
+    tensors = stacked(model, ours["layers"], read_tensors(newest(folder, WEIGHTS), digests[WEIGHTS]), folder)
     state = read_tensors(newest(folder, STATE), digests[STATE]) if STATE in digests else {}
     if count > max([len(tensors), *(size for t in tensors.values() for size in t.shape)]):
         raise ValueError(f"{folder / OURS}: consolidated is {count}, more than {WEIGHTS} holds")
@@ -77,7 +78,7 @@ def resume(model: nn.Module, folder: Path) -> None:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, or holds adapters that are others than those of the model.
     """
-    saved, layers = read_saved(folder), adapters(model)
+    saved, layers = read_saved(model, folder), adapters(model)
     if {name: facts_of(name, layer) for name, layer in layers.items()} != saved.facts:
         raise ValueError(f"{folder} holds adapters of other layers, or of another base model, than this model has")
     for name, layer in layers.items():
@@ -111,11 +112,11 @@ def _take_folded(
     N, K = layer.out_features, layer.in_features
     device = layer.device
     if isinstance(layer.adapter, LoRAAdapter):
-        R = layer.adapter.down.shape[0]
+        *experts, R, _ = layer.adapter.down.shape
         a, b = peft_format.keys(name).values()
-        shapes = {a: torch.empty((1 + count) * R, K), b: torch.empty(N, (1 + count) * R)}
+        shapes = {a: torch.empty(*experts, (1 + count) * R, K), b: torch.empty(*experts, N, (1 + count) * R)}
         (_, down), (_, up) = _take(tensors, shapes, WEIGHTS)
-        downs, ups = down.split(R), [part.contiguous() for part in up.split(R, dim=1)]
+        downs, ups = down.split(R, dim=-2), [part.contiguous() for part in up.split(R, dim=-1)]
         tensors[a], tensors[b] = downs[0], ups[0]
         return [(d.to(device), u.to(device)) for d, u in zip(downs[1:], ups[1:], strict=True)]
     factors = []

@@ -15,11 +15,13 @@ from .. import compat
 from ..adapter import Adapter, Site, whole
 from ..methods.base import Method
 from ..names import bare_modules
+from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
 from .groups import Group, families
 from .offload import check_here, execution_device, onloaded
 from .quantized import kind_of, stand_in
+from .stack import Stack
 from .states import Standing
 from .tensor_parallel import cut_of
 
@@ -82,6 +84,8 @@ def stored(base: Any) -> tuple[Tensor, Tensor | None]:
 
 def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
     """The layer as a method sees it; a weight that is packed, cut or offloaded is a stand-in but for its ``values``."""
+    if isinstance(base, Stack):
+        return Site(name, base.matrices().detach())  # (E, N, K)
     kind, transposed = kind_of(base), is_conv1d(base)
     if values:
         with onloaded(base):
@@ -155,12 +159,6 @@ class AdaptedLinear(Standing):
         return self.base.bias
 
     @property
-    def device(self) -> torch.device:
-        """Where the layer executes: its weight may be kept elsewhere."""
-        here = self.weight.device
-        return (execution_device(self.base) or here) if here.type == "meta" else here
-
-    @property
     def in_features(self) -> int:
         return self.weight.shape[0 if self.transposed else 1]
 
@@ -171,6 +169,12 @@ class AdaptedLinear(Standing):
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """The base's weight as it stores it, and its bias."""
         return stored(self._modules["base"])
+
+    def path(self, rank: int) -> tuple[str, str]:
+        """How the op runs here, and why: see ``fl.explain``."""
+        if self.runs_base():
+            return "onto", f"{self.reason}, the low-rank product is added to its result"
+        return explain_path(self.weight.device, self.weight.dtype, self.out_features, self.in_features, rank)
 
     def runs_base(self) -> bool:
         """Whether the base runs itself in the next call: it has hooks, or is not a plain linear layer any more."""

@@ -84,14 +84,14 @@ def kind_of(module: nn.Module) -> Kind | None:
     return KINDS.get(_full_name(cls))
 
 
-def weight_mark(base: nn.Module) -> Tensor:
+def weight_mark(base: Any) -> Tensor:
     """What is hashed to know a weight again: the weight itself, all of it, or unpacked. Collective where it is cut."""
     kind = kind_of(base)
     with onloaded(base):
-        return whole(base.weight) if kind is None else (kind.mark or kind.unpack)(base)  # type: ignore[arg-type]
+        return whole(base.weight) if kind is None else (kind.mark or kind.unpack)(base)
 
 
-def stand_in(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
+def stand_in(base: Any, dtype: torch.dtype | None) -> Tensor:
     """NaN in the shape of the weight, where its layer executes, in no memory: who reads it learns that it must not."""
     shape: Any = base.weight.shape if kind_of(base) is None else (base.out_features, base.in_features)
     device = execution_device(base) or next(t.device for t in (*base.parameters(), *base.buffers()))

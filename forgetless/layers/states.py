@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .offload import execution_device
 
 
 class Standing(nn.Module):
@@ -23,6 +26,12 @@ class Standing(nn.Module):
             setattr(self.base, name, param)
         else:
             super().register_parameter(name, param)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer executes: its weight may be kept elsewhere."""
+        here = cast(Tensor, self.weight).device
+        return (execution_device(self.base) or here) if here.type == "meta" else here
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """For torch.distributed.checkpoint: what goes by its own name in a state dict -> the submodule it is in."""
