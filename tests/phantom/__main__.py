@@ -1,0 +1,13 @@
+"""Run a module on a phantom card: ``python -m phantom 90 bench gpu --minutes 9``."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+import phantom
+
+if __name__ == "__main__":
+    arch, module, *sys.argv[1:] = sys.argv[1:]
+    with phantom.card(int(arch)):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
