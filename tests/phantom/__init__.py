@@ -8,20 +8,22 @@
 
 Tensors of the card are meta tensors that say they are CUDA's: shapes, strides, dtypes, views and autograd are torch's
 own. Triton binds, specialises and compiles for the card as for a real one; its launches are checked and written down.
-Whatever is read back is zero, and two tensors are always equal.
+Every number that is read back is one; so two tensors are equal, and neither is the greater.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from unittest import mock
 
 from .driver import Driver, driving
 from .runtime import cuda_of
 from .tensors import Disguise, Operations
 from .trace import CARDS, Trace
 
-__all__ = ["CARDS", "Trace", "card"]
+__all__ = ["CARDS", "Trace", "card", "environment"]
 
 
 @contextlib.contextmanager
@@ -33,3 +35,10 @@ def card(arch: int) -> Iterator[Trace]:
         for part in (cuda_of(trace), driving(Driver(trace)), disguise, Operations(trace, disguise)):
             stack.enter_context(part)
         yield trace
+
+
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Within the block, these environment variables are set."""
+    with mock.patch.dict(os.environ, variables):
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -16,11 +17,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .trace import Trace, place
 
 aten = torch.ops.aten
+COMPARISONS = {getattr(aten, name): getattr(operator, name) for name in ("gt", "lt", "ge", "le", "eq", "ne")}
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 _is_meta, _device = torch._C.TensorBase.is_meta, torch._C.TensorBase.device
 #: What torch does of a CUDA device before any operation of its own.
-_plain = {name: getattr(Tensor, name) for name in ("to", "tolist", "data_ptr", "__getitem__", "__setitem__", "__deepcopy__")}
+_plain = {
+    name: getattr(Tensor, name) for name in ("to", "tolist", "data_ptr", "__getitem__", "__setitem__", "__deepcopy__")
+}
 _made = {"tensor": torch.tensor, "as_tensor": torch.as_tensor}
 
 
@@ -148,25 +152,30 @@ class Operations(TorchDispatchMode):
         if function in INDEXING:
             args = self.unmasked(*args)
         with self.disguise.dropped():
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+        if function.overloadpacket in COMPARISONS:
+            result.outcome = COMPARISONS[function.overloadpacket](1, 1 if isinstance(args[1], Tensor) else args[1])
+        return result
 
     def read(self, function: Any, args: Any, kwargs: Any, to: str | None) -> Any:
-        """What the host reads of the card, after a wait: zeros; None if it reads nothing."""
+        """What the host reads of the card, after a wait: ones; None if it reads nothing."""
         if function is aten._local_scalar_dense.default:
             self.wait("a number is read")
-            return torch.zeros((), dtype=args[0].dtype).item()
+            if args[0].dtype == torch.bool:
+                return getattr(args[0], "outcome", True)
+            return torch.ones((), dtype=args[0].dtype).item()
         if function is aten.equal.default:
             self.wait("equal")
             return True
         if to == "cpu":
             self.wait("copied to the host")
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if function is aten.copy_.default and not on_card(args[0]):
             self.wait("copied to the host")
-            return args[0].zero_()
+            return args[0].fill_(1)
         if function is aten.nonzero.default:
             self.wait("nonzero")
-            return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
         return None
 
     def unmasked(self, t: Tensor, indices: Any, *value: Any) -> Any:

@@ -36,7 +36,7 @@ def patch_once_a_launch() -> None:
 
 
 def refuse_what_the_compiler_refuses() -> None:
-    """The interpreter drops keyword arguments that a kernel does not have and takes any option; a real launch raises."""
+    """The interpreter drops arguments that a kernel does not have and takes any option; a real launch raises."""
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.runtime.interpreter import GridExecutor
 
