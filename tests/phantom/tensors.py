@@ -18,6 +18,7 @@ from .trace import Trace, place
 
 aten = torch.ops.aten
 COMPARISONS = {getattr(aten, name): getattr(operator, name) for name in ("gt", "lt", "ge", "le", "eq", "ne")}
+KEEPING = (aten.all, aten.any)
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 _is_meta, _device = torch._C.TensorBase.is_meta, torch._C.TensorBase.device
@@ -153,8 +154,11 @@ class Operations(TorchDispatchMode):
             args = self.unmasked(*args)
         with self.disguise.dropped():
             result = function(*args, **kwargs)
-        if function.overloadpacket in COMPARISONS:
-            result.outcome = COMPARISONS[function.overloadpacket](1, 1 if isinstance(args[1], Tensor) else args[1])
+        packet = function.overloadpacket
+        if packet in COMPARISONS:
+            result.outcome = COMPARISONS[packet](1, 1 if isinstance(args[1], Tensor) else args[1])
+        elif packet is aten.isnan or packet in KEEPING and hasattr(args[0], "outcome"):
+            result.outcome = getattr(args[0], "outcome", False)
         return result
 
     def read(self, function: Any, args: Any, kwargs: Any, to: str | None) -> Any:
