@@ -44,6 +44,14 @@ class Stream:
         pass
 
 
+_data_ptr = torch.UntypedStorage.data_ptr
+
+
+def storage_address(storage: torch.UntypedStorage) -> int:
+    """One of its own for each storage, as the allocator would give it."""
+    return storage._cdata if storage.device.type == "meta" else _data_ptr(storage)
+
+
 @contextlib.contextmanager
 def cuda_of(trace: Trace) -> Iterator[None]:
     """Within the block, torch.cuda speaks of the phantom card."""
@@ -71,5 +79,6 @@ def cuda_of(trace: Trace) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         for name, value in {"synchronize": synchronize, "Event": type("Event", (Event,), {"trace": trace})}.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch.UntypedStorage, "data_ptr", storage_address))
         stack.enter_context(mock.patch.object(torch.cuda.nvtx, "range", lambda *_: contextlib.nullcontext()))
         yield
