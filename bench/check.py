@@ -1,7 +1,7 @@
-"""Whether the kernels compute right on this device, each against float64: ``python -m bench check [--kernels NAME ..]``.
+"""Whether the kernels compute right on this device: ``python -m bench check [--kernels NAME ..]``.
 
-The error of a launcher's results may be twice that of BLAS in the same dtype. One kernel that is wrong, does not compile
-or faults is a row, and the others are checked all the same. On a CPU it needs TRITON_INTERPRET=1.
+Against float64, the error of a launcher's results may be twice that of BLAS in the same dtype. One kernel that is wrong,
+does not compile or faults is a row, and the others are checked all the same. On a CPU it needs TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ def share_of_limit(kernel: str, t: Operands, drop: Any) -> float:
     return worst
 
 
-def checked(kernel: str, sizes: Sequence[tuple[int, int, int, int]], device: torch.device, results: Results) -> bool:
+def checked(kernel: str, smoke: bool, device: torch.device, results: Results) -> bool:
     """Add the rows of one kernel, and a note for each that is wrong; whether the device is still there."""
+    sizes, dtypes = (SIZES[1:2], DTYPES[:1]) if smoke else (SIZES, DTYPES)
     seed = torch.tensor([12, -34], dtype=torch.int32, device=device)
-    for size, dtype, p in itertools.product(sizes, DTYPES, (0.0, P)):
+    for size, dtype, p in itertools.product(sizes, dtypes, (0.0, P)):
         case = f"M,N,K,R={','.join(map(str, size))} {short(dtype)} dropout {p:g}"
         value: float | None = None
         try:
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     results = start("check", options, arguments)
     for kernel in options.kernels:
-        alive = checked(kernel, SIZES[1:2] if options.smoke else SIZES, device, results)
+        alive = checked(kernel, options.smoke, device, results)
         save(results, options)
         if not alive:
             break
