@@ -1,7 +1,8 @@
 """Whether the kernels compute right on this device: ``python -m bench check [--kernels NAME ..]``.
 
-Against float64, the error of a launcher's results may be twice that of BLAS in the same dtype. One kernel that is wrong,
-does not compile or faults is a row, and the others are checked all the same. On a CPU it needs TRITON_INTERPRET=1.
+Against float64, the error of a launcher's results may be twice that of BLAS in the same dtype. One kernel that is
+wrong, does not compile or faults is a row, and the others are checked all the same. On a CPU it needs
+TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations

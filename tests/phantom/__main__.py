@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import runpy
 import sys
 from unittest import mock
@@ -10,9 +12,8 @@ import phantom
 
 if __name__ == "__main__":
     arch, module, *sys.argv[1:] = sys.argv[1:]
-    with phantom.card(int(arch)):
-        from forgetless_bench import gpu  # what it starts runs on such a card too
-
-        python = (*gpu.PYTHON, "phantom", arch)
-        with mock.patch.object(gpu, "PYTHON", python):
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    with phantom.card(int(arch)), contextlib.ExitStack() as stack:
+        if module in ("bench", "forgetless_bench"):  # the processes that it starts have such a card too
+            gpu = importlib.import_module(f"{module}.gpu")
+            stack.enter_context(mock.patch.object(gpu, "PYTHON", (*gpu.PYTHON, "phantom", arch)))
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
