@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forgetless.ops import blas, dispatch, reference
 
-from .harness import BadInput, Results, finish, parser, row, save, short, start
+from .harness import BadInput, Results, finish, parser, row, save, start
 
 Operands = dict[str, Tensor]
 #: kernel -> its results by one module, from operands and (p, seed).
@@ -43,8 +43,9 @@ P = 0.25
 WRONG = "wrong: "
 
 
-def operands(M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device) -> Operands:
+def operands(size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Operands:
     """Results of unit size; factors in float32."""
+    M, N, K, R = size
     generator = torch.Generator().manual_seed(M + N + K + R)
     shapes = {"x": (M, K), "dy": (M, N), "weight": (N, K), "h": (M, R), "bias": (N,), "down": (R, K), "up": (N, R)}
     made = {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
@@ -68,10 +69,10 @@ def checked(kernel: str, smoke: bool, device: torch.device, results: Results) ->
     sizes, dtypes = (SIZES[1:2], DTYPES[:1]) if smoke else (SIZES, DTYPES)
     seed = torch.tensor([12, -34], dtype=torch.int32, device=device)
     for size, dtype, p in itertools.product(sizes, dtypes, (0.0, P)):
-        case = f"M,N,K,R={','.join(map(str, size))} {short(dtype)} dropout {p:g}"
+        case = f"M,N,K,R={','.join(map(str, size))} {str(dtype).removeprefix('torch.')} dropout {p:g}"
         value: float | None = None
         try:
-            value = share_of_limit(kernel, operands(*size, dtype, device), (p, seed if p else None))
+            value = share_of_limit(kernel, operands(size, dtype, device), (p, seed if p else None))
             wrong = "" if value <= 1 else f"{value:.3g} of its limit"
         except Exception as error:  # whatever a compiler, a driver or a card raises
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -111,8 +111,10 @@ class Route:
 
     def tiles(self) -> AbstractContextManager[Any]:
         """The block in which the kernels run with this tile."""
-        return tile_forced(self.tile) if self.tile else nullcontext()
+        return tile_forced(self.tile) if self.tile else _NO_TILE
 
+
+_NO_TILE = nullcontext()
 
 BLAS = Route(blas)
 REFERENCE = Route(reference)
@@ -152,21 +154,21 @@ def module_for(on_cuda: bool, dtype: torch.dtype, asked: Any) -> Any:
     return blas if module is kernels and dtype not in KERNEL_DTYPES else module
 
 
-def choose_route(sweep: str, like: Tensor, sizes: tuple[int, int, int], asked: Any = None) -> Route:
+def choose_route(sweep: str, like: Tensor, up: Tensor, down: Tensor, asked: Any = None) -> Route:
     """Backend, plan and tile for one call.
 
     Args:
         sweep: "forward" or "backward".
         like: (M, ..) x, or dy: device, dtype and rows.
-        sizes: out_features, in_features, rank of the first layer.
+        up, down: (N, R), (R, K) of the first layer.
         asked: the module of a ``backend`` block.
     """
-    module = module_for(like.is_cuda, like.dtype, asked)
     if compat.is_batched(like):  # torch.autograd.grad(is_grads_batched=True): only what torch can vectorise
         return REFERENCE
+    module = module_for(like.is_cuda, like.dtype, asked)
     if module is not kernels:
         return REFERENCE if module is reference else BLAS
-    N, K, R = sizes
+    (N, R), K = up.shape, down.shape[1]
     if not N * K:  # no grid to launch
         return BLAS
     problem = problem_of(like.device, sweep, like.shape[0], N, K, R, like.dtype)
@@ -260,14 +262,11 @@ def _parse_forced(text: str) -> tuple[str | None, bool]:
     return (plans[0] if plans else None), "strict" in words
 
 
-def plan_for(gpu: str, M: int, N: int, K: int, R: int, dtype: torch.dtype | str, sweep: str = "forward") -> Choice:
+def choose(problem: Problem) -> Choice:
     """The plan for a layer on a card, from the environment, the tables and this process' findings.
 
     Args:
-        gpu: the card's name as torch gives it.
-        M, N, K, R: tokens, out_features, in_features, rank.
-        dtype: of the activations.
-        sweep: "forward", or "backward" (then N and K are still the layer's).
+        problem: card, pass, sizes and dtype, as ``problem_of`` makes it.
 
     Returns:
         The plan with its reason and tile.
@@ -275,10 +274,6 @@ def plan_for(gpu: str, M: int, N: int, K: int, R: int, dtype: torch.dtype | str,
     Raises:
         ValueError: ``FORGETLESS_PLAN`` holds something else than a plan or "strict".
     """
-    return choose(Problem(gpu, sweep, bucket(M), N, K, R, str(dtype).removeprefix("torch.")))
-
-
-def choose(problem: Problem) -> Choice:
     plan, _ = forced()
     if plan is not None:
         return Choice(plan, "FORGETLESS_PLAN asks for it")

@@ -1,4 +1,4 @@
-"""What runs on a phantom card for minutes: all of ``bench gpu``, every scenario and the kernels' tests on every card."""
+"""What runs on a phantom card for minutes: ``bench gpu``, every scenario and the kernels' tests on every card."""
 
 from __future__ import annotations
 
