@@ -180,7 +180,8 @@ def outer(
     out = tl_utils.empty((R, K), dtype or x.dtype, x)
     if M == 0:
         return out.zero_()
-    BLOCK_R = pad_rank(R)
+    # With a mask, sm_100 takes float32 from 64 ranks on to its tensor cores, as TF32 or not at all, whatever is asked.
+    BLOCK_R = pad_rank(R, most=32 if x.dtype == torch.float32 else 128)
     tile = tile_for("outer", x.device, x.element_size(), BLOCK_R)
     columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
     strips, steps = strips_of(M, tile["BLOCK_M"], columns)
