@@ -93,7 +93,7 @@ class PenaltyState(nn.Module):
         Args:
             adapter: the one that it was attached to.
             hidden: with ``needs_hidden``, h = scale * drop(x) @ down.T (M, R) of the last forward pass with its graph,
-                None before one; else None.
+                those of all its calls of the layer, None if it had none; else None.
         """
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class PenaltyState(nn.Module):
     def total(cls, items: list[Item]) -> Tensor:
         """Sum of ``value`` over all layers, once per step; subclasses do it in fewer and larger products.
 
-        With ``needs_hidden``, ``value`` and ``total`` take one argument more: ``weights``, one per token, or None.
+        With ``needs_hidden``, ``total`` takes one argument more: ``weights``, one per token, or None.
         """
         return torch.stack([item.state.value(item.adapter, item.hidden) for item in items]).sum()
 
