@@ -50,7 +50,7 @@ def listed(shares: dict[str, float], most: int = 8) -> str:
 
 def uncalled(layers: dict[str, AdaptedLinear]) -> list[str]:
     """Names of layers that no forward pass has called, though there was one."""
-    return [n for n, layer in layers.items() if layer.passes is not None and layer.passes.completed and not layer.called]
+    return [name for name, layer in layers.items() if layer.passes and layer.passes.completed and not layer.called]
 
 
 def warn_uncalled(layers: dict[str, AdaptedLinear]) -> None:

@@ -169,7 +169,9 @@ def _heads(model: nn.Module) -> set[int]:
     return set() if head is None else {id(head)}
 
 
-def _nothing(title: str, pattern: str, hits: set[str], modules: dict[str, nn.Module], wants: dict[str, nn.Module]) -> str:
+def _nothing(
+    title: str, pattern: str, hits: set[str], modules: dict[str, nn.Module], wants: dict[str, nn.Module]
+) -> str:
     if hits:
         name = min(hits)
         kind = type(modules[name])

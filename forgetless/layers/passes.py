@@ -28,7 +28,7 @@ class Passes:
         self.fails = False  # until its end is seen
         self.completed = False  # whether any pass was
         self.told = False  # whether a warning was given for layers that no pass calls
-        self.state = 0  # changes with each change of the scale
+        self.state = self.made = 0  # which scales are in force, and how many states there have been
         self.ran: set[int] = set()  # the states that passes with gradients have run in since the last backward pass
         self.recomputed = False
         self.handles = []

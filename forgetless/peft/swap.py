@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import compat, versions
 from ..adapter import Adapter, Site
 from ..layers.linear import AdaptedLinear, form_groups, hooked, is_conv1d, runs_by, stored
+from ..layers.passes import Passes
 from ..methods import LoRA
 from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
@@ -99,6 +100,7 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
     for module in model.modules():
         if isinstance(module, _peft("tuners.tuners_utils").BaseTuner) and not isinstance(module, _SwappedTuner):
             _put_before(_SwappedTuner, module)
+    _mark_passes(model)
     return model
 
 
@@ -113,6 +115,8 @@ def swap_out(model: nn.Module) -> nn.Module:
         raise ValueError("no layer of model is swapped in; call fl.swap_in(model) first")
     _detach_groups(swapped)
     for taker in swapped:
+        if taker.passes is not None:
+            taker.passes.detach()
         taker.remove()
     for module in model.modules():
         own = vars(type(module)).get("_forgetless_base")
@@ -263,6 +267,8 @@ class _SwappedLayer:
         taker = self._forgetless
         if taker is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if taker.passes is not None and taker.passes.level is None:
+            taker.passes.check_recomputed()
         if not args and (not kwargs or (kwargs.keys() <= _IDLE and not any(v is not None for v in kwargs.values()))):
             route = taker.route(x)
             if route is not None:
@@ -286,6 +292,7 @@ class _SwappedTuner:
                 if _taken(layer) and _taker(layer) is None:
                     _Taker(layer, name, current[0].specs).install()
             _form_groups(model)
+            _mark_passes(model)
 
 
 class _PeftAdapter(Adapter):
@@ -434,12 +441,14 @@ class _Taker:
 
     def __init__(self, layer: Any, name: str, specs: tuple[Penalty, ...]):
         self.layer, self.name, self.specs = layer, name, specs
+        self.passes: Passes | None = None
         self.views: dict[str, _View] = {}
 
     def view(self, key: str) -> _View:
         view = self.views.get(key)
         if view is None or view.adapter.module is not self.layer.lora_A._modules[key]:  # deleted and added again
             view = self.views[key] = _View(self.layer, key, self.name, self.specs)
+            view.passes = self.passes
             if self.layer.__dict__.get("_forgetless") is self:
                 self._register()
         return view
@@ -537,6 +546,18 @@ def _form_groups(model: nn.Module) -> None:
                 together.setdefault(view.adapter.key, {})[name] = view
     for same in together.values():
         form_groups(model, same)
+
+
+def _mark_passes(model: nn.Module) -> None:
+    swapped = _swapped(model)
+    for taker in swapped:
+        if taker.passes is not None:
+            taker.passes.detach()
+    passes = Passes(model, [taker.layer for taker in swapped], swapped)
+    for taker in swapped:
+        taker.passes = passes
+        for view in taker.views.values():
+            view.passes = passes
 
 
 def _detach_groups(takers: list[_Taker]) -> None:

@@ -112,7 +112,7 @@ class PenaltyState(nn.Module):
         """Take in x (tokens, K) of source-domain text."""
 
     def add_gradients(self, grads: dict[str, Tensor], count: Tensor | int) -> None:
-        """Take in gradients of the samples' mean losses.
+        """Take in gradients of the samples' mean losses, once for each batch: summed over all calls of the layer.
 
         Args:
             grads: parameter name -> (samples, *shape); samples without labels have zeros.
@@ -120,7 +120,7 @@ class PenaltyState(nn.Module):
         """
 
     def add_tokens(self, tokens: Any) -> None:
-        """Take in one layer's inputs and output gradients of one batch, a ``forgetless.calibrate.Tokens``."""
+        """Take in one layer's inputs and output gradients of one batch, a ``forgetless.samples.Tokens``."""
 
     @property
     def wants_tokens(self) -> bool:
