@@ -135,6 +135,13 @@ class _Measured:
                 state.reset_caches()
                 state.begin_statistics(layer.adapter)
 
+    def _check_read(self) -> None:
+        name = next((name for name, layer in self.layers.items() if layer.read), None)
+        if name is not None:
+            raise ValueError(
+                f"the parent of {name} reads its weight instead of calling it: nothing can be measured there"
+            )
+
     def take(self, batch: Any, number: int) -> int:
         """Run the model on one batch, the ``number``-th; returns its sequences."""
         window = Window(batch, next(iter(self.layers.values())).weight.device, self.model)
@@ -157,6 +164,7 @@ class _Measured:
                         _finish(layer, window)  # what has not had all its gradients
             for family in self.families.values():
                 family.close()
+            self._check_read()
             return window.sequences
         finally:  # an exception keeps this frame alive, and with it the graph
             batch = value = None

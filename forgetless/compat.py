@@ -33,3 +33,8 @@ def has_global_hooks() -> bool:
 def in_backward() -> bool:
     """Whether autograd runs a backward pass in this thread, as torch.utils.checkpoint asks. Since torch 2.0."""
     return torch._C._current_graph_task_id() != -1
+
+
+def saves_elsewhere() -> bool:
+    """Whether hooks take what is saved for backward, as a non-reentrant checkpoint's do. Since torch 2.5."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

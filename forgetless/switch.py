@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from .layers.linear import AdaptedLinear
-from .model import adapters
 from .model import _running as running
+from .model import adapters
 
 
 class scaled:  # noqa: N801 - used as a function

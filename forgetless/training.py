@@ -38,8 +38,8 @@ class PenaltyMixin:
     gradients, each adds it, so it counts once there as well. Every log of a loss also has ``penalty`` and ``drift``
     (mean over layers, see ``fl.drift``); the logged loss is the task's alone only where ``task_loss`` is read.
 
-    ``OutputDeviation`` leaves out what the batch's attention mask does. A batch with padding whose mask has not one entry
-    for each token of a layer (images beside the text, an encoder and a decoder) is refused with that penalty.
+    ``OutputDeviation`` leaves out what the batch's attention mask does. A batch with padding whose mask has not one
+    entry for each token of a layer (images beside the text, an encoder and a decoder) is refused with that penalty.
     A model that has no adapters, such as one that is fully fine-tuned, trains as without the mixin.
     """
 

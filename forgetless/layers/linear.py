@@ -18,6 +18,7 @@ from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_pro
 from .groups import Group, families
 from .passes import Passes
 from .quantized import kind_of, stand_in
+from .seen import seen
 from .tensor_parallel import cut_of
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -133,6 +134,7 @@ class AdaptedLinear(nn.Module):
     cut: Any = None  # tensor parallelism: this rank's part
     passes: Passes | None = None  # of the model
     called = False  # whether any pass has called it
+    read = False  # whether a parent has computed with its weight
     disabled = False  # the frozen layer runs alone: see ``fl.disabled``
 
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
@@ -148,8 +150,30 @@ class AdaptedLinear(nn.Module):
         self.needs_hidden = any(state.needs_hidden for state in adapter.penalty_states())
 
     @property
-    def weight(self) -> Tensor:
+    def frozen(self) -> Tensor:
+        """The base's weight."""
         return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight; for a parent that computes with it during a pass, what the layer applies."""
+        if self.passes is None or self.passes.level is None or self.disabled or self.cut is not None:
+            return self.frozen
+        return self.applied() if torch.compiler.is_compiling() else seen(self)
+
+    def applied(self) -> Tensor:
+        """The frozen weight with the update, as it is stored, rounded once; differentiable in the update."""
+        if self.needs_hidden:
+            raise ValueError(
+                f"OutputDeviation cannot see what {self.name} does: its parent reads its weight instead of calling it; "
+                "leave it out with fl.adapt(model, method, exclude=[..])"
+            )
+        self.__dict__.update(called=True, read=True)
+        with exact_products(self.frozen.device.type):
+            wide = torch.promote_types(self.frozen.dtype, torch.float32)
+            down, up = (factor.to(wide) for factor in self.adapter.factors())
+            delta = self.adapter.scale * (up @ down)
+            return (self.frozen.to(wide) + (delta.T if self.transposed else delta)).to(self.frozen.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -157,11 +181,11 @@ class AdaptedLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[0 if self.transposed else 1]
+        return self.frozen.shape[0 if self.transposed else 1]
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[1 if self.transposed else 0]
+        return self.frozen.shape[1 if self.transposed else 0]
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """The base's weight as it stores it, and its bias."""
@@ -173,8 +197,8 @@ class AdaptedLinear(nn.Module):
         return hooked(base) or not (type(base) is nn.Linear or is_conv1d(base))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        if self.passes is not None and self.passes.level is None:
-            self.passes.check_recomputed()
+        if self.passes is not None and not torch.compiler.is_compiling():
+            self.passes.enter()
         if self.disabled:
             return self.base(x)  # type: ignore[no-any-return]
         if compat.transforms_active() or torch.jit.is_tracing():

@@ -29,7 +29,8 @@ class Passes:
         self.completed = False  # whether any pass was
         self.told = False  # whether a warning was given for layers that no pass calls
         self.state = self.made = 0  # which scales are in force, and how many states there have been
-        self.ran: set[int] = set()  # the states that passes with gradients have run in since the last backward pass
+        self.graded = False  # whether the pass under way has gradients
+        self.ran: set[int] = set()  # the states in which checkpoints have run since the last that was recomputed
         self.recomputed = False
         self.handles = []
         for level, module in enumerate(_around(model, layers)):
@@ -49,12 +50,8 @@ class Passes:
         if self.level is not None and self.level < level:
             return
         self.level, self.fails = level, True
+        self.graded = torch.is_grad_enabled()
         self._forget()
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not compat.in_backward():
-            if self.recomputed:
-                self.ran.clear()
-                self.recomputed = False
-            self.ran.add(self.state)
 
     def finish(self, level: int, module: nn.Module, args: Any, output: Any) -> None:
         """The pass has come to its end."""
@@ -72,19 +69,24 @@ class Passes:
         for member in self.members:
             member.forget()
 
-    def check_recomputed(self) -> None:
-        """A layer runs outside of a pass.
+    def enter(self) -> None:
+        """A layer is called.
 
         Raises:
-            RuntimeError: a checkpoint recomputes it in a backward pass, maybe in another state than it ran in.
+            RuntimeError: a checkpoint recomputes it, maybe in another state than it ran in.
         """
-        if not torch.compiler.is_compiling() and compat.in_backward():
+        if self.level is not None:
+            if self.graded and (not torch.is_grad_enabled() or compat.saves_elsewhere()):  # a checkpoint, by either way
+                if self.recomputed:
+                    self.ran.clear()
+                    self.recomputed = False
+                self.ran.add(self.state)
+        elif compat.in_backward():
             self.recomputed = True
             if self.ran - {self.state}:
                 raise RuntimeError(
-                    "a checkpoint recomputes a layer, but fl.scaled or fl.disabled has changed the scale since a pass "
-                    "with gradients: call backward before that, within the same context, or run the pass that needs no "
-                    "gradients under torch.no_grad()"
+                    "a checkpoint recomputes a layer, but fl.scaled or fl.disabled has changed its scale since a "
+                    "checkpoint ran: call backward within the same context, or run the other pass under torch.no_grad()"
                 )
 
 

@@ -267,8 +267,8 @@ class _SwappedLayer:
         taker = self._forgetless
         if taker is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if taker.passes is not None and taker.passes.level is None:
-            taker.passes.check_recomputed()
+        if taker.passes is not None and not torch.compiler.is_compiling():
+            taker.passes.enter()
         if not args and (not kwargs or (kwargs.keys() <= _IDLE and not any(v is not None for v in kwargs.values()))):
             route = taker.route(x)
             if route is not None:
@@ -376,6 +376,10 @@ class _View(AdaptedLinear):
 
     @property
     def weight(self) -> Tensor:
+        return self.frozen
+
+    @property
+    def frozen(self) -> Tensor:
         """The frozen weight; where it is packed or hidden, a tensor of its shape that takes no memory."""
         base = self.layer.base_layer
         if _base_reason(base) is None:
