@@ -362,7 +362,7 @@ class _View(AdaptedLinear):
         adapter = _PeftAdapter(layer, key)
         base = layer.base_layer
         super().__init__(base, adapter, LoRA(), name)
-        self._modules.clear()
+        del self._modules["base"]
         self.__dict__.update(layer=layer, adapter=adapter)
         if specs:
             weight = self.weight.detach()
