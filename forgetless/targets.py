@@ -138,7 +138,9 @@ def ready(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def _no_arithmetic(module: nn.Module) -> str | None:
     """Why nothing can be computed with the weight of a plain layer; None if it can."""
     dtype = module.weight.dtype
-    return None if dtype in FLOATS else f"its weight has dtype {dtype}, wants one of {', '.join(map(str, FLOATS))}"
+    return (
+        None if dtype in FLOATS else f"its weight has dtype {dtype}, wants one of {', '.join(sorted(map(str, FLOATS)))}"
+    )
 
 
 def _listed(modules: Iterable[nn.Module]) -> str:

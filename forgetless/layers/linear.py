@@ -201,7 +201,7 @@ class AdaptedLinear(nn.Module):
         if self.passes is not None and not torch.compiler.is_compiling():
             self.passes.enter()
         if self.disabled:
-            return self.base(x)  # type: ignore[no-any-return]
+            return self.base(x)
         if compat.transforms_active() or torch.jit.is_tracing():
             return self._transformed(x)
         if self.runs_base():

@@ -78,7 +78,9 @@ def test_explain_lists_them_with_their_shares():
 def test_exclude_takes_names_suffixes_and_whole_modules():
     model = tiny_llama()
     assert all("mlp" not in name for name in find_layers(model, "all-linear", ["mlp"]))
-    assert list(find_layers(model, ["q_proj", "k_proj"], r"layers\.0\..*|k_proj")) == ["model.layers.1.self_attn.q_proj"]
+    assert list(find_layers(model, ["q_proj", "k_proj"], r"layers\.0\..*|k_proj")) == [
+        "model.layers.1.self_attn.q_proj"
+    ]
     with pytest.raises(ValueError, match="exclude: nothing is named 'q_porj'; near names: .*q_proj"):
         find_layers(model, "all-linear", ["q_porj"])
     with pytest.raises(ValueError, match="exclude names every layer that targets names"):

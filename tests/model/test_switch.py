@@ -132,20 +132,28 @@ def test_a_reference_pass_leaves_what_the_pass_before_it_left(kind):
 
 @pytest.mark.parametrize("kind", ["adapted", "swapped"])
 def test_compiled(kind):
-    model = MODELS["lora" if kind == "adapted" else "swapped"]()
-    compiled = torch.compile(model, backend="eager")
-    wanted = [logits(model)]
-    with fl.scaled(model, 0.6):
-        wanted.append(logits(model))
-    with fl.disabled(model):
-        wanted.append(logits(model))
-    for _ in range(2):
-        ours = [logits(compiled)]
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    if kind == "swapped":
+        peft = pytest.importorskip("peft")
+        model = fl.swap_in(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "2"])))
+    else:
+        fl.adapt(model, fl.LoRA(2))
+    stir(model)
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 8)
+
+    def outputs(call: Any) -> list[torch.Tensor]:
+        results = [call(x)]
         with fl.scaled(model, 0.6):
-            ours.append(logits(compiled))
+            results.append(call(x))
         with fl.disabled(model):
-            ours.append(logits(compiled))
-        torch.testing.assert_close(ours, wanted)
+            results.append(call(x))
+        return results
+
+    wanted = outputs(model)
+    assert not torch.allclose(wanted[0], wanted[1]) and not torch.allclose(wanted[1], wanted[2])
+    for _ in range(2):
+        torch.testing.assert_close(outputs(compiled), wanted)
 
 
 # ------------------------------------------------------------------------------------- checkpointing
