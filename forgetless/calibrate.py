@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compat
+from .layers.experts import matrices
 from .layers.linear import AdaptedLinear
 from .model import _running
 from .samples import Tokens, Window, entry, run
@@ -49,7 +50,7 @@ def calibrate(
             tokens of a layer are of which sequence, or padding (statistics are then reset); or weights are cut over
             processes by tensor parallelism.
     """
-    running = _running(model)
+    running = matrices(_running(model))
     layers = {name: layer for name, layer in running.items() if states_of(layer)}
     measured = _Measured(model, layers, loss)
     counts = {"layers": len(layers), "batches": 0, "sequences": 0}
@@ -80,7 +81,7 @@ def _measuring(model: nn.Module, layers: list[AdaptedLinear], needs_gradients: b
     """
     modes = {module: module.training for module in model.modules()}
     parameters = (*model.parameters(), *(p for layer in layers for p in layer.adapter.parameters()))
-    trained = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+    trained = [p for p in dict.fromkeys(parameters) if p.requires_grad and p.is_leaf]
     try:
         model.eval()
         for p in trained:

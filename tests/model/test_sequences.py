@@ -78,10 +78,11 @@ def each_squared(model: Any, batches: list[dict[str, Any]]) -> dict[str, Tensor]
     sums = {name: torch.zeros_like(p) for name, p in trained.items()}
     rows = [row for given in batches for row in ones(given)]
     for row in rows:
-        grads = torch.autograd.grad(model(**row)["loss"], list(trained.values()), allow_unused=True)
+        if row.get("skip"):
+            continue  # nothing that is trained has a part in it
+        grads = torch.autograd.grad(model(**row)["loss"], list(trained.values()))
         for name, grad in zip(trained, grads, strict=True):
-            if grad is not None:
-                sums[name] += grad.square() / len(rows)
+            sums[name] += grad.square() / len(rows)
     return sums
 
 
