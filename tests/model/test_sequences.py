@@ -80,9 +80,10 @@ def each_squared(model: Any, batches: list[dict[str, Any]]) -> dict[str, Tensor]
     for row in rows:
         if row.get("skip"):
             continue  # nothing that is trained has a part in it
-        grads = torch.autograd.grad(model(**row)["loss"], list(trained.values()))
+        grads = torch.autograd.grad(model(**row)["loss"], list(trained.values()), allow_unused=True)
         for name, grad in zip(trained, grads, strict=True):
-            sums[name] += grad.square() / len(rows)
+            if grad is not None:
+                sums[name] += grad.square() / len(rows)
     return sums
 
 
