@@ -50,8 +50,11 @@ def kind_reason(layer: Any) -> str | None:
     return f"{cls.__name__} is none of {', '.join(name.rpartition('.')[2] for name in LAYERS)}"
 
 
-def adapter_reason(layer: Any, key: str) -> str | None:
-    """Why PEFT's own forward must run this adapter; None if our op gives the same."""
+def adapter_reason(layer: Any, key: str, meta: bool = False) -> str | None:
+    """Why PEFT's own forward must run this adapter; None if our op gives the same.
+
+    ``meta``: as soon as factors on the meta device have been loaded.
+    """
     variant = getattr(layer, "lora_variant", {}).get(key)
     if variant is not None:
         return f"adapter {key!r} is a {type(variant).__name__.removesuffix('LinearVariant')} adapter"
@@ -69,7 +72,7 @@ def adapter_reason(layer: Any, key: str) -> str | None:
         return f"dropout of {key!r} is a {type(drop).__name__}"
     if A._parameters["bias"] is not None:
         return f"lora_A of {key!r} has a bias"
-    if not (_plain(A._parameters["weight"]) and _plain(B._parameters["weight"])):
+    if not all(_plain(module._parameters["weight"], meta) for module in (A, B)):
         dtypes = ", ".join(sorted(map(dtype_name, FLOATS)))
         return f"the factors of {key!r} are not plain tensors of one of the dtypes {dtypes}"
     return None
@@ -131,9 +134,9 @@ def runs_experts(layer: Any, keys: list[str], x: Any) -> bool:
     )
 
 
-def _plain(t: Tensor | None) -> bool:
+def _plain(t: Tensor | None, meta: bool = False) -> bool:
     """A tensor of no subclass (DTensor, fake, functorch) in memory, with a dtype that the op takes."""
-    return t is not None and type(t) in (Tensor, nn.Parameter) and t.dtype in FLOATS and t.device.type != "meta"
+    return t is not None and type(t) in (Tensor, nn.Parameter) and t.dtype in FLOATS and (meta or not t.is_meta)
 
 
 def _surroundings_allow(x: Any) -> bool:

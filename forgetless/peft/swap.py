@@ -199,7 +199,7 @@ def take_over(model: nn.Module, own: dict[str, tuple[Penalty, ...]], specs: tupl
     """
     for name, layer in lora_layers(model, _peft("tuners.lora.layer").LoraLayer):
         for key in own.keys() & {*layer.lora_A, *getattr(layer, "lora_embedding_A", {})}:
-            if reason := kind_reason(layer) or adapter_reason(layer, key):
+            if reason := kind_reason(layer) or adapter_reason(layer, key, meta=True):
                 raise ValueError(f"penalties cannot be attached to {name}: {reason}")
         if kind_reason(layer) is None:
             taker = taker_of(layer) or _Taker(layer, title(name, layer), specs)
@@ -254,7 +254,7 @@ class _Taker:
 
     def make_views(self) -> list[Any]:
         keys = self.layer.lora_A._modules
-        return [self.view(key) for key in keys if adapter_reason(self.layer, key) is None]
+        return [self.view(key) for key in keys if adapter_reason(self.layer, key, meta=key in self.own) is None]
 
     def _register(self) -> None:
         """Penalties' buffers go where the layer goes."""
