@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from .coverage import warn_uncalled
 from .layers.experts import AdaptedExperts
 from .layers.linear import AdaptedLinear
 from .layers.quantized import kind_of, unpacked
@@ -29,10 +30,11 @@ def merge(model: nn.Module, dequantise: bool = False) -> nn.Module:
 
     Raises:
         ValueError: no adapters; an adapter holds NaN or Inf; a weight is shared with another module (a tied
-            embedding), which merging would change too; a weight is packed and ``dequantise`` is False. Nothing is
-            changed then.
+            embedding), which merging would change too; a weight is computed from others (weight norm, pruning); a
+            weight is packed and ``dequantise`` is False. Nothing is changed then.
     """
     result = check_foldable(model, "merged", dequantise)
+    warn_uncalled(result)
     inside = {id(p) for layer in result.values() for p in layer.parameters()}
     others = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in inside)
     dtype = next(others, torch.float32)
@@ -100,7 +102,13 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
                     "fl.load it onto the base model in full precision, or fl.merge(model, dequantise=True)"
                 )
             continue
-        own = layer.base.experts if isinstance(layer, AdaptedExperts) else layer.base
+        stack = isinstance(layer, AdaptedExperts)
+        if not stack and layer.base._parameters.get("weight") is None:
+            raise ValueError(
+                f"the weight of {name} is computed from others (weight norm, pruning, a parametrisation): nothing was "
+                f"{done}; make it a plain parameter first"
+            )
+        own = layer.base.experts if stack else layer.base
         others = [other for other, module in owners[id(layer.weight)] if module is not own]
         if others:
             raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them first; nothing was {done}")

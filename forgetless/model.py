@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from . import compat
 from .adapter import Adapter, Site
-from .layers.expert_factors import build_experts, expert_site
+from .coverage import passed_over, uncalled, warn_passed_over, warn_uncalled
+from .layers.expert_factors import build_experts
 from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
 from .layers.linear import AdaptedLinear, form_groups, site_of
 from .layers.offload import check_here
+from .layers.passes import Passes
 from .layers.stack import Stack
 from .layers.wrapped import wrap
 from .methods.base import Method
@@ -25,7 +27,12 @@ from .report import LayerReport, Report
 from .targets import ALL_LINEAR, find_layers
 
 
-def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_LINEAR) -> nn.Module:
+def adapt(
+    model: nn.Module,
+    method: Method,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    exclude: str | Iterable[str] = (),
+) -> nn.Module:
     """Put an adapter on every target layer, in place, and freeze everything else.
 
     Adapter parameters are float32 (float64 in a float64 model), on the device of their layer. Before training the
@@ -36,7 +43,9 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
             bitsandbytes' 4-bit and int8, torchao's, GGUF's, or a class given to ``fl.packed.register``. Layers whose
             weight is cut over processes (tensor parallelism) are adapted after cutting, in every process.
         method: ``fl.LoRA(...)``, ``fl.CLoRA(...)``, ``fl.CURLoRA(...)``, ``fl.LaLoRA(...)`` or your own.
-        targets: list of name suffixes, a regular expression, or "all-linear": every linear layer but the head.
+        targets: list of name suffixes, a regular expression, or "all-linear": every linear layer but the head. It
+            warns if that leaves a tenth of the model's weights or more as they are; ``explain`` lists them.
+        exclude: what to leave out of them, layers or whole modules, named in the same way.
 
     Returns:
         The same model.
@@ -47,7 +56,10 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
     """
     if not isinstance(method, Method):
         raise ValueError(f"method is {method!r}, wants an instance such as fl.LoRA(rank=16)")
-    return adapt_layers(model, method, find_layers(model, targets), all_linear=targets == ALL_LINEAR)
+    adapt_layers(model, method, find_layers(model, targets, exclude), all_linear=targets == ALL_LINEAR)
+    if targets == ALL_LINEAR:
+        warn_passed_over(model, exclude)
+    return model
 
 
 def adapt_layers(
@@ -69,9 +81,6 @@ def adapt_layers(
                 f"the weight of {site.name} is offloaded with the module around it, and cannot be adapted there; keep "
                 "experts on a device, and leave preload_module_classes out"
             )
-        if not site.weight.is_floating_point():
-            raise ValueError(f"{site.name} has a weight of dtype {site.weight.dtype}, wants a floating-point dtype")
-        method.check(site if site.weight.dim() == 2 else expert_site(site, 0))
     built = {name: build(method, site, layers[name]) for name, site in sites.items()}
     model.requires_grad_(False)
     adapted = {name: wrap(layers[name], adapter, method, sites[name].name) for name, adapter in built.items()}
@@ -82,6 +91,9 @@ def adapt_layers(
         else:
             _replace(model, layers[name], layer)
     form_groups(model, adapted)
+    passes = Passes(model, list(adapted.values()), list(adapted.values()))
+    for layer in adapted.values():
+        layer.passes = passes
     return model
 
 
@@ -158,13 +170,19 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     Args:
         model: an adapted model.
         token_weights: one number >= 0 for each token of the last forward pass, such as its attention mask, in the
-            order of its tokens: what OutputDeviation's mean over tokens counts. All alike if not given.
+            order of its tokens: what OutputDeviation's mean over tokens counts. All alike if not given. A layer that
+            a pass calls more than once wants them call after call.
 
     Raises:
         ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
         RuntimeError: within a transform of ``torch.func``.
     """
-    result = matrices(_running(model))
+    layers = _running(model)
+    passes = next(iter(layers.values())).passes
+    if passes is not None and passes.completed and not passes.told:
+        passes.told = True
+        warn_uncalled(layers)
+    result = matrices(layers)
     if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
@@ -240,15 +258,19 @@ def explain(model: nn.Module) -> Report:
     """Per layer: method, shape, rank, the path its op takes here, and why. ``print`` it for a table.
 
     Layers of PEFT in a swapped-in model are all listed; path "peft" is PEFT's own forward, "onto" the frozen layer's
-    with the low-rank product added to its result, "base" the frozen layer alone.
+    with the low-rank product added to its result, "base" the frozen layer alone. ``.passed_over`` has the weights that
+    no adapter sits on, with their shares.
 
     Raises:
         ValueError: the model has no adapters.
     """
     from .peft.explain import reports
 
-    report = Report(reports(model))
-    for name, layer in (adapters(model) if report else _adapters(model)).items():
+    listed = reports(model)
+    layers = adapters(model) if listed else _adapters(model)
+    report = Report(listed, {} if listed else passed_over(model))
+    idle = set(uncalled(layers))
+    for name, layer in layers.items():
         with torch.no_grad():
             rank = layer.adapter.factors()[0].shape[-2]
         path, reason = layer.path(rank)
@@ -256,6 +278,10 @@ def explain(model: nn.Module) -> Report:
         partners = [m.name.rpartition(".")[2] for m in members if m is not layer]
         if partners:
             reason += f"; one pass over x with {', '.join(partners)}"
+        if name in idle:
+            reason += "; no forward pass has called it"
+        if layer.disabled:
+            path, reason = "base", "disabled: the frozen layer alone"
         trainable = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
         report[name] = LayerReport(
             layer.method.name, layer.in_features, layer.out_features, rank, trainable, path, reason
@@ -270,8 +296,9 @@ def remove(model: nn.Module) -> nn.Module:
         ValueError: the model has no adapters.
     """
     for layer in _adapters(model).values():
-        if layer.group is not None:
-            layer.group.detach()
+        for hooks in (layer.group, layer.passes):
+            if hooks is not None:
+                hooks.detach()
         if isinstance(layer, AdaptedExperts):
             layer.uninstall()
         else:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import whole
+from ..coverage import warn_uncalled
 from ..files import newest, write_together
 from ..layers.linear import AdaptedLinear, site_of
 from ..layers.quantized import weight_mark
@@ -62,6 +63,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     model = bare_modules(model)[""]
     layers, method = _of_one_method(model)
+    warn_uncalled(layers)
     first = next(iter(layers.values()))
     beside = trained_beside(model)
     facts = {name: facts_of(name, layer) for name, layer in layers.items()}

@@ -67,6 +67,7 @@ class AdaptedExperts(AdaptedLinear):
 
     base: Stack
     trace: Any
+    lends_weight = False
 
     def __init__(self, base: Stack, adapter: Adapter, method: Method, name: str):
         super().__init__(base, adapter, method, name)
@@ -102,6 +103,7 @@ class AdaptedExperts(AdaptedLinear):
     def forward(  # type: ignore[override]
         self, x: Tensor, stack: Stack, rows: Rows, sums: Tensor | None, by_token: bool
     ) -> Tensor:
+        self.called = True
         if any(hooked(expert) for expert in self.experts):
             return self._one_by_one(x, rows, sums, by_token)
         adapter = self.adapter
@@ -179,6 +181,7 @@ class AdaptedExperts(AdaptedLinear):
 class Expert(AdaptedLinear):
     """One expert of a stack, as the rest of the library sees an adapted layer. Not in the model."""
 
+    lends_weight = False
     tokens: Tensor  # (n,) int64, those that are routed to it in the pass that runs
 
     def __init__(self, owner: AdaptedExperts, index: int):
@@ -191,7 +194,7 @@ class Expert(AdaptedLinear):
     index: int
 
     @property
-    def weight(self) -> Tensor:
+    def frozen(self) -> Tensor:
         return self.owner.base.matrices()[self.index]
 
     @property
@@ -259,6 +262,9 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     """
     verify_once(experts, _plain_forward)
     layers = _adapted(experts) | {view.base.key: view for view in _called.get()}
+    for layer in layers.values():
+        layer.enter()
+    layers = {key: layer for key, layer in layers.items() if not layer.disabled}
     return _forward(experts, layers, hidden_states, top_k_index, top_k_weights)
 
 

@@ -38,7 +38,7 @@ class AdaptedPacked(AdaptedAround):
         self.reason = f"{self.kind.title} makes x W^T itself"
 
     @property
-    def weight(self) -> Tensor:
+    def frozen(self) -> Tensor:
         return stand_in(self.base, self.kind.dtype(self.base))
 
     def fold(self, factors: tuple[Tensor, Tensor] | None = None) -> float:
@@ -49,6 +49,7 @@ class AdaptedSharded(AdaptedAround):
     """Tensor parallel: ``weight`` is a DTensor, x or y this rank's columns."""
 
     cut: Cut
+    lends_weight = False
 
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str, cut: Cut):
         super().__init__(base, adapter, method, name)

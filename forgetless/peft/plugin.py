@@ -196,9 +196,7 @@ class CURLoRALayer(_Module, _BaseTunerLayer, OwnLayer):
     def update_layer(self, adapter_name: str, config: CURLoRAConfig) -> None:
         """Draw a new adapter."""
         method = config.method()
-        site = site_of(self.name, self.base_layer, values=True)
-        method.check(site)
-        adapter: Any = method.build(site)
+        adapter: Any = method.build(site_of(self.name, self.base_layer, values=True))
         if not config.init_weights:
             nn.init.normal_(adapter.core)
         self.curlora_adapters[adapter_name] = adapter

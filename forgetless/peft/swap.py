@@ -15,11 +15,13 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import versions
 from ..layers.experts import call_with, experts_forward
 from ..layers.linear import AdaptedLinear, form_groups, runs_by
+from ..layers.passes import Passes
 from ..layers.stack import give_back, run_by
 from ..names import bare_name
 from ..ops.add_lowrank import add_terms
@@ -86,6 +88,7 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
     for module in model.modules():
         if isinstance(module, _peft("tuners.tuners_utils").BaseTuner) and not isinstance(module, _SwappedTuner):
             _put_before(_SwappedTuner, module)
+    _mark_passes(model)
     return model
 
 
@@ -100,6 +103,8 @@ def swap_out(model: nn.Module) -> nn.Module:
         raise ValueError("no layer of model is swapped in; call fl.swap_in(model) first")
     _detach_groups(swapped)
     for taker in swapped:
+        if taker.passes is not None:
+            taker.passes.detach()
         taker.remove()
     for module in model.modules():
         own = vars(type(module)).get("_forgetless_base")
@@ -154,6 +159,8 @@ class _SwappedLayer(_Theirs):
         taker = self._forgetless
         if taker is None:
             return super().forward(x, *args, **kwargs)
+        if taker.passes is not None and not torch.compiler.is_compiling():
+            taker.passes.enter()
         if taker.stacked:
             active = taker.active() if runs_experts(self, taker.keys(), x) else []
             if active:
@@ -200,6 +207,7 @@ def take_over(model: nn.Module, own: dict[str, tuple[Penalty, ...]], specs: tupl
             taker.own.update(own)
             taker.install()
     _form_groups(model)
+    _mark_passes(model)
 
 
 @functools.cache
@@ -233,12 +241,14 @@ class _Taker:
         self.own: dict[str, tuple[Penalty, ...]] = {}  # of adapters whose configuration has penalties
         self.views: dict[str, Any] = {}
         self.stacked = stack_of(layer) is not None
+        self.passes: Passes | None = None
 
     def view(self, key: str) -> Any:
         view = self.views.get(key)
         if view is None or view.adapter.module is not self.layer.lora_A._modules[key]:  # deleted and added again
             made: Any = ExpertsView if self.stacked else View
             view = self.views[key] = made(self.layer, key, self.name, self.own.get(key, self.specs))
+            view.passes = self.passes
             if self.layer.__dict__.get("_forgetless") is self:
                 self._register()
         return view
@@ -316,6 +326,18 @@ def _form_groups(model: nn.Module) -> None:
                 together.setdefault(view.adapter.key, {})[bare_name(model, name)] = view
     for same in together.values():
         form_groups(model, same)
+
+
+def _mark_passes(model: nn.Module) -> None:
+    swapped = _swapped(model)
+    for taker in swapped:
+        if taker.passes is not None:
+            taker.passes.detach()
+    passes = Passes(model, [taker.layer for taker in swapped], swapped)
+    for taker in swapped:
+        taker.passes = passes
+        for view in taker.views.values():
+            view.passes = passes
 
 
 def _detach_groups(takers: list[_Taker]) -> None:
