@@ -84,7 +84,7 @@ def matmul_lowrank_descriptor_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes
 
 
 def outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
-    """Loads and stores of outer, its second kernel included"""
+    """Loads and stores of outer: the last program of a block of columns adds up its strips"""
     R = pad_rank(s.R)
     columns, blocks_r = cdiv(s.K, tile.BLOCK_K), cdiv(s.R, R)
     strips, steps = strips_of(s.M, tile.BLOCK_M, columns * blocks_r)
@@ -94,11 +94,14 @@ def outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     stores = {"out": s.R * s.K * s.factor}
     if strips > 1:
         loads["part"] = stores["part"] = 4 * strips * s.R * s.K
+        # a ticket for each program, and the counter set back; an atomic operation loads and stores
+        loads["tickets"] = 4 * columns * blocks_r * strips
+        stores["tickets"] = loads["tickets"] + 4 * columns * blocks_r
     return loads, stores
 
 
 def project_outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
-    """Loads and stores of the one sweep over x (M, K) of project_outer, its second kernel included"""
+    """Loads and stores of the one sweep over x (M, K) of project_outer: the last programs add up both sums"""
     R = pad_rank(s.R, most=64)
     columns = cdiv(s.K, tile.BLOCK_K)
     strips, _ = strips_of(s.M, tile.BLOCK_M, columns, programs=128)
@@ -108,8 +111,10 @@ def project_outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
         "down": strips * s.K * R * s.factor,
         "h": columns * s.M * R * s.element,
         **part,
+        "tickets": 2 * 4 * columns * strips,
     }
-    return loads, {"g": s.M * s.R * s.element, "out": s.K * s.R * s.factor, **part}
+    tickets = loads["tickets"] + 4 * (columns + strips)  # counters are set back
+    return loads, {"g": s.M * s.R * s.element, "out": s.K * s.R * s.factor, **part, "tickets": tickets}
 
 
 def full_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple[Bytes, Bytes]:
