@@ -40,6 +40,7 @@ class Sizes:
     factor: int = 4
     bias: bool = False
     dropout: bool = False
+    arch: int = 0
 
 
 Bytes = dict[str, int]  # by tensor: what one launch loads or stores of it
@@ -60,7 +61,7 @@ def project_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
 def matmul_lowrank_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     """Loads and stores of matmul_lowrank: x for each column of tiles, weight for each row of tiles"""
     rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
-    M, N, parts = rows * tile.BLOCK_M, columns * tile.BLOCK_N, parts_of(tile.BLOCK_N, s.dropout)
+    M, N, parts = rows * tile.BLOCK_M, columns * tile.BLOCK_N, parts_of(tile.BLOCK_N, s.dropout, s.arch)
     loads = {
         "x": columns * M * s.K * s.element,
         "weight": rows * N * s.K * s.element,
@@ -124,7 +125,7 @@ def full_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple
     del loads["h"]
     loads["down"] = rows * columns * pad_rank(s.R) * s.K * s.factor
     if s.dropout:
-        keys = 2 * parts_of(tile.BLOCK_N, True) if drop_output else 1 + cdiv(s.K, tile.BLOCK_K)  # of y, or of x
+        keys = 2 * parts_of(tile.BLOCK_N, True, s.arch) if drop_output else 1 + cdiv(s.K, tile.BLOCK_K)  # of y, or of x
         loads["seed"] = rows * columns * keys * SEED
     return loads, {**stores, "h": s.M * s.R * s.element}
 
@@ -283,7 +284,8 @@ def overhead(s: Sizes, arch: int) -> dict[str, float]:
 def kernel_rows(s: Sizes, arch: int, compile_them: bool = True) -> list[dict[str, Any]]:
     """Every kernel of a step: its tile, exact traffic, predicted time, and what it compiles to on that card"""
     _, speed, bandwidth = CARDS[arch]
-    rate, back = Rate(speed, bandwidth), dataclasses.replace(s, N=s.K, K=s.N)
+    rate, s = Rate(speed, bandwidth), dataclasses.replace(s, arch=arch)
+    back = dataclasses.replace(s, N=s.K, K=s.N)
     rows = []
     plain = {
         "project": ("project", s), "forward": ("matmul_lowrank", s), "full": ("full", s), "once": ("once", s),

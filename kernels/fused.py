@@ -28,9 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tl_utils
+from . import tiles, tl_utils
 from .launcher import Facts, Launch, prepared
-from .matmul_lowrank import MOST_PAIRS, add_products, matmul_lowrank
+from .mask import keep_bits
+from .matmul_lowrank import MOST_RANKS, add_products, matmul_lowrank, most_pairs
 from .project import outer, project, project_outer
 from .tiles import tile_for
 from .tl_utils import (
@@ -51,7 +52,16 @@ from .tl_utils import (
 
 PLANS = ("split", "full", "once")
 
-__all__ = ["PLANS", "dx_and_ddown", "linear_lowrank", "matmul_lowrank", "outer", "project", "project_outer"]
+__all__ = [
+    "PLANS",
+    "dx_and_ddown",
+    "keep_bits",
+    "linear_lowrank",
+    "matmul_lowrank",
+    "outer",
+    "project",
+    "project_outer",
+]
 
 
 def dx_and_ddown(
@@ -66,12 +76,13 @@ def dx_and_ddown(
     need_dx: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # dx (M, K), dtype of g; ddown (sum of R_i, K), dtype given or that of x
-    """dx = sum_i dy_i @ weight_i + drop(g @ down), one accumulator for up to three, and ddown = g.T @ drop(x)"""
+    """dx = sum_i dy_i @ weight_i + drop(g @ down), three in a launch where the card can, and ddown = g.T @ drop(x)"""
     dx: Tensor | None = None
     if need_dx:
         by_rows = {weight.stride(1) == 1 for weight in weights if weight is not None}
-        step = MOST_PAIRS if len(by_rows) < 2 else 1
         ranks = [down.shape[0] for down in downs]
+        # of more ranks together the GEMM would leave its descriptors
+        step = min(most_pairs(g.device), max(1, MOST_RANKS // max(ranks))) if len(by_rows) < 2 else 1
         for first in range(0, len(downs), step):
             some = slice(first, first + step)
             down = downs[first] if len(downs[some]) == 1 else torch.cat(list(downs[some]))
@@ -271,7 +282,8 @@ def _linear_lowrank(
         stride_ym=y.stride[0], stride_yn=y.stride[1], threshold=threshold_of(p),
         R=R, ONCE=plan == "once", HAS_BIAS=bias is not None, HAS_DROP=seed is not None, DROP_Y=drop_output,
         EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision,
-        PARTS=parts_of(tile["BLOCK_N"], drop_output and seed is not None), BLOCK_R=BLOCK_R, GROUP_M=8, **tile,
+        PARTS=parts_of(tile["BLOCK_N"], drop_output and seed is not None, tiles.arch_of(x.device)),
+        BLOCK_R=BLOCK_R, GROUP_M=8, **tile,
     )  # fmt: skip
 
 

@@ -23,14 +23,18 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from . import tiles
-from .tl_utils import INTERPRET, launching
+from .tl_utils import launching
 
 #: Launches kept; when there are more all are forgotten, and the next calls prepare theirs again.
 MOST = 8192
 #: The versions whose compiled kernels are launched as below; of others, every launch is Triton's own call.
 KNOWN = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+#: Whether kernels run in Triton's interpreter, which compiles nothing.
+INTERPRETED = bool(knobs.runtime.interpret)
 #: Knobs of the compiler that Triton's own call looks at each time; not every version has them all.
 KNOBS = [name for name in ("instrumentation_mode", "fpsan_homomorphic_casts") if hasattr(knobs.compilation, name)]
+#: Whether stages of the compiler can be replaced, by what no key can tell.
+HAS_STAGES_HOOK = hasattr(knobs.runtime, "add_stages_inspection_hook")
 
 _launches: dict[Any, Launch | None] = {}
 _MISSING: Any = object()
@@ -75,9 +79,12 @@ class Launch:
         Raises:
             LaunchError: it does not compile or cannot be launched.
         """
-        compiled, active = self.compiled, None if INTERPRET else driver.active
-        if compiled is None or scratch % 16 or self.kernel.pre_run_hooks or _inspected():
+        compiled = self.compiled
+        if compiled is None or scratch % 16 or self.kernel.pre_run_hooks:
             return self._by_jit(like, operands)
+        if HAS_STAGES_HOOK and knobs.runtime.add_stages_inspection_hook is not None:
+            return self._by_jit(like, operands)
+        active = driver.active
         device = active.get_current_device()
         if like.get_device() not in (device, -1):
             with torch.cuda.device_of(like):
@@ -103,11 +110,6 @@ class Launch:
                 self.compiled = compiled
 
 
-def _inspected() -> bool:
-    """Whether stages of the compiler are replaced, by what no key can tell."""
-    return getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None
-
-
 def prepared(prepare: Callable[..., Any], tensors: Sequence[Tensor | None], *values: Any) -> Any:
     """``prepare(*Facts of the tensors, *values)``, kept from the second call on.
 
@@ -126,7 +128,7 @@ def prepared(prepare: Callable[..., Any], tensors: Sequence[Tensor | None], *val
         like = next(t for t in tensors if t is not None)
         with launching(prepare.__name__.strip("_"), like):
             launch = prepare(*[None if fact is None else Facts(*fact) for fact in facts], *values)
-        if not INTERPRET:
+        if not INTERPRETED:
             if len(_launches) >= MOST:
                 _launches.clear()
             _launches[key] = launch
@@ -135,6 +137,6 @@ def prepared(prepare: Callable[..., Any], tensors: Sequence[Tensor | None], *val
 
 def _surroundings() -> tuple[Any, ...]:
     """What Triton's own call looks at besides its arguments."""
-    if INTERPRET:
+    if INTERPRETED:
         return ()
     return driver.active, knobs.runtime.debug, *[getattr(knobs.compilation, name) for name in KNOBS]

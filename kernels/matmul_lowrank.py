@@ -30,6 +30,8 @@ from .tl_utils import (
 
 #: Products that one launch adds up at most: q, k and v.
 MOST_PAIRS = 3
+#: Ranks up to which it runs on descriptors.
+MOST_RANKS = 128
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def _matmul_lowrank_kernel(
 
 @triton.jit
 def _add_described(
-    acc, x_desc, weight_desc, first_m, first_n, K, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, x_desc, weight_desc, first_m, first_n, K, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """acc + x @ weight.T of the tile that starts there"""
     # Specialising this loop compiles whole in Triton 3.6 to 3.9; sm_90 ignores it. See below for the outer one.
@@ -164,6 +166,11 @@ def describable(t: Facts, transposed: bool = False) -> bool:
     return element == 1 and row >= columns and aligned and min(t.shape) > 0
 
 
+def most_pairs(device: torch.device) -> int:
+    """Products that one launch adds up there; of a second loop on descriptors Triton drops the stores on sm_100"""
+    return 1 if 100 <= tiles.arch_of(device) < 110 else MOST_PAIRS
+
+
 @functools.cache
 def programs_of(device: torch.device) -> int:
     """One program for each multiprocessor"""
@@ -179,7 +186,7 @@ def _add_products(
     *pairs, p, precision = others
     xs, weights = pairs[::2], pairs[1::2]
     (M, N), R = y.shape, up.shape[1]
-    dtype, device, itemsize = y.dtype, y.device, y.dtype.itemsize
+    dtype, device, itemsize, arch = y.dtype, y.device, y.dtype.itemsize, tiles.arch_of(y.device)
     assert h.shape == (M, R) and up.shape == (N, R) and dtype in FLOATS and h.dtype == dtype
     for x, weight in zip(xs, weights, strict=True):
         assert x.shape[0] == M and weight.shape == (N, x.shape[1]) and x.dtype == weight.dtype == dtype
@@ -192,16 +199,16 @@ def _add_products(
     }  # fmt: skip
     for i, name in enumerate(("", "1", "2")):
         named[f"K{name}"] = xs[i].shape[1] if i < len(xs) else 0
-    descriptor = has_row(kernel + "_descriptor", device) and itemsize == 2 and R <= 128 and describable(y)
+    descriptor = has_row(kernel + "_descriptor", device) and itemsize == 2 and R <= MOST_RANKS and describable(y)
     if descriptor and all(map(describable, xs)) and all(describable(w, not stored) for w in weights):
         # sm_100 takes the low-rank product in one block: of a chain of them Triton makes an empty kernel
-        BLOCK_R = pad_rank(R, most=128 if tiles.arch_of(device) >= 100 else 64)
+        BLOCK_R = pad_rank(R, most=128 if arch >= 100 else 64)
         tile = tile_for(kernel + "_descriptor", device, itemsize, BLOCK_R)
         BM, BN, BK = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
         return Launch(
             _matmul_lowrank_descriptor_kernel, [min(triton.cdiv(M, BM) * triton.cdiv(N, BN), programs_of(device))],
             ([BM, BK], [BN, BK] if stored else [BK, BN], [BM, BN // 2]),
-            TRANSPOSED=not stored, PARTS=parts_of(BN, seed is not None), BLOCK_R=BLOCK_R, **named, **tile,
+            TRANSPOSED=not stored, PARTS=parts_of(BN, seed is not None, arch), BLOCK_R=BLOCK_R, **named, **tile,
         )  # fmt: skip
     BLOCK_R = pad_rank(R, most=64 if R <= 128 else 32)
     tile = tile_for(kernel, device, itemsize, BLOCK_R)
@@ -211,7 +218,7 @@ def _add_products(
     return Launch(
         _matmul_lowrank_kernel, [triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])],
         stride_ym=y.stride[0], stride_yn=y.stride[1], EVEN_K=all(x.shape[1] % tile["BLOCK_K"] == 0 for x in xs),
-        PRECISION=precision, PARTS=parts_of(tile["BLOCK_N"], seed is not None), BLOCK_R=BLOCK_R, **named, **tile,
+        PRECISION=precision, PARTS=parts_of(tile["BLOCK_N"], seed is not None, arch), BLOCK_R=BLOCK_R, **named, **tile,
     )  # fmt: skip
 
 
