@@ -266,7 +266,7 @@ def usage(kernel: Any, launch: dict[str, Any]) -> Record:
 
 
 def serialized(ptx: str, sass: str) -> str:
-    """How ptxas made the wgmma of sm_90 wait for one another: in its own words, or a wait in SASS for each of several"""
+    """How ptxas made each wgmma of sm_90 wait for the one before: in its own words, or as waits in SASS"""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)

@@ -201,8 +201,9 @@ def _add_products(
         named[f"K{name}"] = xs[i].shape[1] if i < len(xs) else 0
     descriptor = has_row(kernel + "_descriptor", device) and itemsize == 2 and R <= MOST_RANKS and describable(y)
     if descriptor and all(map(describable, xs)) and all(describable(w, not stored) for w in weights):
-        # sm_100 takes the low-rank product in one block: of a chain of them Triton makes an empty kernel
-        BLOCK_R = pad_rank(R, most=128 if arch >= 100 else 64)
+        # sm_100 takes the low-rank product in one block: of a chain of them Triton makes an empty kernel. sm_90 takes
+        # large ranks in small blocks: larger ones spill in dx
+        BLOCK_R = pad_rank(R, most=128 if arch >= 100 else 64 if R <= 64 else 32)
         tile = tile_for(kernel + "_descriptor", device, itemsize, BLOCK_R)
         BM, BN, BK = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
         return Launch(

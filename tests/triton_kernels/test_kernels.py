@@ -81,7 +81,7 @@ FUNCTIONS = ("project", "matmul_lowrank", "outer")
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
-@pytest.mark.parametrize("function", [*FUNCTIONS, "project_outer", "linear_lowrank"])
+@pytest.mark.parametrize("function", [*FUNCTIONS, "project_outer", "linear_lowrank", "dx_and_ddown", "keep_bits"])
 def test_signatures_are_the_reference_s(function):
     assert inspect.signature(getattr(fused, function)) == inspect.signature(getattr(reference, function))
 
