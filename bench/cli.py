@@ -15,6 +15,7 @@ BENCHES = {
     "step": "a training step of a whole model",
     "memory": "what is saved for the backward pass, and the peak",
     "dispatch": "what a call costs before any arithmetic",
+    "host": "what a layer costs the host on the CUDA path, without a GPU; needs Triton and transformers",
 }
 OTHERS = {
     "qlora": "training on a base in NF4, with PEFT and swapped in; needs bitsandbytes",

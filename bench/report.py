@@ -320,6 +320,32 @@ def dispatch_text(results: Results) -> str:
     return text + provider_table(rows, "provider", columns, rows[0]["provider"])
 
 
+def host_overheads(results: Results) -> dict[str, dict[str, float]]:
+    """provider -> phase -> seconds of the host over the frozen model, per layer."""
+    times: dict[str, dict[str, float]] = {}
+    for row in select(results, metric="time"):
+        times.setdefault(row["provider"], {})[row["phase"]] = row["value"]
+    frozen = times.pop(FROZEN)
+    return {name: {phase: value - frozen[phase] for phase, value in each.items()} for name, each in times.items()}
+
+
+def host_share(results: Results, name: str) -> float | None:
+    """A provider's overhead over PEFT's, forward and backward together."""
+    over = host_overheads(results)
+    return over[name]["both"] / over[PEFT]["both"] if PEFT in over else None
+
+
+def host_text(results: Results) -> str:
+    rows = select(results, metric="time")
+    launches = {row["provider"]: f"{row['value']:.2f}" for row in select(results, metric="launches")}
+    lines = []
+    for name, over in host_overheads(results).items():
+        cells = [number(over[phase] * 1e6, 0) for phase in ("forward", "backward", "both")]
+        lines.append([name, *cells, number(host_share(results, name)), launches.get(name, NONE)])
+    titles = ["µs over frozen", "forward", "backward", "both", "× PEFT", "Triton's launches"]
+    return f"{rows[0]['case']}. Per adapted layer, without a card: what the host does.\n\n" + table(titles, lines)
+
+
 #: kind -> (title, text).
 SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "step": ("One training step", step_text),
@@ -329,6 +355,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "memory": ("Memory", memory_text),
     "qlora": ("QLoRA", qlora_text),
     "dispatch": ("Dispatch", dispatch_text),
+    "host": ("Host time on the CUDA path", host_text),
 }
 
 
@@ -458,6 +485,10 @@ def rest_section(results: Mapping[str, Results]) -> str:
         rows.append(["CLoRA's penalty: times faster than the authors' loop, by basis", text])
     if "memory" in results:
         rows += memory_shares(results["memory"])
+    if "host" in results:
+        names = [name for name in host_overheads(results["host"]) if name.startswith(OURS)]
+        shares = ", ".join(f"{name} {number(host_share(results['host'], name))}" for name in names)
+        rows.append(["host time over frozen on the CUDA path, without a card: / PEFT's", shares])
     if not rows:
         return ""
     text = table(["whole model", "measured"], rows)
