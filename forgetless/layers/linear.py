@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -170,16 +171,23 @@ class AdaptedLinear(nn.Module):
             if self.cut is None:
                 self._check_whole(getattr(self.base, "weight", None))
             return self._around(x)
-        adapter, compiling = self.adapter, torch.compiler.is_compiling()
-        group = None if self.group is None or compiling or self.group.scope is None else self.group
+        adapter: Any = self._modules["adapter"]  # a module's attribute costs a microsecond
+        compiling, group = torch.compiler.is_compiling(), self.group
         dropout = adapter.dropout if self.training else 0.0
-        waiting, result = (False, None) if group is None else group.take(self, x, dropout)
+        members, seed, result = [self], None, None
+        if group is not None and not compiling and group.scope is not None:
+            waiting, result = group.take(self, x, dropout)
+            if result is None:
+                members = members if waiting else self._members(group, x, dropout)
+                seed = group.seed(x) if dropout and self.shares_dropout else None
         if result is None:
-            members = [self] if group is None or waiting else self._members(group, x, dropout)
-            layers = Operands(*zip(*[member.operands() for member in members], strict=True))
-            seed = group.seed(x) if group is not None and dropout and self.shares_dropout else None
-            return_h = any(member.needs_hidden for member in members)
-            arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h=return_h)
+            return_h, layers = self.needs_hidden, self.operands()
+            if len(members) > 1:
+                layers = Operands(
+                    *[tuple(chain(*parts)) for parts in zip(*[m.operands() for m in members], strict=True)]
+                )
+                return_h = any(member.needs_hidden for member in members)
+            arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h)
             outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
             ys, h = (outputs[:-1], hidden(arguments[0], outputs[-1])) if return_h else (outputs, None)
             if len(members) == 1:
@@ -192,12 +200,14 @@ class AdaptedLinear(nn.Module):
         self._record(x, h)
         return like_x(y, x)
 
-    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def operands(self) -> Operands:
         """The weight as (N, K), bias, down and up, as they are now."""
         weight, bias = self.stored()
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             self._check_whole(weight)
-        return weight.T if self.transposed else weight, bias, *self.adapter.factors()
+        adapter: Any = self._modules["adapter"]
+        down, up = adapter.factors()
+        return Operands((weight.T if self.transposed else weight,), (bias,), (down,), (up,))
 
     def _members(self, group: Group, x: Tensor, dropout: float) -> list[AdaptedLinear]:
         """The siblings to compute with this layer, itself included; it alone where one of them differs."""

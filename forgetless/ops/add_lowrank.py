@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from .autograd import Call, LowrankLinear, Operands, as_rows, autocasts, draw_seed, hidden, prepare
+from .autograd import LowrankLinear, Onto, Operands, as_rows, autocasts, draw_seed, hidden, prepare
 
 
 class Term(NamedTuple):
@@ -70,11 +70,10 @@ def add_terms(
             continue
         seed = draw_seed(x.device) if term.dropout else None
         groups = {} if cut is None else {"sum_h" if cut.dim else "sum_g": cut.group}
-        in_place = fresh and y.is_contiguous() and not compat.is_view(y)
-        arguments = prepare(
-            x, Operands((y,), (term.bias,), (term.down,), (term.up,)), term.scale, term.dropout,
-            seed if cut is None else cut.seed(seed), return_h=True, call=Call(onto=True, in_place=in_place, **groups),
-        )  # fmt: skip
+        onto = Onto(fresh and y.is_contiguous() and not compat.is_view(y), **groups)
+        layers = Operands((y,), (term.bias,), (term.down,), (term.up,))
+        seed = seed if cut is None else cut.seed(seed)
+        arguments = prepare(x, layers, term.scale, term.dropout, seed, return_h=True, onto=onto)
         y, h = LowrankLinear.apply(*arguments)
         hs.append(hidden(arguments[0], h))
         fresh = True  # what the op returns is its own

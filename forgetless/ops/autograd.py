@@ -25,8 +25,22 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .blas import as_dtype
-from .check import check
+from .check import check_call, check_layer
 from .dispatch import LaunchError, Route
+
+
+@dataclass(frozen=True)
+class Onto:
+    """A layer that makes its product itself.
+
+    Attributes:
+        in_place: the memory of its result may be written.
+        sum_h, sum_g: process groups to sum h and g over (tensor parallelism).
+    """
+
+    in_place: bool = False
+    sum_h: Any = None
+    sum_g: Any = None
 
 
 @dataclass(frozen=True)
@@ -39,9 +53,7 @@ class Call:
         up_scale: factor of up. float16 has the whole scale here: scale * h may overflow where y does not.
         p: dropout, a multiple of 2**-15.
         return_h: also return h.
-        onto: ``weights`` holds what the layers made of x themselves.
-        in_place: that memory may be written.
-        sum_h, sum_g: process groups to sum h and g over (tensor parallelism).
+        onto: set where ``weights`` holds what the layer made of x itself.
         module: of the backend that was asked for, if any; the backward pass runs on it, too.
     """
 
@@ -50,10 +62,7 @@ class Call:
     up_scale: float = 1.0
     p: float = 0.0
     return_h: bool = False
-    onto: bool = False
-    in_place: bool = False
-    sum_h: Any = None
-    sum_g: Any = None
+    onto: Onto | None = None
     module: Any = None
 
 
@@ -68,7 +77,7 @@ class Operands(NamedTuple):
 
 def quantized_rate(dropout: float) -> float:
     """The nearest rate that the generator can give, below 1."""
-    return min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS if dropout else 0.0
+    return min(reference.drop_threshold(dropout), reference.LEVELS - 1) / reference.LEVELS
 
 
 def draw_seed(device: torch.device) -> Tensor:  # (2,) int32
@@ -88,7 +97,10 @@ def autocasts(device: str) -> bool:
 
 def exact_products(device: str) -> AbstractContextManager[Any]:
     """Products in the dtype they are written in: the op has cast its arguments already."""
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 def as_rows(x: Tensor) -> Tensor:  # (..., K) -> (M, K)
@@ -108,7 +120,7 @@ def forward(
     """y of each layer and h of all, by the backend and plan that dispatch chooses, or by BLAS where a kernel fails."""
     downs, ups = layers.downs, layers.ups
     if route is None:
-        route = dispatch.choose_route("forward", x, (ups[0].shape[0], x.shape[1], downs[0].shape[0]), call.module)
+        route = dispatch.choose_route("forward", x, ups[0], downs[0], call.module)
         if route.unchecked and not call.onto:  # which may write in place and wait for other processes
             route = dispatch.first_use(route, lambda r: _flat(forward(call, x, seed, layers, r)), x.device)
     if call.up_scale != 1.0:
@@ -122,10 +134,8 @@ def forward(
                 )
                 return [y], h
             h = run.project(x, downs[0] if call.count == 1 else torch.cat(list(downs)), s, p, seed)
-            if call.sum_h is not None:
-                torch.distributed.all_reduce(h, group=call.sum_h)
             if call.onto:
-                return [_add(call, layers.weights[0], h, ups[0], layers.biases[0])], h
+                return [_add(call.onto, layers.weights[0], h, ups[0], layers.biases[0])], h
             if call.count == 1:
                 return [run.matmul_lowrank(x, layers.weights[0], h, ups[0], layers.biases[0])], h
             parts = h.split_with_sizes([up.shape[1] for up in ups], 1)
@@ -135,9 +145,11 @@ def forward(
         return forward(call, x, seed, layers, dispatch.failed(route, error))
 
 
-def _add(call: Call, base: Tensor, h: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+def _add(onto: Onto, base: Tensor, h: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     """base + h @ up.T + bias, in the memory of base where that is allowed"""
-    y = base if call.in_place else base.clone(memory_format=torch.contiguous_format)
+    if onto.sum_h is not None:
+        torch.distributed.all_reduce(h, group=onto.sum_h)
+    y = base if onto.in_place else base.clone(memory_format=torch.contiguous_format)
     rows = y.view(h.shape[0], y.shape[-1])
     torch.addmm(rows, h.to(y.dtype), up.to(y.dtype).t(), out=rows)
     return y if bias is None else y.add_(bias)
@@ -168,8 +180,7 @@ def gradients(
     x, h, seed, weights, downs, ups, dtypes = saved
     like: Any = dys[0] if n == 1 else next(dy for dy in dys if dy is not None)
     if route is None:
-        R, K = downs[0].shape
-        route = dispatch.choose_route("backward", like, (ups[0].shape[0], K, R), call.module)
+        route = dispatch.choose_route("backward", like, ups[0], downs[0], call.module)
         if route.unchecked and not call.onto:
             route = dispatch.first_use(route, lambda r: _given(gradients(call, saved, need, dys, dh, r)), like.device)
     if call.up_scale != 1.0:
@@ -202,8 +213,8 @@ def gradients(
                     gs.append(run.project(dy, ups[i].t(), s))
             if need_x or need_down:
                 g = gs[0] if len(gs) == 1 else torch.cat(gs, 1)
-                if call.sum_g is not None:
-                    torch.distributed.all_reduce(g, group=call.sum_g)
+                if call.onto and call.onto.sum_g is not None:
+                    torch.distributed.all_reduce(g, group=call.onto.sum_g)
                 if dh is not None:
                     g.add_(dh, alpha=s)
                 options = {"need_dx": need_x and dx is None, "dtype": dtypes[0]}
@@ -242,24 +253,26 @@ class LowrankLinear(torch.autograd.Function):
     """y_i of each layer, then h if it is wanted. x is (M, K); the tensors those of ``Operands``, list after list."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, seed: Tensor | None, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, call: Call, x: Tensor, seed: Tensor | None, *tensors: Any) -> Any:
         n = call.count
-        layers = Operands(tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :])  # type: ignore[arg-type]
-        downs, ups = layers.downs, layers.ups
+        weights, biases = tensors[:n], tensors[n : 2 * n]
+        downs: Sequence[Tensor] = tensors[2 * n : 3 * n]
+        ups: Sequence[Tensor] = tensors[3 * n :]
+        dtypes = [t.dtype for t in tensors[2 * n :]]
+        if x.is_cpu and call.up_scale == 1.0:  # BLAS wants one dtype: cast once for both passes
+            downs, ups = [as_dtype(t, x.dtype) for t in downs], [as_dtype(t, x.dtype) for t in ups]
         with exact_products(device_type(x)):
-            if x.is_cpu and call.up_scale == 1.0:  # BLAS wants one dtype: cast once for both passes
-                downs, ups = [as_dtype(t, x.dtype) for t in downs], [as_dtype(t, x.dtype) for t in ups]
-            ys, h = forward(call, x, seed, layers._replace(downs=downs, ups=ups))
-        if call.in_place:
-            ctx.mark_dirty(tensors[0])
+            ys, h = forward(call, x, seed, Operands(weights, biases, downs, ups))
+        if call.onto:
+            weights = (None,)
+            if call.onto.in_place:
+                ctx.mark_dirty(tensors[0])
         need = ctx.needs_input_grad
         if any(need):
-            ctx.call, ctx.dtype = call, x.dtype
+            ctx.call, ctx.dtype, ctx.dtypes = call, x.dtype, dtypes
             ctx.pending, ctx.kept = set(range(n)), None
             need_x = any(need[3 + 2 * n : 3 + 3 * n]) or any(need[3 : 3 + n]) and not call.onto
-            weights = (None,) * n if call.onto else layers.weights
             need_h = any(need[3 + 3 * n :])
-            ctx.dtypes = [t.dtype for t in (*layers.downs, *layers.ups)]
             ctx.save_for_backward(x if need_x else None, h if need_h else None, seed, *weights, *downs, *ups)
             ctx.set_materialize_grads(False)
         if call.return_h:
@@ -406,33 +419,34 @@ def prepare(
     scale: float,
     dropout: float,
     seed: Tensor | None,
-    *,
     return_h: bool = False,
-    call: Call = Call(),  # noqa: B008 - frozen
+    onto: Onto | None = None,
 ) -> tuple[Any, ...]:
     """The arguments of ``LowrankLinear``, checked, cast by autocast, with a seed where something will be dropped.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    weights, biases = layers.weights, layers.biases
+    weights, biases, downs, ups = layers
     device = device_type(x)
     if autocasts(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
-        if not call.onto:
+        if not onto:
             weights = [weight.to(dtype) for weight in weights]
             biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    for weight, bias, down, up in zip(weights, biases, layers.downs, layers.ups, strict=True):
-        check(x, None if call.onto else weight, down, up, bias, scale=scale, dropout=dropout, seed=seed)
-    p = quantized_rate(dropout)
-    seed = None if p == 0.0 else draw_seed(x.device) if seed is None else seed
+    check_call(x, scale, dropout, seed)
+    for weight, bias, down, up in zip(weights, biases, downs, ups, strict=True):
+        check_layer(x, None if onto else weight, down, up, bias)
+    p = 0.0
+    if dropout:
+        p = quantized_rate(dropout)
+        seed = draw_seed(x.device) if seed is None else seed
     s = scale / (1.0 - p)
     factors = (1.0, s) if x.dtype == torch.float16 else (s, 1.0)
     asked = None if torch.compiler.is_compiling() else dispatch.asked_module()
-    groups = call.sum_h, call.sum_g
-    made = Call(len(weights), *factors, p, return_h, call.onto, call.in_place, *groups, asked)
-    return made, as_rows(x), seed, *weights, *biases, *layers.downs, *layers.ups
+    made = Call(len(weights), *factors, p, return_h, onto, asked)
+    return made, as_rows(x), seed if p else None, *weights, *biases, *downs, *ups
 
 
 def lowrank_linear(
@@ -468,7 +482,7 @@ def lowrank_linear(
         ValueError: a shape, dtype or device does not fit; names the argument, what it got and what it wants.
     """
     layers = Operands((weight,), (bias,), (down,), (up,))
-    arguments = prepare(x, layers, scale, dropout, seed, return_h=return_h)
+    arguments = prepare(x, layers, scale, dropout, seed, return_h)
     result = compiled(*arguments) if torch.compiler.is_compiling() else LowrankLinear.apply(*arguments)
     if not return_h:
         return like_x(result, x)

@@ -97,7 +97,7 @@ def project(
     if seed is not None and p > 0.0:
         x = _dropped(x, keep_bits(seed, p, *x.shape))
     down = as_dtype(down, x.dtype).t()
-    return torch.mm(x, down) if scale == 1.0 else torch.addmm(x.new_zeros(()), x, down, beta=0, alpha=scale)
+    return torch.mm(x, down) if scale == 1.0 else torch.addmm(x.new_empty(()), x, down, beta=0, alpha=scale)
 
 
 def matmul_lowrank(

@@ -115,8 +115,10 @@ class Route:
 
     def tiles(self) -> AbstractContextManager[Any]:
         """The block in which the kernels run with this tile."""
-        return tile_forced(self.tile) if self.tile else nullcontext()
+        return tile_forced(self.tile) if self.tile else _NO_TILE
 
+
+_NO_TILE = nullcontext()
 
 BLAS = Route(blas)
 REFERENCE = Route(reference)
@@ -156,21 +158,21 @@ def module_for(on_cuda: bool, dtype: torch.dtype, asked: Any) -> Any:
     return blas if module is kernels and dtype not in KERNEL_DTYPES else module
 
 
-def choose_route(sweep: str, like: Tensor, sizes: tuple[int, int, int], asked: Any = None) -> Route:
+def choose_route(sweep: str, like: Tensor, up: Tensor, down: Tensor, asked: Any = None) -> Route:
     """Backend, plan and tile for one call.
 
     Args:
         sweep: "forward" or "backward".
         like: (M, ..) x, or dy: device, dtype and rows.
-        sizes: out_features, in_features, rank of the first layer.
+        up, down: (N, R), (R, K) of the first layer.
         asked: the module of a ``backend`` block.
     """
-    module = module_for(like.is_cuda, like.dtype, asked)
     if compat.is_batched(like):  # torch.autograd.grad(is_grads_batched=True): only what torch can vectorise
         return REFERENCE
+    module = module_for(like.is_cuda, like.dtype, asked)
     if module is not kernels:
         return REFERENCE if module is reference else BLAS
-    N, K, R = sizes
+    (N, R), K = up.shape, down.shape[1]
     if not N * K:  # no grid to launch
         return BLAS
     M = bucket(like.shape[0])

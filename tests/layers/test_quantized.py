@@ -181,8 +181,8 @@ def test_saved_loaded_and_merged(method: fl.methods.Method, tmp_path: Any) -> No
 
 def test_a_compiler_and_a_transform_take_the_formula() -> None:
     torch.manual_seed(0)
-    model = stir(fl.adapt(nn.Sequential(Int8(nn.Linear(12, 9))), fl.LoRA(rank=3), ["0"]))
-    x = torch.randn(4, 12, requires_grad=True)
+    model = stir(fl.adapt(nn.Sequential(Int8(nn.Linear(12, 9).double())), fl.LoRA(rank=3), ["0"]))
+    x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
     leaves = [x, *[p for p in model.parameters() if p.requires_grad]]
     want = torch.autograd.grad(model(x).square().sum(), leaves)
     torch._dynamo.reset()
