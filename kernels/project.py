@@ -188,8 +188,8 @@ def outer(
     seed = dropping(p, seed)
     launch = prepared(_outer, (g, x, out, seed), p, dot_precision(x.dtype))
     columns, strips, _ = launch.grid
-    part = out if strips == 1 else tl_utils.empty((strips, R, K), torch.float32, x)
-    tickets = part if strips == 1 else tl_utils.tickets(columns, x)
+    part = tl_utils.empty((strips if strips > 1 else 0, R, K), torch.float32, x)
+    tickets = tl_utils.tickets(columns, x)
     launch(x, part.data_ptr() | tickets.data_ptr(), g, x, out, part, tickets, seed)
     return out
 
