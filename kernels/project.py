@@ -219,9 +219,10 @@ def _project_outer_kernel(
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
     h_ptrs += (offs_r % R).to(tl.int64)[None, :] * stride_hr
-    g_ptrs = g_part_ptr + (pid_k * tl.cast(M, tl.int64) + offs_m)[:, None] * R + offs_r[None, :]
+    size_g = M * tl.cast(R, tl.int64)
+    g_ptrs = g_part_ptr + pid_k * size_g + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
     acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
-    for _ in range(0, steps):
+    for step in range(0, steps):
         mask_m = offs_m < M
         h = tl.load(h_ptrs, mask=mask_m[:, None], other=0.0)
         if EVEN_K:
@@ -231,14 +232,15 @@ def _project_outer_kernel(
         # in this order: the other way round ptxas makes each MMA of sm_90 wait for the one before it
         acc = dot(tl.trans(x), h, acc, PRECISION)
         g = dot(x, down, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), PRECISION)
-        tl.store(g_ptrs, g, mask=mask_m[:, None] & mask_r[None, :])
+        rows = tl.arange(0, BLOCK_M) < M - (strip * steps + step) * BLOCK_M  # not mask_m: that spilt 8 bytes on sm_120
+        tl.store(g_ptrs, g, mask=rows[:, None] & mask_r[None, :])
         offs_m += BLOCK_M
         x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
         h_ptrs += BLOCK_M * tl.cast(stride_hm, tl.int64)
         g_ptrs += BLOCK_M * R
     offs_out = k[:, None] * R + offs_r[None, :]
-    mask_out = mask_k[:, None] & mask_r[None, :]
-    size_g, size_out = M * tl.cast(R, tl.int64), K * tl.cast(R, tl.int64)
+    mask_out = (offs_k < K)[:, None] & (offs_r < R)[None, :]
+    size_out = K * tl.cast(R, tl.int64)
     tl.store(out_part_ptr + strip * size_out + offs_out, acc, mask=mask_out)
     columns, strips = tl.num_programs(0), tl.num_programs(1)
     if last_to_come(tickets_ptr + pid_k, strips):
@@ -250,7 +252,7 @@ def _project_outer_kernel(
         offs_m = strip * steps * BLOCK_M + tl.arange(0, BLOCK_M)
         for _ in range(0, steps):
             offs_g = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-            mask_g = (offs_m < M)[:, None] & mask_r[None, :]
+            mask_g = (offs_m < M)[:, None] & (offs_r < R)[None, :]
             g = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             for c in range(0, columns):
                 g += tl.load(g_part_ptr + c * size_g + offs_g, mask=mask_g, other=0.0, cache_modifier=".cg")
