@@ -108,7 +108,7 @@ class Step:
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaModel
 
-    sizes = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 4}
+    sizes: Any = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 4}
     torch.manual_seed(0)
     model: nn.Module = LlamaModel(LlamaConfig(num_hidden_layers=BLOCKS, **sizes))
     return model.to(torch.bfloat16).train()

@@ -487,8 +487,8 @@ def rest_section(results: Mapping[str, Results]) -> str:
         rows += memory_shares(results["memory"])
     if "host" in results:
         names = [name for name in host_overheads(results["host"]) if name.startswith(OURS)]
-        shares = ", ".join(f"{name} {number(host_share(results['host'], name))}" for name in names)
-        rows.append(["host time over frozen on the CUDA path, without a card: / PEFT's", shares])
+        hosts = ", ".join(f"{name} {number(host_share(results['host'], name))}" for name in names)
+        rows.append(["host time over frozen on the CUDA path, without a card: / PEFT's", hosts])
     if not rows:
         return ""
     text = table(["whole model", "measured"], rows)

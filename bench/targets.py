@@ -180,7 +180,9 @@ def measure(case: Case, arch: int) -> list[Record]:
             stack.enter_context(mock.patch.object(matmul_lowrank, "has_row", lambda kernel, device: False))
         launches = stack.enter_context(compiling_for(arch))
         call()
-    return [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, **usage(*one)} for one in launches]
+    records = [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, **usage(*one)} for one in launches]
+    # the default tile is that of cards we do not know: sm_90 itself never takes it
+    return [{**record, "serialized": ""} for record in records] if case.default_tile else records
 
 
 def attempt(case: Case, arch: int) -> list[Record]:
@@ -270,7 +272,7 @@ def serialized(ptx: str, sass: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [BIN / "ptxas", "-v", "--gpu-name=sm_90a", source, "-o", f"{folder}/kernel.cubin"]
+        command = [str(BIN / "ptxas"), "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
         told = SERIALIZED.search(subprocess.run(command, capture_output=True, text=True).stderr)
     products, waits = len(re.findall(r"\bHGMMA\b", sass)), len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
     if told:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -180,9 +181,7 @@ def programs_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _add_products(
-    h: Facts, up: Facts, bias: Facts | None, y: Facts, seed: Facts | None, *others: Facts | float | str
-) -> Launch:
+def _add_products(h: Facts, up: Facts, bias: Facts | None, y: Facts, seed: Facts | None, *others: Any) -> Launch:
     """The launch of ``add_products``; ``others`` are x and weight of each product, then p and the precision"""
     *pairs, p, precision = others
     xs, weights = pairs[::2], pairs[1::2]
@@ -193,7 +192,7 @@ def _add_products(
         assert x.shape[0] == M and weight.shape == (N, x.shape[1]) and x.dtype == weight.dtype == dtype
     stored = weights[0].stride[1] == 1  # as a linear layer does; its transpose is dx's weight
     kernel = "matmul_lowrank" if stored else "matmul_lowrank_t"
-    named = {
+    named: dict[str, Any] = {
         "M": M, "N": N, "stride_hm": h.stride[0], "stride_hr": h.stride[1],
         "stride_un": up.stride[0], "stride_ur": up.stride[1], "stride_b": 0 if bias is None else bias.stride[0],
         "threshold": threshold_of(p), "R": R, "HAS_BIAS": bias is not None, "HAS_DROP": seed is not None, "GROUP_M": 8,

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -206,6 +207,6 @@ def _arguments(kernel: str, arch: int, itemsize: int, R: int) -> dict[str, int]:
     return {name: value for name, value in dataclasses.asdict(tile).items() if value}
 
 
-def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, int]:
+def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, Any]:
     """The launch arguments of ``kernel`` for a card, an element size in bytes and a padded rank"""
     return {**_arguments(kernel, arch_of(device), itemsize, R), **dict(dict(_forced.get()).get(kernel, ()))}
