@@ -112,7 +112,7 @@ TABLE: dict[str, dict[tuple[int, int], Tile]] = {
     },
     # BLOCK_M rows a step against BLOCK_K columns held: wide, so that few partial sums are written
     "project_outer": {
-        (0, 2): Tile(32, 0, 128, 4, 2),
+        (0, 2): Tile(32, 0, 128, 8, 2),
         (0, 4): Tile(32, 0, 64, 4, 2),
         (80, 2): Tile(64, 0, 256, 8, 4),
         (86, 2): Tile(32, 0, 256, 8, 4),
