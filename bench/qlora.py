@@ -83,13 +83,18 @@ def texts(base: Any, smoke: bool, steps: int, batch: tuple[int, int], device: to
     if smoke:
         ids = torch.randint(0, base.config.vocab_size, (steps, *batch), device=device)
         return [{"input_ids": part, "labels": part} for part in ids]
-    from forgetless.study.data import Collator, encode, load_domain
+    from forgetless.study.data import Collator, load_domain
+    from forgetless.study.encoding import encode
     from forgetless.study.models import load_model
 
     tokenizer = load_model(device=device)[1]
     rows = [encode(example, tokenizer, batch[1]) for example in load_domain(TASK).train[: steps * batch[0]]]
     cut = [rows[at : at + batch[0]] for at in range(0, len(rows), batch[0])]
     return [{k: v.to(device) for k, v in Collator(tokenizer)(part).items()} for part in cut]
+
+
+def backward(model: Any, batch: Any) -> None:
+    model(**batch).loss.backward()
 
 
 def main(arguments: list[str] | None = None) -> Results:
@@ -117,7 +122,7 @@ def main(arguments: list[str] | None = None) -> Results:
         sizes = {
             "weights": weight_bytes(model),
             "saved": saved_bytes(partial(model, **batches[0]), [model, base]),
-            "peak": peak_bytes(lambda model=model: model(**batches[0]).loss.backward(), device),  # type: ignore[misc]
+            "peak": peak_bytes(partial(backward, model, batches[0]), device),
         }
         rows += [row(case, title, "step", metric, size, "B") for metric, size in sizes.items()]
         model.zero_grad(set_to_none=True)

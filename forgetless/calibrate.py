@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .adapter import Adapter
+from .layers.experts import matrices
 from .layers.linear import AdaptedLinear
 from .model import _running
 from .siblings import Family, siblings, states_of
@@ -47,7 +48,7 @@ def calibrate(
             fisher="true" draws labels from them, or two Laplace penalties of which one does (statistics are then
             reset); or weights are cut over processes by tensor parallelism.
     """
-    running = _running(model)
+    running = matrices(_running(model))
     layers = {name: layer for name, layer in running.items() if states_of(layer)}
     measured = _Measured(model, layers, loss)
     counts = {"layers": len(layers), "batches": 0, "sequences": 0}
@@ -77,7 +78,7 @@ def _measuring(model: nn.Module, layers: list[AdaptedLinear], needs_gradients: b
     Only gradients of the layers' outputs are measured. Inference mode is left: its tensors have no graph.
     """
     modes = {module: module.training for module in model.modules()}
-    trained = [p for layer in layers for p in layer.adapter.parameters() if p.requires_grad]
+    trained = [p for layer in layers for p in layer.adapter.parameters() if p.requires_grad and p.is_leaf]
     try:
         model.eval()
         for p in trained:

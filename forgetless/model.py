@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from . import compat
 from .adapter import Adapter, Site
+from .layers.expert_factors import build_experts, expert_site
+from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
 from .layers.linear import AdaptedLinear, form_groups, site_of
+from .layers.stack import Stack
 from .layers.wrapped import AdaptedPacked, AdaptedSharded, wrap
 from .methods.base import Method
-from .ops import explain_path
 from .ops.autograd import exact_products
 from .penalties.base import Item
 from .report import LayerReport, Report
@@ -45,24 +47,29 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
         raise ValueError(f"method is {method!r}, wants an instance such as fl.LoRA(rank=16)")
     if adapters(model):
         raise ValueError("model is adapted already; fl.merge(model) or fl.remove(model) first")
-    layers = find_layers(model, targets)
+    layers = check_experts(find_layers(model, targets), method, targets == ALL_LINEAR)
     sites = [site_of(name, base) for name, base in layers.items()]
     for site in sites:
         if not site.weight.is_floating_point():
             raise ValueError(f"{site.name} has a weight of dtype {site.weight.dtype}, wants a floating-point dtype")
-        method.check(site)
+        method.check(site if site.weight.dim() == 2 else expert_site(site, 0))
     built = {site.name: build(method, site, layers[site.name]) for site in sites}
     model.requires_grad_(False)
     adapted = {name: wrap(layers[name], adapter, method, name) for name, adapter in built.items()}
     for name, layer in adapted.items():
         layer.train(layers[name].training)
-        _replace(model, layers[name], layer)
+        if isinstance(layer, AdaptedExperts):
+            layer.install()
+        else:
+            _replace(model, layers[name], layer)
     form_groups(model, adapted)
     return model
 
 
 def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
     """The adapter of one layer with its penalties attached; if ``base`` packs its weight, unpacked for who reads it."""
+    if isinstance(base, Stack):
+        return build_experts(method, site)
     adapter = method.build(site if base is None else site_of(site.name, base, method.reads_weight))
     adapter.attach(method.all_penalties(), site)
     return adapter
@@ -81,7 +88,7 @@ def _collect(module: nn.Module, name: str, layers: dict[str, AdaptedLinear], see
         return
     seen.add(id(module))
     if isinstance(module, AdaptedLinear):
-        layers[name] = module
+        layers[name.removesuffix(SUFFIX) if isinstance(module, AdaptedExperts) else name] = module
         return
     for key, child in module._modules.items():
         if child is not None:
@@ -127,7 +134,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
         RuntimeError: within a transform of ``torch.func``.
     """
-    result = _running(model)
+    result = matrices(_running(model))
     if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
@@ -207,17 +214,13 @@ def explain(model: nn.Module) -> Report:
     Raises:
         ValueError: the model has no adapters.
     """
-    from .peft.swap import reports
+    from .peft.explain import reports
 
     report = Report(reports(model))
     for name, layer in (adapters(model) if report else _adapters(model)).items():
         with torch.no_grad():
-            rank = layer.adapter.factors()[0].shape[0]
-        N, K = layer.out_features, layer.in_features
-        if layer.runs_base():
-            path, reason = "onto", f"{layer.reason}, the low-rank product is added to its result"
-        else:
-            path, reason = explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
+            rank = layer.adapter.factors()[0].shape[-2]
+        path, reason = layer.path(rank)
         members = layer.group.partners(layer) if layer.group else []
         partners = [m.name.rpartition(".")[2] for m in members if m is not layer]
         if partners:
@@ -279,7 +282,8 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
                     "fl.load it onto the base model in full precision, or fl.merge(model, dequantise=True)"
                 )
             continue
-        others = [other for other in owners[id(layer.weight)] if other != f"{name}.base"]
+        own = name.rpartition(".")[0] if isinstance(layer, AdaptedExperts) else f"{name}.base"
+        others = [other for other in owners[id(layer.weight)] if other != own]
         if others:
             raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them first; nothing was {done}")
     return result
@@ -294,8 +298,11 @@ def remove(model: nn.Module) -> nn.Module:
     for layer in _adapters(model).values():
         if layer.group is not None:
             layer.group.detach()
-        layer.base.train(layer.training)
-        _replace(model, layer, layer.base)
+        if isinstance(layer, AdaptedExperts):
+            layer.uninstall()
+        else:
+            layer.base.train(layer.training)
+            _replace(model, layer, layer.base)
     return model
 
 

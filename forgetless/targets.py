@@ -14,6 +14,7 @@ from . import versions
 from .layers import tensor_parallel as shards
 from .layers.linear import AdaptedLinear, is_conv1d
 from .layers.quantized import KINDS, kind_of
+from .layers.stack import stacks
 
 ALL_LINEAR = "all-linear"
 
@@ -54,7 +55,9 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
     if any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__):
         raise ValueError("model is sharded by FSDP2 already: adapt it first, then fully_shard")
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    linear = {name: module for name, module in modules.items() if supported(module)}
+    experts = stacks(model)
+    modules |= experts
+    linear = {name: module for name, module in modules.items() if name in experts or supported(module)}
     first = {id(module): name for name, module in reversed(linear.items())}  # a shared layer goes by its first name
     if isinstance(targets, str) and targets == ALL_LINEAR:
         heads = _heads(model)

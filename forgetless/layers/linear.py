@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from .. import compat
 from ..adapter import Adapter, Site, whole
 from ..methods.base import Method
+from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
 from .groups import Group, families
 from .quantized import kind_of, stand_in
+from .stack import Stack
 from .tensor_parallel import cut_of
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -77,7 +79,12 @@ def stored(base: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
-    """The layer as a method sees it; a weight that is packed or cut is a stand-in unless its ``values`` are wanted."""
+    """The layer as a method sees it; a weight that is packed or cut is a stand-in unless its ``values`` are wanted.
+
+    That of a stack of experts is (E, N, K).
+    """
+    if isinstance(base, Stack):
+        return Site(name, base.matrices().detach())
     kind = kind_of(base)
     if kind is not None:
         return Site(name, kind.unpack(base) if values else stand_in(base, kind.dtype(base)))
@@ -158,6 +165,12 @@ class AdaptedLinear(nn.Module):
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """The base's weight as it stores it, and its bias."""
         return stored(self._modules["base"])
+
+    def path(self, rank: int) -> tuple[str, str]:
+        """How the op runs here, and why: see ``fl.explain``."""
+        if self.runs_base():
+            return "onto", f"{self.reason}, the low-rank product is added to its result"
+        return explain_path(self.weight.device, self.weight.dtype, self.out_features, self.in_features, rank)
 
     def runs_base(self) -> bool:
         """Whether the base runs itself in the next call: it has hooks, or is not a plain linear layer any more."""
