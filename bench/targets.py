@@ -166,7 +166,7 @@ def everything() -> list[Case]:
     cases += [Case(name, 128) for name in [*hard[:4], *ragged, "dx"]]
     cases += [Case(name, 200) for name in [*hard[:4], "forward ragged"]]
     cases += [Case(name, 8, "float16") for name in hard]
-    cases += [Case(name, 16, "float32") for name in hard[:5]]
+    cases += [Case(name, 16, "float32") for name in hard[:5]] + [Case("outer dropout", 64, "float32")]
     cases += [Case(name, 16, default_tile=True) for name in hard]
     return cases
 

@@ -161,7 +161,8 @@ def strips_of(M: int, BLOCK_M: int, columns: int, programs: int = 256) -> tuple[
 def _outer(g: Facts, x: Facts, out: Facts, seed: Facts | None, p: float, precision: str) -> Launch:
     (M, R), (_, K) = g.shape, x.shape
     assert x.shape == (M, K) and x.dtype in FLOATS and g.dtype == x.dtype
-    BLOCK_R = pad_rank(R)
+    # With a mask, sm_100 takes float32 from 64 ranks on to its tensor cores, as TF32 or not at all, whatever is asked.
+    BLOCK_R = pad_rank(R, most=32 if x.dtype == torch.float32 else 128)
     tile = tile_for("outer", x.device, x.dtype.itemsize, BLOCK_R)
     columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
     strips, steps = strips_of(M, tile["BLOCK_M"], columns)

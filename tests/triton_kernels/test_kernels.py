@@ -10,7 +10,7 @@ import tempfile
 import pytest
 import torch
 from helpers import assert_as_good_as_eager
-from kernel_plans import PLANS, on_kernels
+from kernel_plans import PLANS, TILES, fitted, on_kernels
 
 from forgetless.ops import reference
 from forgetless.ops.autograd import lowrank_linear
@@ -221,17 +221,10 @@ def test_a_large_bias_costs_no_precision():
     check("matmul_lowrank", x, weight, h, up, None)
 
 
-TILES = (
-    {"BLOCK_M": 16, "BLOCK_K": 16},
-    {"BLOCK_M": 128, "BLOCK_K": 32, "num_warps": 8},
-    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128},
-)
-
-
 @every_function
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_any_tile(function, tile):
-    with tiles.forced(function, **tile):
+    with tiles.forced(function, **fitted(function, **tile)):
         check(function, *operands(function, 70, 50, 90, 24, torch.float32), p=P)
 
 
