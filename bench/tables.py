@@ -308,8 +308,9 @@ def host_bench_text(results: Results) -> str:
         cells = [number(over[phase] * 1e6, 0) for phase in ("forward", "backward", "both")]
         lines.append([name, *cells, number(host_share(results, name)), launches.get(name, NONE)])
     titles = ["µs over frozen", "forward", "backward", "both", "× PEFT", "Triton's launches"]
-    case = results["rows"][0]["case"]
-    return f"{case}. Per adapted layer, without a card: what the host does.\n\n" + table(titles, lines)
+    return f"{results['rows'][0]['case']}. Per adapted layer, without a card: what the host does.\n\n" + table(
+        titles, lines
+    )
 
 
 def check_text(results: Results) -> str:
