@@ -136,7 +136,7 @@ class _Measured:
 
     def take(self, batch: Any, number: int) -> int:
         """Run the model on one batch, the ``number``-th; returns its sequences."""
-        window = _Window(batch, next(iter(self.layers.values())).weight.device)
+        window = _Window(batch, next(iter(self.layers.values())).device)
         value: Any = None
         try:
             with ExitStack() as hooks:

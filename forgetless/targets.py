@@ -15,6 +15,7 @@ from .layers import tensor_parallel as shards
 from .layers.linear import AdaptedLinear, is_conv1d
 from .layers.quantized import KINDS, kind_of
 from .layers.stack import stacks
+from .names import bare_modules
 
 ALL_LINEAR = "all-linear"
 
@@ -54,7 +55,7 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
     """
     if any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__):
         raise ValueError("model is sharded by FSDP2 already: adapt it first, then fully_shard")
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    modules = {name: module for name, module in bare_modules(model).items() if name}
     experts = stacks(model)
     modules |= experts
     linear = {name: module for name, module in modules.items() if name in experts or supported(module)}

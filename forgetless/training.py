@@ -17,13 +17,17 @@ import importlib
 import math
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import versions
-from .model import drift, penalty, record_drift, running
+from .checkpoint.io import save
+from .checkpoint.restore import OURS, resume
+from .files import newest
+from .model import adapters, drift, penalty, record_drift, running
 
 #: What is asked of a Trainer.
 _ASKED = ("accelerator", "compute_loss_func", "current_gradient_accumulation_steps", "model_accepts_loss_kwargs")
@@ -37,6 +41,10 @@ class PenaltyMixin:
     gradients, each adds it, so it counts once there as well. Every log of a loss also has ``penalty`` and ``drift``
     (mean over layers, see ``fl.drift``); the logged loss is the task's alone only where ``task_loss`` is read.
 
+    A checkpoint holds the adapters as ``fl.save`` writes them, with what is trained beside them, and not the base
+    model; ``resume_from_checkpoint`` and ``load_best_model_at_end`` read them. DeepSpeed and FSDP resume from their own
+    files. A model whose weights are quantised trains once it is adapted.
+
     A model that has no adapters, such as one that is fully fine-tuned, trains as without the mixin.
     """
 
@@ -44,6 +52,17 @@ class PenaltyMixin:
     task_loss: float = 0.0
     #: The penalty of the last optimiser step.
     penalty_value: float = 0.0
+
+    def __init__(self, model: Any = None, *others: Any, **named: Any):
+        marked = isinstance(model, nn.Module) and getattr(model, "is_quantized", False) and bool(adapters(model))
+        if marked:  # what transformers looks at: else it refuses to train quantised weights
+            model._hf_peft_config_loaded = True
+        try:
+            above: Any = super()
+            above.__init__(model, *others, **named)
+        finally:
+            if marked:
+                del model._hf_peft_config_loaded
 
     def compute_loss(
         self,
@@ -94,6 +113,42 @@ class PenaltyMixin:
         self.penalty_value = value.detach().float().item()
         return loss + parts * value.to(loss.device) if value.requires_grad else loss
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapters as ``fl.save`` does, and no base model; without adapters of ours, as the Trainer."""
+        trainer: Any = self
+        above: Any = super()
+        bare = trainer.accelerator.unwrap_model(trainer.model)
+        if not adapters(bare) or trainer.is_deepspeed_enabled:
+            above.save_model(output_dir, _internal_call)
+            return
+        if trainer.args.should_save or any(hasattr(p, "full_tensor") for p in bare.parameters()):  # sharded: all do
+            save(bare, output_dir or trainer.args.output_dir)
+        bare.save_pretrained = _write_nothing  # the Trainer's way of writing a model
+        try:
+            above.save_model(output_dir, _internal_call)
+        finally:
+            del bare.save_pretrained
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        above: Any = super()
+        if not self._resumed(resume_from_checkpoint, model):
+            above._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        above: Any = super()
+        if not self._resumed(trainer.state.best_model_checkpoint, None):
+            above._load_best_model()
+
+    def _resumed(self, folder: str, model: nn.Module | None) -> bool:
+        """Whether the folder has adapters that the model has, too; then they are read."""
+        trainer: Any = self
+        bare = trainer.accelerator.unwrap_model(model or trainer.model)
+        ours = newest(Path(folder), OURS).exists() and adapters(bare) and not trainer.is_fsdp_enabled
+        if ours:
+            resume(bare, Path(folder))
+        return bool(ours)
+
     _opens = True
     _recorded = False  # whether the model has been asked to record the drift
 
@@ -106,6 +161,9 @@ class PenaltyMixin:
             if math.isfinite(seen):
                 logs["drift"] = seen
         super().log(logs, *others, **named)  # type: ignore[misc]
+
+
+def _write_nothing(*given: Any, **named: Any) -> None: ...
 
 
 def adapted(model: nn.Module) -> bool:
