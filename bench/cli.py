@@ -18,7 +18,8 @@ BENCHES = {
 }
 OTHERS = {
     "qlora": "training on a base in NF4, with PEFT and swapped in; needs bitsandbytes",
-    "all": "every benchmark above but qlora, one after the other",
+    "host": "what a layer costs the host on the CUDA path, without a GPU; needs Triton and transformers",
+    "all": "every benchmark above but qlora and host, one after the other",
     "check": "every kernel against float64 on this device",
     "gpu": "on a CUDA machine: check, then every benchmark, the most important first, in ten minutes",
     "targets": "compile every kernel for every card, without one; what fits, what spills",

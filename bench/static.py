@@ -40,6 +40,7 @@ class Sizes:
     factor: int = 4
     bias: bool = False
     dropout: bool = False
+    arch: int = 0
 
 
 Bytes = dict[str, int]  # by tensor: what one launch loads or stores of it
@@ -60,7 +61,7 @@ def project_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
 def matmul_lowrank_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     """Loads and stores of matmul_lowrank: x for each column of tiles, weight for each row of tiles"""
     rows, columns = cdiv(s.M, tile.BLOCK_M), cdiv(s.N, tile.BLOCK_N)
-    M, N, parts = rows * tile.BLOCK_M, columns * tile.BLOCK_N, parts_of(tile.BLOCK_N, s.dropout)
+    M, N, parts = rows * tile.BLOCK_M, columns * tile.BLOCK_N, parts_of(tile.BLOCK_N, s.dropout, s.arch)
     loads = {
         "x": columns * M * s.K * s.element,
         "weight": rows * N * s.K * s.element,
@@ -84,7 +85,7 @@ def matmul_lowrank_descriptor_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes
 
 
 def outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
-    """Loads and stores of outer, its second kernel included"""
+    """Loads and stores of outer: the last program of a block of columns adds up its strips"""
     R = pad_rank(s.R, most=32 if s.element == 4 else 128)
     columns, blocks_r = cdiv(s.K, tile.BLOCK_K), cdiv(s.R, R)
     strips, steps = strips_of(s.M, tile.BLOCK_M, columns * blocks_r)
@@ -94,11 +95,14 @@ def outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     stores = {"out": s.R * s.K * s.factor}
     if strips > 1:
         loads["part"] = stores["part"] = 4 * strips * s.R * s.K
+        # a ticket for each program, and the counter set back; an atomic operation loads and stores
+        loads["tickets"] = 4 * columns * blocks_r * strips
+        stores["tickets"] = loads["tickets"] + 4 * columns * blocks_r
     return loads, stores
 
 
 def project_outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
-    """Loads and stores of the one sweep over x (M, K) of project_outer, its second kernel included"""
+    """Loads and stores of the one sweep over x (M, K) of project_outer: the last programs add up both sums"""
     R = pad_rank(s.R, most=64)
     columns = cdiv(s.K, tile.BLOCK_K)
     strips, _ = strips_of(s.M, tile.BLOCK_M, columns, programs=128)
@@ -108,8 +112,10 @@ def project_outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
         "down": strips * s.K * R * s.factor,
         "h": columns * s.M * R * s.element,
         **part,
+        "tickets": 2 * 4 * columns * strips,
     }
-    return loads, {"g": s.M * s.R * s.element, "out": s.K * s.R * s.factor, **part}
+    tickets = loads["tickets"] + 4 * (columns + strips)  # counters are set back
+    return loads, {"g": s.M * s.R * s.element, "out": s.K * s.R * s.factor, **part, "tickets": tickets}
 
 
 def full_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple[Bytes, Bytes]:
@@ -119,7 +125,7 @@ def full_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple
     del loads["h"]
     loads["down"] = rows * columns * pad_rank(s.R) * s.K * s.factor
     if s.dropout:
-        keys = 2 * parts_of(tile.BLOCK_N, True) if drop_output else 1 + cdiv(s.K, tile.BLOCK_K)  # of y, or of x
+        keys = 2 * parts_of(tile.BLOCK_N, True, s.arch) if drop_output else 1 + cdiv(s.K, tile.BLOCK_K)  # of y, or of x
         loads["seed"] = rows * columns * keys * SEED
     return loads, {**stores, "h": s.M * s.R * s.element}
 
@@ -278,7 +284,8 @@ def overhead(s: Sizes, arch: int) -> dict[str, float]:
 def kernel_rows(s: Sizes, arch: int, compile_them: bool = True) -> list[dict[str, Any]]:
     """Every kernel of a step: its tile, exact traffic, predicted time, and what it compiles to on that card"""
     _, speed, bandwidth = CARDS[arch]
-    rate, back = Rate(speed, bandwidth), dataclasses.replace(s, N=s.K, K=s.N)
+    rate, s = Rate(speed, bandwidth), dataclasses.replace(s, arch=arch)
+    back = dataclasses.replace(s, N=s.K, K=s.N)
     rows = []
     plain = {
         "project": ("project", s), "forward": ("matmul_lowrank", s), "full": ("full", s), "once": ("once", s),

@@ -287,6 +287,30 @@ def dispatch_text(results: Results) -> str:
     return text + provider_table(rows, "provider", columns, rows[0]["provider"])
 
 
+def host_overheads(results: Results) -> dict[str, dict[str, float]]:
+    """provider -> phase -> seconds of the host over the frozen model, per layer."""
+    times: dict[str, dict[str, float]] = {}
+    for row in select(results, metric="time"):
+        times.setdefault(row["provider"], {})[row["phase"]] = row["value"]
+    frozen = times.pop(FROZEN)
+    return {name: {phase: value - frozen[phase] for phase, value in each.items()} for name, each in times.items()}
+
+
+def host_share(results: Results, name: str) -> float | None:
+    """A provider's overhead over PEFT's, forward and backward together."""
+    over = host_overheads(results)
+    return over[name]["both"] / over[PEFT]["both"] if PEFT in over else None
+
+
+def host_bench_text(results: Results) -> str:
+    rows, launches = [], {row["provider"]: row["value"] for row in select(results, metric="launches")}
+    for name, over in host_overheads(results).items():
+        times = [number(over[phase] * 1e6, 0) for phase in ("forward", "backward", "both")]
+        rows.append([name, *times, number(host_share(results, name)), number(launches.get(name))])
+    text = f"{results['rows'][0]['case']}. Per adapted layer, without a card: what the host does.\n\n"
+    return text + table(["µs over frozen", "forward", "backward", "both", "× PEFT", "Triton's launches"], rows)
+
+
 def check_text(results: Results) -> str:
     """How near each kernel's worst result comes to its limit; what is over it or without a result is in the notes."""
     rows = []
@@ -316,6 +340,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "memory": ("Memory", memory_text),
     "qlora": ("QLoRA", qlora_text),
     "dispatch": ("Dispatch", dispatch_text),
+    "host": ("Host time on the CUDA path", host_bench_text),
 }
 
 

@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from forgetless_kernels import fused, matmul_lowrank, project, tiles
+from forgetless_kernels import fused, launcher, matmul_lowrank, project, tiles
 
 from .harness import RESULTS, ROOT, Parser, Results, read, row, start, write_json
 
@@ -77,6 +77,7 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         (tiles, "arch_of", lambda device: arch),
         (matmul_lowrank, "programs_of", lambda device: PROCESSORS[arch]),
         (project, "sweep_pays", lambda *sizes: True),
+        (launcher, "KNOWN", False),  # every launch by the call that is patched here
         (driver, "_active", _NoDriver(arch)),
     ]
     with contextlib.ExitStack() as stack:
@@ -107,6 +108,7 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
     factor = torch.float32
     x, dy, weight, h = on(M, K), on(M, N), on(N, K), on(M, R)
     down, up, seed = on(R, K, dtype=factor), on(N, R, dtype=factor), on(2, dtype=torch.int32)
+    small, narrow = on(M, N // 4), on(N // 4, K)  # of k and v beside q
     odd_x, odd_weight = on(M, K + 4)[:, 1 : K - 3], on(N, K + 4)[:, 1 : K - 3]  # not 16-byte aligned, K not even
     odd_down, bias = on(R, K - 4, dtype=factor), on(N)
     return {
@@ -120,6 +122,11 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
         "dx": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, weight.T, h, down.T)),
         "dx dropout": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, weight.T, h, down.T, None, 0.1, seed)),
         "dx ragged": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, odd_weight.T, h, odd_down.T)),
+        "dx siblings": (
+            "matmul_lowrank_t",
+            lambda: fused.dx_and_ddown([dy, small, small], [weight, narrow, narrow], on(M, 3 * R), [down] * 3, None),
+        ),
+        "mask": ("mask", lambda: fused.keep_bits(seed, 0.1, M, K)),
         "outer": ("outer", lambda: fused.outer(h, x, dtype=factor)),
         "outer dropout": ("outer", lambda: fused.outer(h, x, 0.1, seed, factor)),
         "sweep": ("project_outer", lambda: fused.project_outer(dy, up.T, h, 1.0, factor)),
@@ -145,7 +152,7 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
 
 def subset() -> list[Case]:
     """What the tests compile on every card"""
-    names = ("project dropout", "forward", "dx dropout", "outer dropout", "sweep", "once")
+    names = ("project dropout", "forward", "dx dropout", "dx siblings", "mask", "outer dropout", "sweep", "once")
     return [Case(name, 16) for name in names]
 
 
@@ -154,8 +161,9 @@ def everything() -> list[Case]:
     hard = ["project dropout", "forward", "dx dropout", "outer dropout", "sweep", "full", "once"]
     ragged = ["project ragged", "forward ragged", "dx ragged"]
     cases = [Case(name, 16) for name in calls(16, torch.bfloat16)]
-    cases += [Case(name, 64) for name in [*hard, *ragged, "once dropout", "full dx dropout"]]
-    cases += [Case(name, 128) for name in [*hard[:4], *ragged]]
+    cases += [Case("dx siblings", R) for R in (32, 40, 64)]
+    cases += [Case(name, 64) for name in [*hard, *ragged, "dx", "once dropout", "full dx dropout"]]
+    cases += [Case(name, 128) for name in [*hard[:4], *ragged, "dx"]]
     cases += [Case(name, 200) for name in [*hard[:4], "forward ragged"]]
     cases += [Case(name, 8, "float16") for name in hard]
     cases += [Case(name, 16, "float32") for name in hard[:5]] + [Case("outer dropout", 64, "float32")]
@@ -173,7 +181,9 @@ def measure(case: Case, arch: int) -> list[Record]:
             stack.enter_context(mock.patch.object(matmul_lowrank, "has_row", lambda kernel, device: False))
         launches = stack.enter_context(compiling_for(arch))
         call()
-    return [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, **usage(*one)} for one in launches]
+    records = [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, **usage(*one)} for one in launches]
+    # the default tile is that of cards we do not know: sm_90 itself never takes it
+    return [{**record, "serialized": ""} for record in records] if case.default_tile else records
 
 
 def attempt(case: Case, arch: int) -> list[Record]:
@@ -208,6 +218,8 @@ def collect(cases: list[Case], archs: tuple[int, ...] = ARCHS, jobs: int = 1, sh
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS = 65536  # of a multiprocessor
 STORE = re.compile(r"\bst(?:\.\w+)*?\.global(?:\.[A-Za-z:_]+)*?(?:\.v(\d))?\.[bfu](\d+)")
+# what ptxas says where it makes one wgmma wait for the one before
+SERIALIZED = re.compile(r"C75(?:11|15)\b.*")
 BULK_STORE = re.compile(r"cp\.async\.bulk\.tensor\.\S*global\.shared")
 
 
@@ -222,6 +234,7 @@ def usage(kernel: Any, launch: dict[str, Any]) -> Record:
 
         resources, sass = dump("-res-usage"), dump("-sass")
     ptx = kernel.asm["ptx"]
+    arch = kernel.metadata.target.arch
     mma = re.findall(r"^[^/\n]*?\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.([^\s;]+)", ptx, re.M)
     warps = launch.get("num_warps", kernel.metadata.num_warps)
     macs = 0
@@ -243,7 +256,8 @@ def usage(kernel: Any, launch: dict[str, Any]) -> Record:
         "stack": number(r"STACK:(\d+)", resources),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "shared": shared,
-        "blocks_per_sm": occupancy(registers, shared, all_warps, kernel.metadata.target.arch),
+        "blocks_per_sm": occupancy(registers, shared, all_warps, arch),
+        "serialized": serialized(ptx, sass) if arch == 90 else "",
         "mma": sorted({kind for kind, _ in mma}),
         "mmas": len(mma),
         "macs": macs,
@@ -252,6 +266,19 @@ def usage(kernel: Any, launch: dict[str, Any]) -> Record:
         "bulk_stores": len(BULK_STORE.findall(ptx)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", sass, re.M)),
     }
+
+
+def serialized(ptx: str, sass: str) -> str:
+    """How ptxas made each wgmma of sm_90 wait for the one before: in its own words, or as waits in SASS"""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(BIN / "ptxas"), "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
+        told = SERIALIZED.search(subprocess.run(command, capture_output=True, text=True).stderr)
+    products, waits = len(re.findall(r"\bHGMMA\b", sass)), len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
+    if told:
+        return told[0].strip()
+    return f"{waits} waits for {products} wgmma" if 1 < products <= waits else ""
 
 
 def number(pattern: str, text: str) -> int:
@@ -319,6 +346,8 @@ def problems(record: Record) -> list[str]:
             result.append(f"{record['bulk_stores']} bulk stores of 2")
     elif record["written"] < bytes_a_tile(record) or not record["written"]:
         result.append(f"{record['written']} bytes stored of {bytes_a_tile(record)}")
+    if record["serialized"]:
+        result.append(f"serialized: {record['serialized']}")
     if not record["blocks_per_sm"]:
         result.append("not one block fits a multiprocessor")
     return result

@@ -28,8 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tl_utils
-from .matmul_lowrank import matmul_lowrank
+from . import tiles, tl_utils
+from .launcher import Facts, Launch, prepared
+from .mask import keep_bits
+from .matmul_lowrank import MOST_RANKS, add_products, matmul_lowrank, most_pairs
 from .project import outer, project, project_outer
 from .tiles import tile_for
 from .tl_utils import (
@@ -37,20 +39,29 @@ from .tl_utils import (
     dot,
     dot_precision,
     drop,
-    drop_args,
+    dropping,
     grouped,
-    launching,
     narrow,
     pad_rank,
     pair_key,
     parts_of,
     row_key,
+    threshold_of,
     widen,
 )
 
 PLANS = ("split", "full", "once")
 
-__all__ = ["PLANS", "dx_and_ddown", "linear_lowrank", "matmul_lowrank", "outer", "project", "project_outer"]
+__all__ = [
+    "PLANS",
+    "dx_and_ddown",
+    "keep_bits",
+    "linear_lowrank",
+    "matmul_lowrank",
+    "outer",
+    "project",
+    "project_outer",
+]
 
 
 def dx_and_ddown(
@@ -65,14 +76,24 @@ def dx_and_ddown(
     need_dx: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # dx (M, K), dtype of g; ddown (sum of R_i, K), dtype given or that of x
-    """dx = sum_i dy_i @ weight_i + drop(g_i @ down_i), a launch for each i, and ddown = g.T @ drop(x)"""
+    """dx = sum_i dy_i @ weight_i + drop(g @ down), three in a launch where the card can, and ddown = g.T @ drop(x)"""
     dx: Tensor | None = None
     if need_dx:
-        parts = g.split_with_sizes([down.shape[0] for down in downs], 1)
-        for dy, weight, part, down in zip(dys, weights, parts, downs, strict=True):
-            if dy is None or weight is None:
-                dy, weight = g.new_empty(g.shape[0], 0), g.new_empty(0, down.shape[1])
-            term = matmul_lowrank(dy, weight.T, part, down.T, None, p, seed)
+        by_rows = {weight.stride(1) == 1 for weight in weights if weight is not None}
+        ranks = [down.shape[0] for down in downs]
+        # of more ranks together the GEMM would leave its descriptors
+        step = min(most_pairs(g.device), max(1, MOST_RANKS // max(ranks))) if len(by_rows) < 2 else 1
+        for first in range(0, len(downs), step):
+            some = slice(first, first + step)
+            down = downs[first] if len(downs[some]) == 1 else torch.cat(list(downs[some]))
+            part = g.narrow(1, sum(ranks[:first]), down.shape[0])
+            pairs: list[Tensor] = []
+            for dy, weight in zip(dys[some], weights[some], strict=True):
+                if dy is not None and weight is not None:
+                    pairs += dy, weight.T
+            if not pairs:
+                pairs = [g.new_empty(g.shape[0], 0), g.new_empty(down.shape[1], 0)]
+            term = add_products(pairs, part, down.T, p, seed)
             dx = term if dx is None else dx.add_(term)
     return dx, None if x is None else outer(g, x, p, seed, dtype)
 
@@ -180,16 +201,11 @@ def _finish(
     tl.store(y_ptrs, narrow(acc, y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _linear_lowrank_kernel(
-    x_ptr, M, K, stride_xm, stride_xk,
-    weight_ptr, N, stride_wn, stride_wk,
-    down_ptr, stride_dr, stride_dk,
-    up_ptr, stride_un, stride_ur,
-    bias_ptr, stride_b,
-    y_ptr, stride_ym, stride_yn,
-    h_ptr, flags_ptr,
-    seed_ptr, threshold, scale,
+    x_ptr, weight_ptr, down_ptr, up_ptr, bias_ptr, y_ptr, h_ptr, flags_ptr, seed_ptr, scale,
+    M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_dr, stride_dk, stride_un, stride_ur, stride_b,
+    stride_ym, stride_yn, threshold,
     R: tl.constexpr, ONCE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROP: tl.constexpr, DROP_Y: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -250,6 +266,27 @@ def _linear_lowrank_kernel(
     )  # fmt: skip
 
 
+def _linear_lowrank(
+    x: Facts, weight: Facts, down: Facts, up: Facts, bias: Facts | None, y: Facts, h: Facts, seed: Facts | None,
+    p: float, precision: str, drop_output: bool, plan: str,
+) -> Launch:  # fmt: skip
+    (M, K), (N, _), (R, _) = x.shape, weight.shape, down.shape
+    assert weight.shape == (N, K) and down.shape == (R, K) and up.shape == (N, R) and weight.dtype == x.dtype
+    BLOCK_R = pad_rank(R)
+    tile = tile_for(plan, x.device, x.dtype.itemsize, BLOCK_R)
+    return Launch(
+        _linear_lowrank_kernel, [triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])],
+        M=M, N=N, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_wn=weight.stride[0],
+        stride_wk=weight.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1], stride_un=up.stride[0],
+        stride_ur=up.stride[1], stride_b=0 if bias is None else bias.stride[0],
+        stride_ym=y.stride[0], stride_yn=y.stride[1], threshold=threshold_of(p),
+        R=R, ONCE=plan == "once", HAS_BIAS=bias is not None, HAS_DROP=seed is not None, DROP_Y=drop_output,
+        EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision,
+        PARTS=parts_of(tile["BLOCK_N"], drop_output and seed is not None, tiles.arch_of(x.device)),
+        BLOCK_R=BLOCK_R, GROUP_M=8, **tile,
+    )  # fmt: skip
+
+
 def linear_lowrank(
     x: Tensor,  # (M, K)
     weight: Tensor,  # (N, K), dtype of x
@@ -264,31 +301,20 @@ def linear_lowrank(
     plan: str = "split",
 ) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
     """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x"""
-    (M, K), (N, _), (R, _) = x.shape, weight.shape, down.shape
+    M, N, R = x.shape[0], weight.shape[0], down.shape[0]
     assert plan in PLANS
     if plan == "split" or M == 0 or R > 64:  # a second accumulator of more ranks spills
         h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
         return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h
     y = tl_utils.empty((M, N), x.dtype, x)
     h = tl_utils.empty((M, R), x.dtype, x)
-    BLOCK_R = pad_rank(R)
-    tile = tile_for(plan, x.device, x.element_size(), BLOCK_R)
-    tiles_m, tiles_n = triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"])
-    with launching(f"linear_lowrank, plan {plan}", x):
-        flags = None
-        if plan == "once":  # a ticket counter and a flag for each block of rows
-            flags = tl_utils.empty((1 + tiles_m,), torch.int32, x).zero_()
-        _linear_lowrank_kernel[tiles_m * tiles_n,](
-            x, M, K, *x.stride(),
-            weight, N, *weight.stride(),
-            down, *down.stride(),
-            up, *up.stride(),
-            bias, 0 if bias is None else bias.stride(0),
-            y, *y.stride(),
-            h, flags, scale=float(scale),
-            R=R, ONCE=plan == "once", HAS_BIAS=bias is not None, DROP_Y=drop_output,
-            EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=dot_precision(x.dtype),
-            PARTS=parts_of(tile["BLOCK_N"], drop_output and p > 0.0 and seed is not None),
-            BLOCK_R=BLOCK_R, GROUP_M=8, **drop_args(p, seed), **tile,
-        )  # fmt: skip
+    seed = dropping(p, seed)
+    tensors = (x, weight, down, up, bias, y, h, seed)
+    launch = prepared(_linear_lowrank, tensors, p, dot_precision(x.dtype), drop_output, plan)
+    flags = None
+    if plan == "once":  # a ticket counter and a flag for each block of rows
+        rows = triton.cdiv(M, launch.named["BLOCK_M"])
+        flags = tl_utils.empty((1 + rows,), torch.int32, x).zero_()
+    scratch = 0 if flags is None else flags.data_ptr()
+    launch(x, scratch, x, weight, down, up, bias, y, h, flags, seed, float(scale))
     return y, h

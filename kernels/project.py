@@ -1,4 +1,8 @@
-"""The skinny passes: project a matrix, sum it against another (outer), or both in one read (project_outer)."""
+"""The skinny passes: project a matrix, sum it against another (outer), or both in one read (project_outer).
+
+Sums over strips of rows, or over blocks of columns, are finished by the program that comes last, in the order of the
+strips: a launch less, and the same bits whoever it is.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tl_utils
+from .launcher import Facts, Launch, prepared
 from .tiles import tile_for
 from .tl_utils import (
     FLOATS,
@@ -15,21 +20,20 @@ from .tl_utils import (
     dot,
     dot_precision,
     drop,
-    drop_args,
-    launching,
+    dropping,
+    last_to_come,
     narrow,
     pad_rank,
     pair_key,
     row_key,
+    threshold_of,
 )
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _project_kernel(
-    x_ptr, M, K, stride_xm, stride_xk,
-    down_ptr, stride_dr, stride_dk,
-    h_ptr, stride_hm, stride_hr,
-    seed_ptr, threshold, scale,
+    x_ptr, down_ptr, h_ptr, seed_ptr, scale,
+    M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, threshold,
     R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -69,6 +73,20 @@ def _project_kernel(
     tl.store(h_ptrs, h, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
 
 
+def _project(x: Facts, down: Facts, h: Facts, seed: Facts | None, p: float, precision: str) -> Launch:
+    (M, K), (R, _) = x.shape, down.shape
+    assert down.shape == (R, K) and x.dtype in FLOATS and x.device == down.device
+    BLOCK_R = pad_rank(R)
+    tile = tile_for("project", x.device, x.dtype.itemsize, BLOCK_R)
+    return Launch(
+        _project_kernel, [triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, BLOCK_R)],
+        M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
+        stride_hm=h.stride[0], stride_hr=h.stride[1], threshold=threshold_of(p),
+        R=R, HAS_DROP=seed is not None, EVEN_K=K % tile["BLOCK_K"] == 0,
+        PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
+    )  # fmt: skip
+
+
 def project(
     x: Tensor,  # (M, K)
     down: Tensor,  # (R, K)
@@ -77,39 +95,27 @@ def project(
     seed: Tensor | None = None,  # (2,) int32
 ) -> Tensor:  # (M, R), dtype of x
     """h = scale * drop(x) @ down.T"""
-    (M, K), (R, _) = x.shape, down.shape
-    assert down.shape == (R, K) and x.dtype in FLOATS and x.device == down.device
-    h = tl_utils.empty((M, R), x.dtype, x)
-    if M == 0:
-        return h
-    BLOCK_R = pad_rank(R)
-    tile = tile_for("project", x.device, x.element_size(), BLOCK_R)
-    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, BLOCK_R),)
-    with launching("project", x):
-        _project_kernel[grid](
-            x, M, K, *x.stride(),
-            down, *down.stride(),
-            h, *h.stride(),
-            scale=float(scale), R=R, EVEN_K=K % tile["BLOCK_K"] == 0,
-            PRECISION=dot_precision(x.dtype), BLOCK_R=BLOCK_R, **drop_args(p, seed), **tile,
-        )  # fmt: skip
+    h = tl_utils.empty((x.shape[0], down.shape[0]), x.dtype, x)
+    if x.shape[0]:
+        seed = dropping(p, seed)
+        launch = prepared(_project, (x, down, h, seed), p, dot_precision(x.dtype))
+        launch(x, 0, x, down, h, seed, float(scale))
     return h
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "steps", "threshold"])
 def _outer_kernel(
-    g_ptr, M, stride_gm, stride_gr,
-    x_ptr, K, stride_xm, stride_xk,
-    out_ptr, stride_os, stride_or, stride_ok,
-    seed_ptr, threshold, steps,
+    g_ptr, x_ptr, out_ptr, part_ptr, tickets_ptr, seed_ptr,
+    M, K, stride_gm, stride_gr, stride_xm, stride_xk, stride_or, stride_ok, steps, threshold,
     R: tl.constexpr, HAS_DROP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (S, R, K): g (M, R).T @ drop(x (M, K)) over each strip of rows"""
+    """out (R, K) = g (M, R).T @ drop(x (M, K)), by way of part (S, R, K) where there are several strips of rows"""
     # programs of the same part of x are neighbours, as in project
     blocks_r: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     pid_k = tl.program_id(0) // blocks_r
     strip = tl.program_id(1)
+    strips = tl.num_programs(1)
     offs_r = (tl.program_id(0) % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_m = strip * steps * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -129,34 +135,19 @@ def _outer_kernel(
         offs_m += BLOCK_M
         g_ptrs += BLOCK_M * tl.cast(stride_gm, tl.int64)
         x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
-    out_ptrs = out_ptr + strip * tl.cast(stride_os, tl.int64) + offs_k.to(tl.int64)[None, :] * stride_ok
-    out_ptrs += offs_r.to(tl.int64)[:, None] * stride_or
-    out = narrow(acc, out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, out, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
-
-
-@triton.jit
-def sum_strip(part_ptr, S, L, out_ptr, scale, pid, BLOCK: tl.constexpr):
-    """out = scale * part (S, L).sum(0) for one block of the L elements, in the order of the strips"""
-    offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < L
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for s in range(0, S):
-        acc += tl.load(part_ptr + s * tl.cast(L, tl.int64) + offs, mask=mask, other=0.0)
-    tl.store(out_ptr + offs, narrow(acc * scale, out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sum_strips_kernel(part_ptr, S, L, out_ptr, BLOCK: tl.constexpr):
-    """out (L,) = part (S, L).sum(0)"""
-    sum_strip(part_ptr, S, L, out_ptr, 1.0, tl.program_id(0), BLOCK)
-
-
-def sum_strips(part: Tensor, out: Tensor) -> Tensor:
-    """out = part.sum(0), in the order of the strips and rounded once"""
-    L, BLOCK = out.numel(), 1024
-    _sum_strips_kernel[triton.cdiv(L, BLOCK),](part, part.shape[0], L, out, BLOCK=BLOCK)
-    return out
+    mask = (offs_r < R)[:, None] & (offs_k < K)[None, :]
+    out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * stride_or + offs_k.to(tl.int64)[None, :] * stride_ok
+    if strips == 1:
+        tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
+    else:
+        size = R * tl.cast(K, tl.int64)
+        part_ptrs = part_ptr + offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
+        tl.store(part_ptrs + strip * size, acc, mask=mask)
+        if last_to_come(tickets_ptr + tl.program_id(0), strips):
+            total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+            for s in range(0, strips):  # past L1, which knows nothing of other multiprocessors' writes
+                total += tl.load(part_ptrs + s * size, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(out_ptrs, narrow(total, out_ptr.dtype.element_ty), mask=mask)
 
 
 def strips_of(M: int, BLOCK_M: int, columns: int, programs: int = 256) -> tuple[int, int]:
@@ -167,6 +158,22 @@ def strips_of(M: int, BLOCK_M: int, columns: int, programs: int = 256) -> tuple[
     return triton.cdiv(blocks, steps), steps
 
 
+def _outer(g: Facts, x: Facts, out: Facts, seed: Facts | None, p: float, precision: str) -> Launch:
+    (M, R), (_, K) = g.shape, x.shape
+    assert x.shape == (M, K) and x.dtype in FLOATS and g.dtype == x.dtype
+    # With a mask, sm_100 takes float32 from 64 ranks on to its tensor cores, as TF32 or not at all, whatever is asked.
+    BLOCK_R = pad_rank(R, most=32 if x.dtype == torch.float32 else 128)
+    tile = tile_for("outer", x.device, x.dtype.itemsize, BLOCK_R)
+    columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
+    strips, steps = strips_of(M, tile["BLOCK_M"], columns)
+    return Launch(
+        _outer_kernel, [columns, strips],
+        M=M, K=K, stride_gm=g.stride[0], stride_gr=g.stride[1], stride_xm=x.stride[0], stride_xk=x.stride[1],
+        stride_or=out.stride[0], stride_ok=out.stride[1], steps=steps, threshold=threshold_of(p),
+        R=R, HAS_DROP=seed is not None, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
+    )  # fmt: skip
+
+
 def outer(
     g: Tensor,  # (M, R)
     x: Tensor,  # (M, K), dtype of g
@@ -175,37 +182,30 @@ def outer(
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # (R, K), dtype given or that of x
     """g.T @ drop(x), summed over the M rows"""
-    (M, R), (_, K) = g.shape, x.shape
-    assert x.shape == (M, K) and x.dtype in FLOATS and g.dtype == x.dtype
+    (M, R), K = g.shape, x.shape[1]
     out = tl_utils.empty((R, K), dtype or x.dtype, x)
     if M == 0:
         return out.zero_()
-    # With a mask, sm_100 takes float32 from 64 ranks on to its tensor cores, as TF32 or not at all, whatever is asked.
-    BLOCK_R = pad_rank(R, most=32 if x.dtype == torch.float32 else 128)
-    tile = tile_for("outer", x.device, x.element_size(), BLOCK_R)
-    columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
-    strips, steps = strips_of(M, tile["BLOCK_M"], columns)
-    part = out[None] if strips == 1 else tl_utils.empty((strips, R, K), torch.float32, x)
-    with launching("outer", x):
-        _outer_kernel[columns, strips](
-            g, M, *g.stride(),
-            x, K, *x.stride(),
-            part, *part.stride(),
-            steps=steps, R=R, PRECISION=dot_precision(x.dtype), BLOCK_R=BLOCK_R, **drop_args(p, seed), **tile,
-        )  # fmt: skip
-        return out if strips == 1 else sum_strips(part, out)
+    seed = dropping(p, seed)
+    launch = prepared(_outer, (g, x, out, seed), p, dot_precision(x.dtype))
+    columns, strips, _ = launch.grid
+    part = tl_utils.empty((strips if strips > 1 else 0, R, K), torch.float32, x)
+    tickets = tl_utils.tickets(columns, x)
+    launch(x, part.data_ptr() | tickets.data_ptr(), g, x, out, part, tickets, seed)
+    return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def _project_outer_kernel(
-    x_ptr, M, K, stride_xm, stride_xk,
-    down_ptr, stride_dr, stride_dk,
-    h_ptr, stride_hm, stride_hr,
-    g_ptr, out_ptr, steps,
+    x_ptr, down_ptr, h_ptr, g_ptr, out_ptr, g_part_ptr, out_part_ptr, tickets_ptr, scale,
+    M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, steps,
     R: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """g (C, M, R) = x (M, K) @ down (R, K).T per block of columns, out (S, K, R) = x.T @ h (M, R) per strip of rows"""
+    """g (M, R) = scale * x (M, K) @ down (R, K).T and out (K, R) = x.T @ h (M, R)
+
+    By way of g_part (C, M, R), one of each block of columns, and out_part (S, K, R), one of each strip of rows.
+    """
     pid_k = tl.program_id(0)
     strip = tl.program_id(1)
     offs_r = tl.arange(0, BLOCK_R)
@@ -220,44 +220,69 @@ def _project_outer_kernel(
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
     h_ptrs += (offs_r % R).to(tl.int64)[None, :] * stride_hr
-    g_ptrs = g_ptr + (pid_k * tl.cast(M, tl.int64) + offs_m)[:, None] * R + offs_r[None, :]
+    size_g = M * tl.cast(R, tl.int64)
+    g_ptrs = g_part_ptr + pid_k * size_g + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
     acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
-    for _ in range(0, steps):
+    for step in range(0, steps):
         mask_m = offs_m < M
         h = tl.load(h_ptrs, mask=mask_m[:, None], other=0.0)
         if EVEN_K:
             x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
         else:
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        g = dot(x, down, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), PRECISION)
-        tl.store(g_ptrs, g, mask=mask_m[:, None] & mask_r[None, :])
+        # in this order: the other way round ptxas makes each MMA of sm_90 wait for the one before it
         acc = dot(tl.trans(x), h, acc, PRECISION)
+        g = dot(x, down, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), PRECISION)
+        rows = tl.arange(0, BLOCK_M) < M - (strip * steps + step) * BLOCK_M  # not mask_m: that spilt 8 bytes on sm_120
+        tl.store(g_ptrs, g, mask=rows[:, None] & mask_r[None, :])
         offs_m += BLOCK_M
         x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
         h_ptrs += BLOCK_M * tl.cast(stride_hm, tl.int64)
         g_ptrs += BLOCK_M * R
-    out_ptrs = out_ptr + (strip * tl.cast(K, tl.int64) + k)[:, None] * R + offs_r[None, :]
-    tl.store(out_ptrs, acc, mask=mask_k[:, None] & mask_r[None, :])
-
-
-@triton.jit
-def _sum_both_kernel(
-    g_part_ptr, C, L_g, g_ptr, scale,
-    out_part_ptr, S, L_out, out_ptr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """g (L_g,) = scale * g_part (C, L_g).sum(0), out (L_out,) = out_part (S, L_out).sum(0), in order"""
-    pid = tl.program_id(0)
-    blocks_g = tl.cdiv(L_g, BLOCK)
-    if pid < blocks_g:
-        sum_strip(g_part_ptr, C, L_g, g_ptr, scale, pid, BLOCK)
-    else:
-        sum_strip(out_part_ptr, S, L_out, out_ptr, 1.0, pid - blocks_g, BLOCK)
+    offs_out = k[:, None] * R + offs_r[None, :]
+    mask_out = (offs_k < K)[:, None] & (offs_r < R)[None, :]
+    size_out = K * tl.cast(R, tl.int64)
+    tl.store(out_part_ptr + strip * size_out + offs_out, acc, mask=mask_out)
+    columns, strips = tl.num_programs(0), tl.num_programs(1)
+    if last_to_come(tickets_ptr + pid_k, strips):
+        total = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
+        for s in range(0, strips):
+            total += tl.load(out_part_ptr + s * size_out + offs_out, mask=mask_out, other=0.0, cache_modifier=".cg")
+        tl.store(out_ptr + offs_out, narrow(total, out_ptr.dtype.element_ty), mask=mask_out)
+    if last_to_come(tickets_ptr + columns + strip, columns):
+        offs_m = strip * steps * BLOCK_M + tl.arange(0, BLOCK_M)
+        for _ in range(0, steps):
+            offs_g = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+            mask_g = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+            g = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            for c in range(0, columns):
+                g += tl.load(g_part_ptr + c * size_g + offs_g, mask=mask_g, other=0.0, cache_modifier=".cg")
+            tl.store(g_ptr + offs_g, narrow(g * scale, g_ptr.dtype.element_ty), mask=mask_g)
+            offs_m += BLOCK_M
 
 
 def sweep_pays(M: int, K: int, R: int, columns: int, strips: int, itemsize: int) -> bool:
     """Whether the partial sums, written and read once, cost less than a second read of x"""
     return 2 * 4 * R * (columns * M + strips * K) < itemsize * M * K
+
+
+def _project_outer(x: Facts, down: Facts, h: Facts, g: Facts, out: Facts, precision: str) -> Launch | None:
+    """None where two passes are cheaper."""
+    (M, K), (R, _) = x.shape, down.shape
+    assert down.shape == (R, K) and h.shape == g.shape == (M, R) and out.shape == (K, R)
+    assert x.dtype in FLOATS and h.dtype == x.dtype
+    BLOCK_R = pad_rank(R, most=64)  # above, two passes are cheaper than the partial sums
+    tile = tile_for("project_outer", x.device, x.dtype.itemsize, BLOCK_R)
+    columns = triton.cdiv(K, tile["BLOCK_K"])
+    strips, steps = strips_of(M, tile["BLOCK_M"], columns, programs=128)
+    if R > BLOCK_R or not sweep_pays(M, K, R, columns, strips, x.dtype.itemsize):
+        return None
+    return Launch(
+        _project_outer_kernel, [columns, strips],
+        M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
+        stride_hm=h.stride[0], stride_hr=h.stride[1], steps=steps,
+        R=R, EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
+    )  # fmt: skip
 
 
 def project_outer(
@@ -268,32 +293,16 @@ def project_outer(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
     """g = scale * x @ down.T and out = h.T @ x, in one pass over x where that saves bytes"""
-    (M, K), (R, _) = x.shape, down.shape
-    assert down.shape == (R, K) and h.shape == (M, R) and x.dtype in FLOATS and h.dtype == x.dtype
-    if M == 0:
-        return project(x, down, scale), outer(h, x, dtype=dtype)
-    BLOCK_R = pad_rank(R, most=64)  # above, two passes are cheaper than the partial sums
-    tile = tile_for("project_outer", x.device, x.element_size(), BLOCK_R)
-    columns = triton.cdiv(K, tile["BLOCK_K"])
-    strips, steps = strips_of(M, tile["BLOCK_M"], columns, programs=128)
-    if R > BLOCK_R or not sweep_pays(M, K, R, columns, strips, x.element_size()):
-        return project(x, down, scale), outer(h, x, dtype=dtype)
+    (M, K), R = x.shape, down.shape[0]
     g = tl_utils.empty((M, R), x.dtype, x)
     out = tl_utils.empty((K, R), dtype or x.dtype, x)
+    launch = prepared(_project_outer, (x, down, h, g, out), dot_precision(x.dtype)) if M else None
+    if launch is None:
+        return project(x, down, scale), outer(h, x, dtype=dtype)
+    columns, strips, _ = launch.grid
     g_part = tl_utils.empty((columns, M, R), torch.float32, x)
     out_part = tl_utils.empty((strips, K, R), torch.float32, x)
-    BLOCK = 1024
-    with launching("project_outer", x):
-        _project_outer_kernel[columns, strips](
-            x, M, K, *x.stride(),
-            down, *down.stride(),
-            h, *h.stride(),
-            g_part, out_part, steps,
-            R=R, EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=dot_precision(x.dtype),
-            BLOCK_R=BLOCK_R, **tile,
-        )  # fmt: skip
-        _sum_both_kernel[triton.cdiv(M * R, BLOCK) + triton.cdiv(K * R, BLOCK),](
-            g_part, columns, M * R, g, float(scale),
-            out_part, strips, K * R, out, BLOCK=BLOCK,
-        )  # fmt: skip
+    tickets = tl_utils.tickets(columns + strips, x)
+    scratch = g_part.data_ptr() | out_part.data_ptr() | tickets.data_ptr()
+    launch(x, scratch, x, down, h, g, out, g_part, out_part, tickets, float(scale))
     return g, out.T

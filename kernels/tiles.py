@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -111,7 +112,7 @@ TABLE: dict[str, dict[tuple[int, int], Tile]] = {
     },
     # BLOCK_M rows a step against BLOCK_K columns held: wide, so that few partial sums are written
     "project_outer": {
-        (0, 2): Tile(32, 0, 128, 4, 2),
+        (0, 2): Tile(32, 0, 128, 8, 2),
         (0, 4): Tile(32, 0, 64, 4, 2),
         (80, 2): Tile(64, 0, 256, 8, 4),
         (86, 2): Tile(32, 0, 256, 8, 4),
@@ -122,7 +123,9 @@ TABLE: dict[str, dict[tuple[int, int], Tile]] = {
     },
 }
 
-_forced: ContextVar[dict[str, dict[str, int]] | None] = ContextVar("forced", default=None)
+#: Kernel and the fields that are forced on it, the last one first.
+Forced = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+_forced: ContextVar[Forced] = ContextVar("forced", default=())
 
 
 @contextmanager
@@ -134,11 +137,17 @@ def forced(kernel: str, **fields: int) -> Iterator[None]:
         fields: any of ``Tile``'s, likewise.
     """
     assert kernel in TABLE and set(fields) <= {f.name for f in dataclasses.fields(Tile)}
-    token = _forced.set({**(_forced.get() or {}), kernel: fields})
+    others = tuple(one for one in _forced.get() if one[0] != kernel)
+    token = _forced.set(((kernel, tuple(fields.items())), *others))
     try:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced_tiles() -> Forced:
+    """What is forced here and now: a tile depends on it."""
+    return _forced.get()
 
 
 @functools.cache
@@ -163,7 +172,7 @@ def row(kernel: str, arch: int, itemsize: int) -> Tile:
 
 def has_row(kernel: str, device: torch.device) -> bool:
     """Whether ``kernel`` is made for this card, or forced upon it"""
-    return (known_arch(arch_of(device)), 2) in TABLE[kernel] or kernel in (_forced.get() or {})
+    return (known_arch(arch_of(device)), 2) in TABLE[kernel] or kernel in dict(_forced.get())
 
 
 def stage_bytes(kernel: str, tile: Tile, R: int, itemsize: int) -> int:
@@ -198,6 +207,6 @@ def _arguments(kernel: str, arch: int, itemsize: int, R: int) -> dict[str, int]:
     return {name: value for name, value in dataclasses.asdict(tile).items() if value}
 
 
-def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, int]:
+def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, Any]:
     """The launch arguments of ``kernel`` for a card, an element size in bytes and a padded rank"""
-    return {**_arguments(kernel, arch_of(device), itemsize, R), **(_forced.get() or {}).get(kernel, {})}
+    return {**_arguments(kernel, arch_of(device), itemsize, R), **dict(dict(_forced.get()).get(kernel, ()))}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 # The interpreter keeps bfloat16 as raw uint16: products and roundings of it have to be spelt out.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -23,9 +24,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """The input precision of float32 dots: exact, unless torch itself may use TF32."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if tf32 else "ieee"
+    """The input precision of float32 dots: exact, unless torch itself may use TF32, however it was told to."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def pad_rank(R: int, most: int = 128) -> int:
@@ -36,6 +36,28 @@ def pad_rank(R: int, most: int = 128) -> int:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
     """Where every launcher gets the memory it writes: outputs and partial sums, nothing else."""
     return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+_tickets: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def tickets(count: int, like: torch.Tensor) -> torch.Tensor:  # (count or more,) int32, all zero
+    """Counters for ``last_to_come``, which leaves them zero.
+
+    A stream has one set, for its launches run one after the other. A captured graph, which may be replayed on any
+    stream, gets its own for each launch.
+    """
+    if INTERPRET:
+        return empty((count,), torch.int32, like).zero_()
+    device = driver.active.get_current_device()
+    if like.is_cuda and (like.get_device() != device or torch.cuda.is_current_stream_capturing()):
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    key = like.device, driver.active.get_current_stream(device)
+    counters = _tickets.get(key)
+    if counters is None or len(counters) < count:
+        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=like.device)
+        _tickets[key] = counters
+    return counters
 
 
 class LaunchError(RuntimeError):
@@ -52,24 +74,34 @@ def launching(kernel: str, like: torch.Tensor) -> Iterator[None]:
     with torch.cuda.device_of(like):
         try:
             yield
-        except torch.OutOfMemoryError:  # another path would need more
+        except (LaunchError, torch.OutOfMemoryError):  # of memory: another path would need more
             raise
         except Exception as error:  # noqa: BLE001 - compilers and drivers raise what they like
             reason = " ".join(str(error).split())[:200]
             raise LaunchError(f"{kernel}: {type(error).__name__}: {reason}") from error
 
 
-def drop_args(p: float, seed: torch.Tensor | None) -> dict:
-    """Dropout as kernel arguments; without it the seed is None and its code is not compiled."""
+def dropping(p: float, seed: torch.Tensor | None) -> torch.Tensor | None:
+    """The seed if anything is dropped; without it a kernel's dropout is not compiled."""
     if seed is None or p == 0.0:
-        return {"seed_ptr": None, "threshold": 0, "HAS_DROP": False}
+        return None
     assert seed.dtype == torch.int32 and seed.is_contiguous() and seed.shape == (2,)
-    return {"seed_ptr": seed, "threshold": round(p * LEVELS), "HAS_DROP": True}
+    return seed
 
 
-def parts_of(BLOCK_N: int, dropout: bool) -> int:
-    """In how many parts a tile's low-rank product is made: with dropout of 32 columns, so that its mask fits"""
-    return max(1, BLOCK_N // 32) if dropout else 2
+def threshold_of(p: float) -> int:
+    """The 15-bit hash value below which an element is dropped"""
+    return round(p * LEVELS)
+
+
+def parts_of(BLOCK_N: int, dropout: bool, arch: int) -> int:
+    """In how many parts a tile's low-rank product is made: with dropout of 32 columns, so that its mask fits
+
+    Without it in two, which spares registers; on sm_90 in one: of a joined accumulator ptxas serializes the wgmma.
+    """
+    if dropout:
+        return max(1, BLOCK_N // 32)
+    return 1 if 90 <= arch < 100 else 2
 
 
 @triton.jit
@@ -135,6 +167,16 @@ def drop(x, rows, pairs, threshold):
     even = tl.where((word & LOW_BITS) >= threshold, even, tl.zeros_like(even))
     odd = tl.where(((word >> 16) & LOW_BITS) >= threshold, odd, tl.zeros_like(odd))
     return tl.join(even, odd).reshape(x.shape)
+
+
+@triton.jit
+def last_to_come(ticket_ptr, count):
+    """Whether the other programs of ``count`` have come by here already; what they stored before can then be read"""
+    tl.debug_barrier()  # every thread's part is written before one thread says so
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(ticket_ptr, 0)  # for the next launch
+    return last
 
 
 @triton.jit

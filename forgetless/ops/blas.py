@@ -8,7 +8,7 @@ tools that watch products see them, and none is changed that a tool may keep.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +18,15 @@ from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, linear_lowra
 # Hash words made at a time: both scratch arrays stay in a core's cache.
 _CHUNK = 1 << 18
 
+#: By type of device, what makes ``keep_bits`` there in one launch; ``dispatch`` enters the kernel of CUDA.
+MASK_MAKERS: dict[str, Callable[[Tensor, float, int, int], Tensor]] = {}
+
 
 def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16, -1 keep, 0 drop
     """``reference.keep_mask`` as all-ones or all-zeros words, so that one bitwise AND drops a 16-bit number."""
     device = seed.device
+    if device.type in MASK_MAKERS:
+        return MASK_MAKERS[device.type](seed, p, M, K)
     width = (K + 1) // 2
     constants = _constants(device)
     count = torch.arange(max(M, width), dtype=torch.int32, device=device)

@@ -16,7 +16,8 @@ is slower than ``blas`` out of the box. Nothing is checked while a CUDA graph is
 
 ``FORGETLESS_PLAN`` holds a plan's name, or ``strict`` (a plan that fails raises instead of giving way), or both:
 "split,strict".
-``FORGETLESS_TUNE`` names the table's file, by default plans.json in ``FORGETLESS_CACHE`` or ~/.cache/forgetless.
+``FORGETLESS_TUNE`` names the table's file, by default plans.json in ``FORGETLESS_CACHE`` or ~/.cache/forgetless. The
+table is read when a shape first runs; ``forget`` starts afresh.
 """
 
 from __future__ import annotations
@@ -94,6 +95,9 @@ class Choice:
 #: What the first use measured, and what failed, in this process.
 _measured: dict[Problem, Choice] = {}
 _failed: dict[tuple[Problem, str], str] = {}
+#: What ``choose_route`` made of these two, of the table and of FORGETLESS_PLAN, without a check and with one. Emptied
+#: when one of the first three changes; the last is in the key.
+_routes: dict[tuple[Any, ...], tuple[Route, Route]] = {}
 
 
 # --------------------------------------------------------------------------------------- backends
@@ -171,11 +175,17 @@ def choose_route(sweep: str, like: Tensor, up: Tensor, down: Tensor, asked: Any 
     (N, R), K = up.shape, down.shape[1]
     if not N * K:  # no grid to launch
         return BLAS
-    problem = problem_of(like.device, sweep, like.shape[0], N, K, R, like.dtype)
-    choice = choose(problem)
-    if choice.plan == "blas":
-        return Route(blas, problem=problem)
-    return Route(kernels, choice.plan, choice.tile, problem, checkable(like.device) and undecided(problem))
+    M = bucket(like.shape[0])
+    key = like.device, sweep, M, N, K, R, like.dtype, os.environ.get("FORGETLESS_PLAN", "")
+    routes = _routes.get(key)
+    if routes is None:
+        problem = problem_of(like.device, sweep, M, N, K, R, like.dtype)
+        choice = choose(problem)
+        module = blas if choice.plan == "blas" else kernels
+        route = Route(module, choice.plan, choice.tile if module is kernels else (), problem)
+        routes = route, replace(route, unchecked=module is kernels and undecided(problem))
+        _routes[key] = routes
+    return routes[routes[1].unchecked and checkable(like.device)]
 
 
 def failed(route: Route, error: Exception) -> Route:
@@ -223,6 +233,22 @@ def tile_forced(tile: tuple[tuple[str, int], ...]) -> Iterator[None]:
 def checkable(device: torch.device) -> bool:
     """Whether a first use may be checked there now: launches can be timed and nothing is being recorded."""
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16, -1 keep, 0 drop
+    """``blas.keep_bits`` in one launch; where the kernel fails, once with a warning and from then on by torch."""
+    try:
+        return kernels.keep_bits(seed, p, M, K)
+    except LaunchError as error:
+        if forced()[1]:
+            raise
+        blas.MASK_MAKERS.clear()
+        warnings.warn(f"forgetless: the kernel of dropout masks is not used any more: {error}", stacklevel=2)
+        return blas.keep_bits(seed, p, M, K)
+
+
+if kernels is not None:
+    blas.MASK_MAKERS["cuda"] = keep_bits
 
 
 # ------------------------------------------------------------------------------------------ plans
@@ -313,6 +339,7 @@ def drop(problem: Problem, plan: str, reason: str) -> None:
         warnings.warn(f"forgetless: plan {plan!r} dropped for {problem.key} on {problem.gpu}: {reason}", stacklevel=2)
     if _measured.get(problem, Choice("", "")).plan == plan:
         del _measured[problem]
+    _routes.clear()
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -346,6 +373,7 @@ def first_use(
         ratio = blas_s / ours_s
         choice = Choice(plan if ratio >= 1.0 else "blas", f"first use: {plan} at {ratio:.2f}x the speed of blas")
     _measured[problem] = choice
+    _routes.clear()
     return BLAS if choice.plan == "blas" else fused
 
 
@@ -455,6 +483,5 @@ def store(rows: dict[str, dict[str, Any]], path: Path | None = None) -> Path:
 
 def forget() -> None:
     """Forget the table as read and this process' findings: the next choice starts from the files."""
-    _read.cache_clear()
-    _measured.clear()
-    _failed.clear()
+    for known in (_read.cache_clear, _measured.clear, _failed.clear, _routes.clear):
+        known()

@@ -58,6 +58,11 @@ def keep_mask(
     return (half & (LEVELS - 1)) >= drop_threshold(p)
 
 
+def keep_bits(seed: Tensor, p: float, M: int, K: int) -> Tensor:  # (M, K) int16, -1 keep, 0 drop
+    """``keep_mask`` as all-ones or all-zeros words, so that one bitwise AND drops a 16-bit number."""
+    return -keep_mask(seed, p, M, K).to(torch.int16)
+
+
 def mask_keys(seed: Tensor, M: int, K: int) -> tuple[Tensor, Tensor]:  # (M, 1) and (1, ceil(K / 2)) int32
     """Well mixed keys of the rows and of the column pairs; their sum is hashed once more per element."""
     rows = torch.arange(M, dtype=torch.int32, device=seed.device)

@@ -172,18 +172,19 @@ def test_a_kernel_that_disagrees_at_its_first_use_is_dropped(how, monkeypatch):
     """As on a card, where the first use of a shape is checked."""
     net = model(["out"])
     want = results(net, X)
-    plain = plans.kernels.matmul_lowrank
+    for name in ("matmul_lowrank", "add_products"):  # the GEMM of the forward and of the backward pass
+        plain = getattr(plans.kernels, name)
 
-    def wrong(*arguments: Any, **options: Any) -> Any:
-        y = plain(*arguments, **options)
-        return {"a number": y + 0.1, "NaN": y * float("nan"), "a shape": y[:-1]}[how]
+        def wrong(*arguments: Any, plain: Any = plain, **options: Any) -> Any:
+            y = plain(*arguments, **options)
+            return {"a number": y + 0.1, "NaN": y * float("nan"), "a shape": y[:-1]}[how]
 
-    monkeypatch.setattr(plans.kernels, "matmul_lowrank", wrong)
+        monkeypatch.setattr(plans.kernels, name, wrong)
     monkeypatch.setattr(plans, "checkable", lambda device: True)
     with plans.backend("triton"), pytest.warns(UserWarning, match="'split' dropped for .* result 0") as said:
         found = results(net, X)
     told = sorted(str(w.message).split(" dropped for ")[1].split()[0] for w in said if "dropped" in str(w.message))
-    assert told == ["backward", "forward"]  # the GEMM runs in both
+    assert told == ["backward", "forward"]
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 

@@ -40,6 +40,7 @@ def record(**fields):
         "kernel": "matmul_lowrank", "arch": 90, "dtype": "bfloat16", "block": {"M": 128, "N": 256, "K": 64, "R": 16},
         "shared": 200_000, "stack": 0, "spills": 0, "macs": 128 * 256 * 80, "fma": 0, "mma": ["wgmma.mma_async"],
         "written": 128 * 256 * 2, "bulk_stores": 0, "blocks_per_sm": 1,
+        "serialized": "",
     }  # fmt: skip
     return {**good, **fields}
 
@@ -56,6 +57,7 @@ FAULTS = [
     ({"written": 128 * 256}, "bytes stored"),
     ({"kernel": "matmul_lowrank_descriptor", "bulk_stores": 1}, "bulk stores"),
     ({"blocks_per_sm": 0}, "fits"),
+    ({"serialized": "6 waits for 6 wgmma"}, "serialized"),
 ]
 
 
