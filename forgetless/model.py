@@ -185,7 +185,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     result = matrices(layers)
     if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
-    kinds: dict[tuple[type, torch.device], list[Item]] = {}
+    kinds: dict[tuple[Any, torch.device], list[Item]] = {}
     for layer in result.values():
         check_here(layer)
         hidden = None if layer.trace is None else layer.trace.hidden
@@ -196,7 +196,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     device = next(iter(result.values())).device
     with exact_products(device.type):  # trainers add it within autocast, which would round it
         totals = [
-            (kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)).to(device)  # type: ignore[attr-defined]
+            (kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)).to(device)
             for (kind, _), items in kinds.items()
         ]
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)

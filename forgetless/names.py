@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 #: What torch.compile, FSDP1 and torch's activation checkpointing call the module that they wrap.
@@ -16,11 +18,12 @@ def wraps(module: nn.Module, key: str) -> bool:
 
 def bare_name(model: nn.Module, name: str) -> str:
     """The name of a submodule without what wrappers put into it."""
-    parts, module = [], model
+    parts: list[str] = []
+    module: Any = model
     for part in name.split(".") if name else ():
         if not wraps(module, part):
             parts.append(part)
-        module = module._modules[part]  # type: ignore[assignment]
+        module = module._modules[part]
     return ".".join(parts)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from . import versions
 from .layers import tensor_parallel as shards
 from .layers.linear import AdaptedLinear, is_conv1d
 from .layers.quantized import KINDS, kind_of
@@ -131,8 +130,6 @@ def ready(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     for name, module in layers.items():
         kind = kind_of(module)
         reason = (shards.refusal(module) or _no_arithmetic(module)) if kind is None else kind.wants(module)
-        if kind is not None and kind.package is not None:
-            versions.warn_untested(kind.package, f"fl.adapt on {kind.title} layers")
         if reason is not None:
             title = "" if kind is None else f" ({kind.title})"
             raise ValueError(f"targets: {name} cannot be adapted{title}: {reason}")

@@ -56,13 +56,14 @@ class PenaltyMixin:
     #: The penalty of the last optimiser step.
     penalty_value: float = 0.0
 
-    def __init__(self, model: Any = None, *others: Any, **named: Any):
+    def __init__(self, *given: Any, **named: Any):
+        model: Any = named.get("model", given[0] if given else None)
         marked = isinstance(model, nn.Module) and getattr(model, "is_quantized", False) and bool(adapters(model))
         if marked:  # what transformers looks at: else it refuses to train quantised weights
             model._hf_peft_config_loaded = True
         try:
             above: Any = super()
-            above.__init__(model, *others, **named)
+            above.__init__(*given, **named)
         finally:
             if marked:
                 del model._hf_peft_config_loaded
@@ -83,18 +84,19 @@ class PenaltyMixin:
         Raises:
             ValueError: as of ``fl.penalty``.
         """
+        trainer: Any = self
         if model.training and not self._recorded:
             self._check_trainer()
-            bare = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
+            bare = trainer.accelerator.unwrap_model(model)
             self._recorded = not adapted(bare) or record_drift(bare) is bare
-        result = super().compute_loss(model, inputs, True, num_items_in_batch, **others)  # type: ignore[misc]
-        loss, outputs = result
+        above: Any = super()
+        result = above.compute_loss(model, inputs, return_outputs, num_items_in_batch, **others)
+        loss, outputs = result if return_outputs else (result, None)
         if model.training:
             loss = self._with_penalty(model, loss, num_items_in_batch, attended(inputs))
         return (loss, outputs) if return_outputs else loss
 
     def _check_trainer(self) -> None:
-        versions.warn_untested("transformers", "PenaltyMixin")
         missing = next((name for name in _ASKED if not hasattr(self, name)), None)
         if missing is not None:
             raise versions.missing_error("transformers", "PenaltyMixin", f"Trainer.{missing}")
@@ -159,13 +161,15 @@ class PenaltyMixin:
 
     def log(self, logs: dict[str, float], *others: Any, **named: Any) -> None:
         """Adds ``penalty`` and ``drift`` to what is logged beside a loss."""
-        bare = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        trainer: Any = self
+        bare = trainer.accelerator.unwrap_model(trainer.model)
         if "loss" in logs and adapted(bare):
             logs["penalty"] = self.penalty_value
             seen = mean_drift(bare)
             if math.isfinite(seen):
                 logs["drift"] = seen
-        super().log(logs, *others, **named)  # type: ignore[misc]
+        above: Any = super()
+        above.log(logs, *others, **named)
 
 
 def _write_nothing(*given: Any, **named: Any) -> None: ...
@@ -205,8 +209,6 @@ class _LightningPenalty:
     _value: Tensor | None = None  # of the step under way
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if versions.installed("lightning") != "unknown":
-            versions.warn_untested("lightning", "PenaltyCallback")
         if not adapted(pl_module):
             raise ValueError("the module has no adapters; call fl.adapt(model, method) on its model first")
         if not pl_module.automatic_optimization:
@@ -230,7 +232,7 @@ class _LightningPenalty:
             total = loss + trainer.accumulate_grad_batches * value.to(loss.device)
             return {**output, "loss": total} if isinstance(output, dict) else total
 
-        training_step.held = current  # type: ignore[attr-defined]
+        vars(training_step)["held"] = current
         pl_module.training_step = training_step
 
     _steps = True  # this micro-batch is the last one of an optimiser step

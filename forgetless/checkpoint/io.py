@@ -162,6 +162,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
     """Load a LoRA checkpoint that PEFT wrote."""
     method, names, tensors, beside = peft_format.read(model, folder)
+    widest = max((max(t.shape, default=0) for t in tensors.values()), default=0)
+    if method.rank > widest:  # else that much memory would be asked for
+        raise ValueError(f"{folder / CONFIG}: the rank is {method.rank}, but no tensor in {WEIGHTS} is as wide")
     adapt_layers(model, method, _find(model, names, folder))
     try:
         tensors = stacked(model, names, tensors, folder)

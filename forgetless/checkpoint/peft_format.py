@@ -130,12 +130,8 @@ def read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str], dict[str, Ten
     names = named(model, wrappers, config.get("target_parameters") or (), folder)
     if not wrappers:
         raise ValueError(f"{folder / WEIGHTS}: holds no tensors")
-    method = LoRA(
-        rank=config.get("r"),  # type: ignore[arg-type]
-        alpha=config.get("lora_alpha"),  # type: ignore[arg-type]
-        dropout=config.get("lora_dropout") or 0.0,
-        rslora=bool(config.get("use_rslora")),
-    )
+    sizes: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
+    method = LoRA(**sizes, dropout=config.get("lora_dropout") or 0.0, rslora=bool(config.get("use_rslora")))
     return method, names, tensors, beside
 
 

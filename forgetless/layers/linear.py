@@ -84,20 +84,20 @@ def stored(base: Any) -> tuple[Tensor, Tensor | None]:
     return weight, table["bias"] if "bias" in table else base.bias
 
 
-def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
+def site_of(name: str, base: Any, values: bool = False) -> Site:
     """The layer as a method sees it; a weight that is packed, cut or offloaded is a stand-in but for its ``values``."""
     if isinstance(base, Stack):
         return Site(name, base.matrices().detach())  # (E, N, K)
     kind, transposed = kind_of(base), is_conv1d(base)
     if values:
         with onloaded(base):
-            weight = whole(base.weight).detach() if kind is None else kind.unpack(base)  # type: ignore[arg-type]
+            weight = whole(base.weight).detach() if kind is None else kind.unpack(base)
     elif kind is not None:
         weight = stand_in(base, kind.dtype(base))
     elif cut_of(base) is not None or execution_device(base) is not None:
-        weight = stand_in(base, base.weight.dtype)  # type: ignore[arg-type]
+        weight = stand_in(base, base.weight.dtype)
     else:
-        weight = base.weight.detach()  # type: ignore[operator]
+        weight = base.weight.detach()
     return Site(name, weight.T if transposed else weight, transposed)
 
 
@@ -226,7 +226,8 @@ class AdaptedLinear(Standing):
                 self._check_whole(getattr(self.base, "weight", None))
             return self._around(x)
         adapter: Any = self._modules["adapter"]  # a module's attribute costs a microsecond
-        compiling, group = torch.compiler.is_compiling(), self.group
+        compiling = torch.compiler.is_compiling()
+        group: Any = self.group
         dropout = adapter.dropout if self.training else 0.0
         members, seed, result = [self], None, None
         if group is not None and not compiling and group.scope is not None:
@@ -249,7 +250,7 @@ class AdaptedLinear(Standing):
             else:
                 ranks = [up.shape[1] for up in layers.ups]
                 hs = [None] * len(ranks) if h is None else h.split(ranks, dim=1)
-                result = group.share(self, x, dropout, list(zip(ys, hs, strict=True)))  # type: ignore[union-attr]
+                result = group.share(self, x, dropout, list(zip(ys, hs, strict=True)))
         y, h = result
         self._record(x, h)
         return like_x(y, x)

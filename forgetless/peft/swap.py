@@ -62,7 +62,6 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
             f"model is a {type(model).__name__} without PEFT LoRA layers; "
             "make it with peft.get_peft_model(model, peft.LoraConfig(...)), or use fl.adapt"
         )
-    versions.warn_untested("peft", "fl.swap_in")
     missing = next((name for name in _ASKED if not hasattr(next(iter(result.values())), name)), None)
     if missing is not None:
         raise versions.missing_error("peft", "fl.swap_in", f"LoraLayer.{missing}")
