@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site
-from ..layers.linear import AdaptedLinear, hooked, stored
+from ..layers.frozen import hooked, stored
+from ..layers.linear import AdaptedLinear
 from ..methods import LoRA
 from ..ops.add_lowrank import Term
 from ..penalties import Penalty
