@@ -28,8 +28,8 @@ from ..ops.add_lowrank import Term, add_terms
 from ..report import LayerReport
 from ..targets import supported
 from .routes import state_reason
-from .swap import PENALTIES, take_over
-from .views import OwnLayer
+from .swap import take_over
+from .views import PENALTIES, OwnLayer
 
 _peft: Any = importlib.import_module("peft")
 _tuners: Any = importlib.import_module("peft.tuners.tuners_utils")

@@ -29,7 +29,7 @@ from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from .experts import ExpertsView, title
 from .routes import adapter_reason, base_reason, kind_reason, lora_layers, onto_base, runs_experts, stack_of, taker_of
-from .views import OwnLayer, View
+from .views import PENALTIES, HidesPenalties, OwnLayer, Theirs, View
 
 #: What is asked of a PEFT layer.
 _ASKED = (
@@ -146,11 +146,8 @@ def _swapped(model: nn.Module) -> list[_Taker]:
 
 # -------------------------------------------------------------------------------------- the layers
 
-#: What stands behind these classes in the bases: one of PEFT's.
-_Theirs: Any = object
 
-
-class _SwappedLayer(_Theirs):
+class _SwappedLayer(HidesPenalties):
     """Goes before PEFT's class in the bases of a taken-over layer."""
 
     _forgetless: _Taker | None = None  # None: swapped out, and PEFT's through and through
@@ -177,7 +174,7 @@ class _SwappedLayer(_Theirs):
 _IDLE = {"adapter_names", "alora_offsets"}
 
 
-class _SwappedTuner(_Theirs):
+class _SwappedTuner(Theirs):
     """Goes before PEFT's tuner: what it adds later is taken over as well."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -227,10 +224,6 @@ def _put_before(mixin: type, module: Any) -> None:
 def _blank(mixin: type, cls: type) -> Any:
     made = _subclass(mixin, cls)
     return made.__new__(made)
-
-
-#: Name of the submodule that holds the states of attached penalties; there is none without penalties.
-PENALTIES = "forgetless_penalties"
 
 
 class _Taker:

@@ -603,3 +603,17 @@ def test_penalties_over_a_quantised_base():
     for a, b in zip(*values, strict=True):
         torch.testing.assert_close(a, b)
     assert fl.drift(plain) == pytest.approx(fl.drift(model))
+
+
+def test_peft_saves_no_statistics_of_swapped_in_layers(tmp_path):
+    model = fl.swap_in(make(), penalties=(fl.NullSpace(k=5), fl.SourceDeviation(0.1)))
+    fl.calibrate(model, [token_batch()])
+    model.save_pretrained(tmp_path)
+    fl.swap_out(copy.deepcopy(model)).save_pretrained(tmp_path / "peft")
+    ours, theirs = (folder / "adapter_model.safetensors" for folder in (tmp_path, tmp_path / "peft"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert any("forgetless_penalties" in key for key in model.state_dict())
+    model.double()  # moves them
+    assert all(
+        t.dtype == torch.float64 for key, t in model.state_dict().items() if "penalties" in key and "rest" in key
+    )
