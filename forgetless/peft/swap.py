@@ -101,10 +101,8 @@ def swap_out(model: nn.Module) -> nn.Module:
     swapped = _swapped(model)
     if not swapped:
         raise ValueError("no layer of model is swapped in; call fl.swap_in(model) first")
-    _detach_groups(swapped)
+    _detach(swapped)
     for taker in swapped:
-        if taker.passes is not None:
-            taker.passes.detach()
         taker.remove()
     for module in model.modules():
         own = vars(type(module)).get("_forgetless_base")
@@ -182,6 +180,18 @@ class _SwappedTuner(Theirs):
         current = _swapped(model)
         if current:  # not swapped out since
             take_over(model, {}, current[0].specs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        return self._leave(super().merge_and_unload, *args, **kwargs)
+
+    def unload(self) -> Any:
+        return self._leave(super().unload)
+
+    def _leave(self, unload: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model without PEFT's layers is without our hooks, too."""
+        swapped, model = _swapped(self.model), unload(*args, **kwargs)
+        _detach(swapped)
+        return model
 
 
 def take_over(model: nn.Module, own: dict[str, tuple[Penalty, ...]], specs: tuple[Penalty, ...] = ()) -> None:
@@ -310,7 +320,7 @@ class _Taker:
 
 
 def _form_groups(model: nn.Module) -> None:
-    _detach_groups(_swapped(model))
+    _detach(_swapped(model))
     together: dict[str, dict[str, AdaptedLinear]] = {}
     for name, module in model.named_modules():
         taker = taker_of(module)
@@ -323,9 +333,6 @@ def _form_groups(model: nn.Module) -> None:
 
 def _mark_passes(model: nn.Module) -> None:
     swapped = _swapped(model)
-    for taker in swapped:
-        if taker.passes is not None:
-            taker.passes.detach()
     passes = Passes(model, [taker.layer for taker in swapped], swapped)
     for taker in swapped:
         taker.passes = passes
@@ -333,8 +340,11 @@ def _mark_passes(model: nn.Module) -> None:
             view.passes = passes
 
 
-def _detach_groups(takers: list[_Taker]) -> None:
+def _detach(takers: list[_Taker]) -> None:
+    """Take all hooks off."""
     for taker in takers:
+        if taker.passes is not None:
+            taker.passes.detach()
         for view in taker.views.values():
             if view.group is not None:
                 view.group.detach()

@@ -1,8 +1,10 @@
 """PEFT's LoRA layers on our op: same numbers, all of PEFT still works, and what is not on the op is named."""
 
 import copy
+import gc
 import io
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -617,3 +619,18 @@ def test_peft_saves_no_statistics_of_swapped_in_layers(tmp_path):
     assert all(
         t.dtype == torch.float64 for key, t in model.state_dict().items() if "penalties" in key and "rest" in key
     )
+
+
+@pytest.mark.parametrize("leave", ["merge_and_unload", "unload"])
+def test_an_unloaded_model_is_plain_again(leave):
+    model = getattr(fl.swap_in(make()), leave)()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    batch = token_batch()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(**batch).logits, model(**batch).logits)
+
+
+def test_a_copy_of_the_inner_model_is_pickled_after_the_original_is_gone():
+    inner = copy.deepcopy(fl.swap_in(make()).base_model.model)
+    gc.collect()
+    batch = token_batch()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(inner))(**batch).logits, inner(**batch).logits)
