@@ -17,18 +17,14 @@ import argparse
 import gc
 import json
 import os
-import platform
 import random
 import re
 import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -70,7 +66,7 @@ Provider = Run | Sequence[Run] | Timed
 
 def machine() -> dict[str, Any]:
     """Processor, cores, threads, GPU."""
-    from forgetless.study.machine import processor
+    from forgetless.study.machine import processor  # here: a worker imports this module before another library
 
     return {
         "processor": processor(),
@@ -78,17 +74,6 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that matter, those that are installed."""
-    result = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            result[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return result
 
 
 def tag(device: torch.device) -> str:
@@ -201,8 +186,8 @@ def row(case: str, provider: str, phase: str, metric: str, value: float | None, 
 def time_row(case: str, provider: str, phase: str, rounds: Sequence[float]) -> Row:
     """The median of the rounds, in seconds."""
     middle, spread = median_and_spread(rounds)
-    detail = {"low": min(rounds), "spread": spread, "rounds": [four_digits(value) for value in rounds]}
-    return row(case, provider, phase, "time", middle, "s", **detail)
+    kept = [float(f"{value:.4g}") for value in rounds]
+    return row(case, provider, phase, "time", middle, "s", low=min(rounds), spread=spread, rounds=kept)
 
 
 def time_rows(case: str, times: Mapping[str, list[list[float]]], phases: Sequence[str]) -> list[Row]:
@@ -226,10 +211,6 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return middle, statistics.median(abs(value - middle) for value in values)
 
 
-def four_digits(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
 def share(ours: float, theirs: float, floor: float) -> float | None:
     """(ours - floor) / (theirs - floor): our part of their overhead. None where they have none."""
     return (ours - floor) / (theirs - floor) if theirs > floor else None
@@ -248,32 +229,6 @@ def overhead(ours: Row, theirs: Row, floor: Row) -> tuple[float, float] | None:
     if 2 * len(values) <= len(ours["rounds"]) or difference < noise:
         return None
     return median_and_spread(values)
-
-
-def peaks(device: torch.device, dtypes: Iterable[torch.dtype], smoke: bool = False) -> list[Row]:
-    """The machine's own peaks, measured: the best rate of square products per dtype, and of a copy.
-
-    A copy of n bytes moves 2 n.
-    """
-    sizes = (64,) if smoke else ((4096, 8192) if device.type == "cuda" else (1024, 2048))
-    rounds = 2 if smoke else 7
-    rows = []
-    for dtype in dtypes:
-        best = 0.0
-        for n in sizes:
-            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-            times = interleave({"mm": partial(torch.mm, a, b.T, out=torch.empty_like(a))}, rounds, 2, device)
-            best = max(best, 2 * n**3 / min(times["mm"][0]) * 1e-12)
-        rows.append(row("machine", short(dtype), "product", "peak", best, "TFLOP/s"))
-    source = torch.ones((1 << 20) if smoke else (1 << 30 if device.type == "cuda" else 1 << 28), dtype=torch.uint8)
-    source = source.to(device)
-    target = torch.empty_like(source)
-    times = interleave({"copy": lambda: target.copy_(source)}, rounds, 2, device)
-    return [*rows, row("machine", "bytes", "copy", "peak", 2 * source.numel() / min(times["copy"][0]) * 1e-9, "GB/s")]
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # --------------------------------------------------------------------------------- options, output
@@ -302,7 +257,7 @@ def parser(doc: str | None, bench: str, rounds: int) -> Parser:
 
 def start(kind: str, options: argparse.Namespace, arguments: Sequence[str] | None) -> Results:
     """A result without rows."""
-    from forgetless.study.machine import commit
+    from forgetless.study.machine import commit, versions
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     results: Results = {
@@ -312,7 +267,7 @@ def start(kind: str, options: argparse.Namespace, arguments: Sequence[str] | Non
         "command": shlex.join(["python", "-m", "bench", kind, *without_out(given)]),
         "commit": commit(),
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "smoke": options.smoke,
         "notes": [],
         "cases": {},
@@ -331,7 +286,7 @@ def without_out(arguments: Sequence[str]) -> list[str]:
 
 def finish(results: Results, options: argparse.Namespace) -> Results:
     """Print the tables and the notes, and write the file."""
-    from .report import section
+    from .tables import section
 
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -367,18 +322,9 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a number is NaN or infinite.
     """
+    from forgetless.files import write_atomically
+
     head = json.dumps({key: value for key, value in data.items() if key != "rows"}, indent=1, allow_nan=False)
-    if "rows" in data:
-        rows = ",\n".join("  " + json.dumps(one, allow_nan=False) for one in data["rows"])
-        head = head[:-2] + f',\n "rows": [\n{rows}\n ]\n}}'
-    write_file(path, (head + "\n").encode())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write through a temporary file, then rename."""
+    rows = ",\n".join("  " + json.dumps(one, allow_nan=False) for one in data["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.chmod(scratch, 0o644)
-    os.replace(scratch, path)
+    write_atomically(path, f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')

@@ -12,7 +12,7 @@ LoRAFusion's split. CURLoRA is compared with its authors' dense form. Backward i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ import forgetless as fl
 
 from .against import Both, Measured, providers
 from .bytes import peak_bytes, saved_bytes
-from .harness import FROZEN, OURS, Results, finish, interleave, parser, peaks, row, start, time_rows
+from .harness import FROZEN, OURS, Results, Row, finish, interleave, parser, row, start, time_rows
 from .providers import NO_PEFT, curlora_layers, frozen_linear, have_peft, lora_layers, random_factors
 from .shapes import CPU, GPU, METHODS, SHAPES, Case, fitting, grid, sweeps
 
@@ -119,6 +119,25 @@ def measure(
             rows += [row(case.name, name, "both", metric, size, "B") for metric, size in sizes.items()]
     results["rows"] += rows
     results["cases"][case.name] = case.about()
+
+
+def peaks(device: torch.device, dtypes: Iterable[torch.dtype], smoke: bool = False) -> list[Row]:
+    """The machine's own peaks, measured: of square products per dtype, and of a copy, which moves its bytes twice."""
+    sizes = (64,) if smoke else ((4096, 8192) if device.type == "cuda" else (1024, 2048))
+    rounds = 2 if smoke else 7
+    rows = []
+    for dtype in dtypes:
+        best = 0.0
+        for n in sizes:
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            times = interleave({"mm": partial(torch.mm, a, b.T, out=torch.empty_like(a))}, rounds, 2, device)
+            best = max(best, 2 * n**3 / min(times["mm"][0]) * 1e-12)
+        rows.append(row("machine", str(dtype).removeprefix("torch."), "product", "peak", best, "TFLOP/s"))
+    source = torch.ones((1 << 20) if smoke else (1 << 30 if device.type == "cuda" else 1 << 28), dtype=torch.uint8)
+    source = source.to(device)
+    target = torch.empty_like(source)
+    times = interleave({"copy": lambda: target.copy_(source)}, rounds, 2, device)
+    return [*rows, row("machine", "bytes", "copy", "peak", 2 * source.numel() / min(times["copy"][0]) * 1e-9, "GB/s")]
 
 
 def main(arguments: list[str] | None = None, deadline: float | None = None) -> Results:

@@ -136,7 +136,8 @@ def peft_layer(base: nn.Linear, down: Tensor, up: Tensor, scale: float, dropout:
     layer.weight, layer.bias = base.weight, base.bias
     holder = nn.ModuleDict({"layer": layer})
     R = down.shape[0]
-    config = peft.LoraConfig(r=R, lora_alpha=scale * R, lora_dropout=dropout, target_modules=["layer"])  # type: ignore[arg-type]
+    alpha: Any = scale * R  # PEFT's annotation says int
+    config = peft.LoraConfig(r=R, lora_alpha=alpha, lora_dropout=dropout, target_modules=["layer"])
     model: Any = peft.PeftModel(holder, config, autocast_adapter_dtype=autocast)
     result = model.base_model.model["layer"]
     with torch.no_grad():
@@ -235,8 +236,8 @@ def smollm2(device: torch.device, smoke: bool = False) -> tuple[Any, str]:
     """SmolLM2-135M in bfloat16, frozen, and what it is; without its package, the same sizes and random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: Any = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1}
     name = "a toy model"
     if not smoke:
         from forgetless.study.models import load_model
@@ -248,7 +249,7 @@ def smollm2(device: torch.device, smoke: bool = False) -> tuple[Any, str]:
             sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
             heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
             name = "SmolLM2-135M's sizes, random weights"
-    config: Any = LlamaConfig(**sizes, **heads, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0)  # type: ignore[arg-type]
+    config: Any = LlamaConfig(**sizes, **heads, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0)
     config._attn_implementation = "eager"
     model: Any = LlamaForCausalLM(config)
     return model.to(device, torch.bfloat16).requires_grad_(False).eval(), name

@@ -92,6 +92,10 @@ def texts(base: Any, smoke: bool, steps: int, batch: tuple[int, int], device: to
     return [{k: v.to(device) for k, v in Collator(tokenizer)(part).items()} for part in cut]
 
 
+def backward(model: Any, batch: Any) -> None:
+    model(**batch).loss.backward()
+
+
 def main(arguments: list[str] | None = None) -> Results:
     made = parser(__doc__, "qlora", 1)
     made.add_argument("--steps", type=int, default=8)
@@ -117,7 +121,7 @@ def main(arguments: list[str] | None = None) -> Results:
         sizes = {
             "weights": weight_bytes(model),
             "saved": saved_bytes(partial(model, **batches[0]), [model, base]),
-            "peak": peak_bytes(lambda model=model: model(**batches[0]).loss.backward(), device),  # type: ignore[misc]
+            "peak": peak_bytes(partial(backward, model, batches[0]), device),
         }
         rows += [row(case, title, "step", metric, size, "B") for metric, size in sizes.items()]
         model.zero_grad(set_to_none=True)

@@ -55,8 +55,7 @@ class Scope:
         self.x: Tensor | None = None  # that the results were computed from
         self.call: Any = None
         self.seed: Tensor | None = None
-        self.seed_x: Tensor | None = None  # that the seed was drawn for
-        self.seed_version = 0
+        self.seed_of: tuple[Tensor | None, int] = None, 0  # x that it was drawn for, and its version
 
 
 class Group:
@@ -137,8 +136,8 @@ class Group:
         scope = self.scope
         assert scope is not None
         version = 0 if x.is_inference() else x._version
-        if scope.seed is None or scope.seed_x is not x or scope.seed_version != version:
-            scope.seed, scope.seed_x, scope.seed_version = draw_seed(x.device), x, version
+        if scope.seed is None or scope.seed_of[0] is not x or scope.seed_of[1] != version:
+            scope.seed, scope.seed_of = draw_seed(x.device), (x, version)
         return scope.seed
 
     def __getstate__(self) -> dict[str, Any]:

@@ -83,17 +83,17 @@ def kind_of(module: nn.Module) -> Kind | None:
     return KINDS.get(_full_name(cls))
 
 
-def weight_mark(base: nn.Module) -> Tensor:
+def weight_mark(base: Any) -> Tensor:
     """What is hashed to know a weight again: the weight itself, all of it, or unpacked. Collective where it is cut."""
     kind = kind_of(base)
-    return whole(base.weight) if kind is None else (kind.mark or kind.unpack)(base)  # type: ignore[arg-type]
+    return whole(base.weight) if kind is None else (kind.mark or kind.unpack)(base)
 
 
-def stand_in(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
+def stand_in(base: Any, dtype: torch.dtype | None) -> Tensor:
     """NaN in the shape and on the device of the weight, in no memory: who reads it learns that it must not."""
-    N, K = int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
     device = next(t.device for t in (*base.parameters(), *base.buffers()))
-    return torch.full((1, 1), torch.nan, dtype=dtype or torch.float32, device=device).expand(N, K)
+    one = torch.full((1, 1), torch.nan, dtype=dtype or torch.float32, device=device)
+    return one.expand(base.out_features, base.in_features)
 
 
 def _full_name(cls: type) -> str:

@@ -6,6 +6,8 @@ processes (``forgetless.layers.tensor_parallel``), and layers with hooks, which 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,11 +30,9 @@ class AdaptedAround(AdaptedLinear):
 class AdaptedPacked(AdaptedAround):
     """``weight`` is a stand-in: its shape, dtype and device are true, the numbers are NaN."""
 
-    kind: Kind
-
-    def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
+    def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str, kind: Kind):
         super().__init__(base, adapter, method, name)
-        self.kind = kind_of(base)  # type: ignore[assignment]
+        self.kind = kind
         self.reason = f"{self.kind.title} makes x W^T itself"
 
     @property
@@ -61,13 +61,11 @@ class AdaptedSharded(AdaptedAround):
 
     cut: Cut
 
-    def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
+    def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str, cut: Cut):
         super().__init__(base, adapter, method, name)
-        self.cut = cut_of(base)  # type: ignore[assignment]
-        self.reason = (
-            f"its weight is cut {'row' if self.cut.dim else 'column'}-wise over {self.cut.mesh.size()} processes"
-        )
-        broadcast_parameters(adapter, self.cut)
+        self.cut = cut
+        self.reason = f"its weight is cut {'row' if cut.dim else 'column'}-wise over {cut.mesh.size()} processes"
+        broadcast_parameters(adapter, cut)
 
     def drift(self) -> float | None:
         """As of AdaptedLinear; a collective call where the weight is cut row-wise."""
@@ -81,7 +79,8 @@ class AdaptedSharded(AdaptedAround):
             self.trace = trace
 
     def _parts(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.weight.to_local(), *self.cut.local(down, up)  # type: ignore[attr-defined]
+        weight: Any = self.weight
+        return weight.to_local(), *self.cut.local(down, up)
 
     def _of_all(self, norms: Tensor) -> Tensor:
         squares = norms.square()
@@ -91,8 +90,9 @@ class AdaptedSharded(AdaptedAround):
 
 def wrap(base: nn.Module, adapter: Adapter, method: Method, name: str) -> AdaptedLinear:
     """The adapted layer that fits the base as it is now."""
-    if kind_of(base) is not None:
-        return AdaptedPacked(base, adapter, method, name)
-    if cut_of(base) is not None:
-        return AdaptedSharded(base, adapter, method, name)
+    kind, cut = kind_of(base), cut_of(base)
+    if kind is not None:
+        return AdaptedPacked(base, adapter, method, name, kind)
+    if cut is not None:
+        return AdaptedSharded(base, adapter, method, name, cut)
     return (AdaptedAround if hooked(base) else AdaptedLinear)(base, adapter, method, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -24,11 +25,26 @@ class Method:
     """A way to adapt a layer: ``build`` makes its adapter. Subclasses are frozen dataclasses with plain fields.
 
     Fields are what JSON can hold (numbers, strings, booleans), but for ``penalties``, a tuple of ``Penalty``.
+
+    Raises:
+        ValueError: ``rank``, ``alpha``, ``dropout`` or ``penalties``, where there is one, is no such thing.
     """
 
     name: ClassVar[str]
     #: ``build`` reads the weight's numbers; if not, it is given a stand-in where the layer packs them.
     reads_weight: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        title = type(self).__name__
+        for name, fits, wants in _CHECKS:
+            if hasattr(self, name) and not fits(getattr(self, name)):
+                raise ValueError(f"{title}.{name} is {getattr(self, name)!r}, wants {wants}")
+        penalties = getattr(self, "penalties", ())
+        if not isinstance(penalties, tuple):
+            object.__setattr__(self, "penalties", tuple(penalties))
+        for penalty in self.all_penalties():  # the method's own refuse nonsense in its fields
+            if not isinstance(penalty, Penalty):
+                raise ValueError(f"{title}.penalties holds {penalty!r}, wants Penalty instances such as fl.NullSpace()")
 
     def build(self, site: Site) -> Adapter:
         """The adapter for one layer; before training it must leave the layer's function unchanged.
@@ -85,30 +101,15 @@ class Method:
             raise ValueError(f"method {name!r}: {error}") from None
 
 
-def check_fields(method: Method) -> None:
-    """Refuse nonsense in the fields that most methods share; called from ``__post_init__``."""
-    title = type(method).__name__
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    def number(name: str) -> float | None:
-        if not hasattr(method, name):
-            return None
-        value = getattr(method, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{title}.{name} is {value!r}, wants a number")
-        return value
 
-    rank = getattr(method, "rank", 1)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{title}.rank is {rank!r}, wants an integer >= 1")
-    alpha = number("alpha")
-    if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"{title}.alpha is {alpha!r}, wants a finite number")
-    dropout = number("dropout")
-    if dropout is not None and not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{title}.dropout is {dropout!r}, wants a probability in [0, 1)")
-    penalties = getattr(method, "penalties", ())
-    if not isinstance(penalties, tuple):
-        object.__setattr__(method, "penalties", tuple(penalties))
-    for penalty in getattr(method, "penalties", ()):
-        if not isinstance(penalty, Penalty):
-            raise ValueError(f"{title}.penalties holds {penalty!r}, wants Penalty instances such as fl.NullSpace()")
+#: Field that most methods share, whether a value fits, what it wants.
+_CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("rank", lambda value: type(value) is int and value >= 1, "an integer >= 1"),
+    ("alpha", _is_number, "a number"),
+    ("alpha", math.isfinite, "a finite number"),
+    ("dropout", _is_number, "a number"),
+    ("dropout", lambda value: 0.0 <= value < 1.0, "a probability in [0, 1)"),
+)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..adapter import Adapter, Site
 from ..penalties import NullSpace, Penalty
-from .base import Method, check_fields, register
+from .base import Method, register
 from .lora import LoRAAdapter
 
 
@@ -43,10 +43,6 @@ class CLoRA(Method):
 
     name: ClassVar[str] = "clora"
     reads_weight: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        self.all_penalties()  # refuses nonsense in k, weight and basis
 
     def all_penalties(self) -> tuple[Penalty, ...]:
         return (NullSpace(self.weight, self.k, self.basis, self.seed), *self.penalties)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, adapter_dtype, whole
 from ..penalties import Penalty
-from .base import Method, check_fields, register
+from .base import Method, register
 
 
 @register
@@ -46,7 +46,7 @@ class CURLoRA(Method):
     name: ClassVar[str] = "curlora"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if not 0.0 <= self.smoothing < float("inf"):
             raise ValueError(f"CURLoRA.smoothing is {self.smoothing!r}, wants a number >= 0")
 

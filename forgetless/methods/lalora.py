@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..adapter import Adapter, Site
 from ..penalties import Laplace, Penalty
-from .base import Method, check_fields, register
+from .base import Method, register
 from .lora import LoRAAdapter
 
 
@@ -47,10 +47,6 @@ class LaLoRA(Method):
 
     name: ClassVar[str] = "lalora"
     reads_weight: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        self.all_penalties()  # refuses nonsense in the fields of Laplace
 
     def all_penalties(self) -> tuple[Penalty, ...]:
         own = Laplace(self.weight, self.fisher, self.prior_precision, self.curvature, self.columns, self.at_zero)

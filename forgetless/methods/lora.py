@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, adapter_dtype, whole
 from ..penalties import Penalty
-from .base import Method, check_fields, register
+from .base import Method, register
 
 
 @register
@@ -40,9 +40,6 @@ class LoRA(Method):
 
     name: ClassVar[str] = "lora"
     reads_weight: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def scale(self) -> float:

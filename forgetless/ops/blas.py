@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, mix
+from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, linear_lowrank_of, mix
 
 # Hash words made at a time: both scratch arrays stay in a core's cache.
 _CHUNK = 1 << 18
@@ -180,19 +180,4 @@ def dx_and_ddown(
     return dx, ddown
 
 
-def linear_lowrank(
-    x: Tensor,  # (M, K)
-    weight: Tensor,  # (N, K), dtype of x
-    down: Tensor,  # (R, K)
-    up: Tensor,  # (N, R)
-    bias: Tensor | None = None,  # (N,)
-    scale: float = 1.0,
-    p: float = 0.0,
-    seed: Tensor | None = None,  # (2,) int32
-    *,
-    drop_output: bool = False,
-    plan: str = "split",
-) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
-    """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x"""
-    h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
-    return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h
+linear_lowrank = linear_lowrank_of(project, matmul_lowrank)

@@ -288,14 +288,11 @@ def _parse_forced(text: str) -> tuple[str | None, bool]:
     return (plans[0] if plans else None), "strict" in words
 
 
-def plan_for(gpu: str, M: int, N: int, K: int, R: int, dtype: torch.dtype | str, sweep: str = "forward") -> Choice:
+def choose(problem: Problem) -> Choice:
     """The plan for a layer on a card, from the environment, the tables and this process' findings.
 
     Args:
-        gpu: the card's name as torch gives it.
-        M, N, K, R: tokens, out_features, in_features, rank.
-        dtype: of the activations.
-        sweep: "forward", or "backward" (then N and K are still the layer's).
+        problem: card, pass, sizes and dtype, as ``problem_of`` makes it.
 
     Returns:
         The plan with its reason and tile.
@@ -303,10 +300,6 @@ def plan_for(gpu: str, M: int, N: int, K: int, R: int, dtype: torch.dtype | str,
     Raises:
         ValueError: ``FORGETLESS_PLAN`` holds something else than a plan or "strict".
     """
-    return choose(Problem(gpu, sweep, bucket(M), N, K, R, str(dtype).removeprefix("torch.")))
-
-
-def choose(problem: Problem) -> Choice:
     plan, _ = forced()
     if plan is not None:
         return Choice(plan, "FORGETLESS_PLAN asks for it")

@@ -14,7 +14,8 @@ modules ``forgetless.ops.blas`` and ``forgetless_kernels.fused`` offer the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,22 +177,30 @@ def dx_and_ddown(
     return dx.to(g.dtype), ddown
 
 
-def linear_lowrank(
-    x: Tensor,  # (M, K)
-    weight: Tensor,  # (N, K), dtype of x
-    down: Tensor,  # (R, K)
-    up: Tensor,  # (N, R)
-    bias: Tensor | None = None,  # (N,)
-    scale: float = 1.0,
-    p: float = 0.0,
-    seed: Tensor | None = None,  # (2,) int32
-    *,
-    drop_output: bool = False,
-    plan: str = "split",
-) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
-    """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x
+def linear_lowrank_of(project: Callable[..., Tensor], matmul_lowrank: Callable[..., Tensor]) -> Callable[..., Any]:
+    """The forward pass from a backend's two products."""
 
-    ``project`` and ``matmul_lowrank``; ``plan`` says which way a kernel goes, see ``forgetless.ops.dispatch``.
-    """
-    h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
-    return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h
+    def linear_lowrank(
+        x: Tensor,  # (M, K)
+        weight: Tensor,  # (N, K), dtype of x
+        down: Tensor,  # (R, K)
+        up: Tensor,  # (N, R)
+        bias: Tensor | None = None,  # (N,)
+        scale: float = 1.0,
+        p: float = 0.0,
+        seed: Tensor | None = None,  # (2,) int32
+        *,
+        drop_output: bool = False,
+        plan: str = "split",
+    ) -> tuple[Tensor, Tensor]:  # (M, N) and (M, R), dtype of x
+        """h = scale * drop(x) @ down.T, y = x @ weight.T + bias + h @ up.T; drop_output drops h @ up.T in place of x
+
+        ``project`` and ``matmul_lowrank``; ``plan`` says which way a kernel goes, see ``forgetless.ops.dispatch``.
+        """
+        h = project(x, down, scale, *((0.0, None) if drop_output else (p, seed)))
+        return matmul_lowrank(x, weight, h, up, bias, *((p, seed) if drop_output else (0.0, None))), h
+
+    return linear_lowrank
+
+
+linear_lowrank = linear_lowrank_of(project, matmul_lowrank)

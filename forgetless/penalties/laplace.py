@@ -87,7 +87,9 @@ class _Diagonal(PenaltyState):
 
     def __init__(self, spec: Laplace, adapter: Adapter, site: Site):
         super().__init__(spec)
-        self.names = [name for name, p in adapter.named_parameters(recurse=False) if p.requires_grad]
+        own = dict(adapter.named_parameters(recurse=False))
+        # where none is trained now, all are later: PEFT freezes adapters that are not active
+        self.names = [name for name, p in own.items() if p.requires_grad] or list(own)
         self.balances = spec.at_zero == "balanced" and trains_factors(adapter)
         self.at_zero = False
         self.spread: Tensor | None = None  # (K,) what at_zero="balanced" gives A, up to a factor

@@ -167,8 +167,9 @@ class Original:
         self.parameters = dict(model.named_parameters())
         self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
         names = {id(p): name for name, p in self.parameters.items()}
+        chosen: dict[str, Any] = find_layers(model, targets)
         #: Layer name -> the layer itself and its first weight.
-        self.layers = {n: (m, self.values[names[id(m.weight)]]) for n, m in find_layers(model, targets).items()}
+        self.layers = {n: (m, self.values[names[id(m.weight)]]) for n, m in chosen.items()}
         self.seen: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -208,7 +209,7 @@ class Original:
             if seen is None or not len(seen):
                 continue
             x = seen.float()
-            delta = layer.weight.float() - start.float()  # type: ignore[operator]
+            delta = layer.weight.float() - start.float()
             delta = delta.T if is_conv1d(layer) else delta  # (N, K)
             if wrapped is not None:
                 delta = delta + wrapped.delta().float()

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,10 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Python's version and that of every package in ``PACKAGES`` that is installed."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Python's version and that of every one of these packages that is installed."""
     result = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -154,9 +154,8 @@ def _at_equal(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> d
 
 
 def _ratio(mine: list[float | None], lora: list[float | None]) -> dict[str, Any] | None:
-    if any(a is None or b is None or b <= 0 for a, b in zip(mine, lora, strict=True)):
-        return None
-    return interval(a / b for a, b in zip(mine, lora, strict=True))  # type: ignore[operator]
+    pairs = [(a, b) for a, b in zip(mine, lora, strict=True) if a is not None and b is not None and b > 0]
+    return interval(a / b for a, b in pairs) if len(pairs) == len(mine) else None
 
 
 def paired(results: dict[str, Any]) -> list[dict[str, Any]]:

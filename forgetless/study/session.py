@@ -81,10 +81,10 @@ def check(options: CompareOptions) -> list[Plan]:
         raise BadInput(f"--sweep-method must be one of --method, got {unknown[0]}")
     if 1.0 in options.sweep or len(set(options.sweep)) < len(options.sweep):
         raise BadInput(f"--sweep wants different factors other than 1, got {list(options.sweep)}")
-    common = {"rank": options.rank, "alpha": options.alpha, "weight": options.weight}
+    common: Any = {"rank": options.rank, "alpha": options.alpha, "weight": options.weight}
     lr, is_default = (TrainConfig.lr, True) if options.lr is None else (options.lr, False)
     specs = [spec for spec in options.methods if spec != "base"]  # which is always there
-    plans = [parse_method(spec, lr=lr, lr_is_default=is_default, **common) for spec in specs]  # type: ignore[arg-type]
+    plans = [parse_method(spec, lr=lr, lr_is_default=is_default, **common) for spec in specs]
     check_distinct([plan.label for plan in plans], "asked for twice")
     return plans
 

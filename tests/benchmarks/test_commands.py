@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from forgetless_bench import against, cli, dispatch, gpu, harness, layer, providers, report  # noqa: E402
+from forgetless_bench import against, cli, dispatch, gpu, harness, layer, providers, report, tables  # noqa: E402
 from forgetless_bench.shapes import Case  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -269,13 +269,13 @@ def test_tables_say_what_the_rows_say_and_where_we_lose():
     drift = [0.0, 3.0, 9.0]  # of the machine from round to round: more than anything that is measured
     times = {"frozen": [1, 1], "forgetless": [1.5, 1.6], "eager PyTorch": [1.4, 1.7], "PEFT": [2, 2]}
     results = made_up({name: [[v + d for d in drift] for v in values] for name, values in times.items()})
-    text = report.layer_text(results)
+    text = tables.layer_text(results)
     assert "| forgetless | 1.12 (0.50) | 1.15 (0.60) |" in text, "medians 4.5 / 4 and 4.6 / 4, shares within rounds"
     assert "eager PyTorch is faster than forgetless in 1 of 2 cases" in text
     assert "PEFT is faster than forgetless in 0 of 2 cases" in text
     results["rows"] += [{**row, "provider": "x"} for row in results["rows"] if row["provider"] == "PEFT"]
     noise = made_up({"frozen": [[1, 1, 1]], "forgetless": [[1.5, 1.5, 1.5]], "PEFT": [[1.1, 0.8, 1.3]]})
-    assert f"| forgetless | 1.50 ({report.NONE}) |" in report.layer_text(noise), "PEFT's overhead is noise there"
+    assert f"| forgetless | 1.50 ({tables.NONE}) |" in tables.layer_text(noise), "PEFT's overhead is noise there"
 
 
 def test_the_readme_has_medians_over_the_cases():
@@ -340,6 +340,6 @@ def test_qlora_trains_on_both_bases(tmp_path):
     pytest.importorskip("peft")
     assert cli.main(["qlora", "--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "qlora-cpu.json").read_text())
-    losses = report.by_provider(harness.select(results, metric="loss"))
+    losses = tables.by_provider(harness.select(results, metric="loss"))
     assert len(losses) == 4 and all(len(values) == 2 for values in losses.values())
-    assert "NF4 base, swapped in" in report.qlora_text(results)
+    assert "NF4 base, swapped in" in tables.qlora_text(results)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from forgetless_bench import harness
+from forgetless_bench import harness, layer
 from forgetless_bench.bytes import peak_bytes, peak_rss, saved_bytes
 
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def test_overheads_are_compared_within_rounds():
 
 
 def test_peaks():
-    peaks = {row["provider"]: row["value"] for row in harness.peaks(torch.device("cpu"), [torch.float32], smoke=True)}
+    peaks = {row["provider"]: row["value"] for row in layer.peaks(torch.device("cpu"), [torch.float32], smoke=True)}
     assert set(peaks) == {"float32", "bytes"} and min(peaks.values()) > 0
 
 

@@ -56,7 +56,7 @@ def test_tokens_go_in_powers_of_two():
 
 
 def test_an_unknown_problem_gets_the_default():
-    assert plans.plan_for("some card", 100, 8, 8, 4, torch.bfloat16).plan == "split"
+    assert plans.choose(plans.Problem("some card", "forward", 128, 8, 8, 4, "bfloat16")).plan == "split"
 
 
 @pytest.mark.parametrize("plan", plans.PLANS)
@@ -255,7 +255,7 @@ def test_tune_measures_stores_and_resumes(tune, tmp_path, capsys):
     capsys.readouterr()
     assert tune.main(["--toy", "--dtype", "float32"]) == 0
     assert "2 problems, 2 measured before" in capsys.readouterr().out
-    assert "measured on this card" in plans.plan_for("cpu", 32, 48, 40, 4, torch.float32).reason
+    assert "measured on this card" in plans.choose(plans.Problem("cpu", "forward", 32, 48, 40, 4, "float32")).reason
 
 
 def test_tune_leaves_out_a_candidate_that_is_wrong(tune, tmp_path, monkeypatch, capsys):

@@ -26,7 +26,7 @@ import peft
 from peft.tuners.lora.layer import LoraLayer
 
 import forgetless as fl
-from forgetless.peft import swap
+from forgetless.peft import routes, swap
 
 ROUTES: Counter[str] = Counter()
 REASONS: Counter[str] = Counter()  # of forward passes that were PEFT's own
@@ -48,7 +48,7 @@ def counted(route):
         way = "onto" if found and found[1] else "op" if found else "base" if alone else "peft"
         ROUTES[way] += 1
         if way == "peft":
-            reason = next(filter(None, (swap._adapter_reason(layer, key) for key in keys)), "this call, or its dtype")
+            reason = next(filter(None, (routes.adapter_reason(layer, key) for key in keys)), "this call, or its dtype")
             REASONS[re.sub(r"'.*?'", "..", reason)] += 1
         return found
 

@@ -1,0 +1,305 @@
+"""The tables of one result file, in Markdown: what a benchmark prints, and what the pages repeat.
+
+Ratios are computed here, from the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .bytes import MIB
+from .harness import FROZEN, OURS, PEFT, Results, Row, median_and_spread, overhead, select
+from .shapes import Case, rival, work
+
+NONE = "–"
+ADAPTERS = ("eager PyTorch", "LoRAFusion-style", PEFT)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """case -> provider -> row, of rows of one phase and metric."""
+    result: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        result.setdefault(row["case"], {})[row["provider"]] = row
+    return result
+
+
+def source(results: Results, path: Path | None = None) -> str:
+    """Where the numbers come from, in one line."""
+    machine, versions = results["machine"], results["versions"]
+    commit, plus, _ = (results["commit"] or "unknown").partition("+")
+    parts = []
+    if machine:
+        threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+        parts.append(machine["gpu"] or f"{machine['processor']}, {threads}")
+    parts.append(", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "peft") if name in versions))
+    parts.append(f"commit {commit[:12]}{' with changes' if plus else ''}, {results['created']}")
+    against = f", against commit {results['against'][:12]}" if "against" in results else ""
+    parts.append(f"`bench/results/{path.name}`" if path else "")
+    return "; ".join(filter(None, parts)) + against
+
+
+def provider_table(
+    rows: Iterable[Row],
+    first: str,
+    columns: Sequence[tuple[str, str, float, int]],
+    floor: str | None = None,
+    last: Mapping[str, str] | None = None,
+) -> str:
+    """A line for each provider.
+
+    Args:
+        columns: title, metric (also "spread" of the time, and "ratio" to the time of ``floor``), scale, digits.
+        last: provider -> the cell after the columns.
+    """
+    cells: dict[str, dict[str, float]] = {}
+    for row in rows:
+        cell = cells.setdefault(row["provider"], {})
+        cell[row["metric"]] = row["value"]
+        if "spread" in row:
+            cell["spread"] = row["spread"]
+    if floor is not None:
+        for name, cell in cells.items():
+            own = floor + "".join(name.partition(" @ ")[1:])  # the floor of the same process
+            cell["ratio"] = cell["time"] / cells[own if own in cells else floor]["time"]
+    lines = []
+    for name, cell in cells.items():
+        values = [number(cell[key] * scale if key in cell else None, digits) for _, key, scale, digits in columns]
+        lines.append([name, *values, *([last[name]] if last else [])])
+    titles = [title for title, *_ in columns if title]
+    return table([first, *titles, *(["loss of each step"] if last else [])], lines)
+
+
+SECONDS = ("seconds", "time", 1.0, 3), ("±", "spread", 1.0, 3)
+
+# ------------------------------------------------------------------------------------- one training step
+
+
+def step_shares(results: Results) -> list[str]:
+    """Our share of PEFT's overhead over the frozen step, by dropout."""
+    times = {row["provider"]: row for row in select(results, phase="step", metric="time")}
+    texts = []
+    for name in times:
+        library, _, dropout = name.partition(", dropout ")
+        if library == OURS and dropout and f"{PEFT}, dropout {dropout}" in times:
+            part = overhead(times[name], times[f"{PEFT}, dropout {dropout}"], times[FROZEN])
+            text = "within the noise" if part is None else f"{part[0]:.2f} ± {part[1]:.2f}"
+            texts.append(f"{text} at dropout {dropout}")
+    return texts
+
+
+def step_text(results: Results) -> str:
+    times = select(results, phase="step", metric="time")
+    text = f"{times[0]['case']}; forward and backward, {len(times[0]['rounds'])} interleaved rounds.\n\n"
+    text += provider_table(times, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
+    text += against_text(results, "step")
+    if shares := step_shares(results):
+        text += f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
+    return text
+
+
+def against_text(results: Results, phase: str) -> str:
+    """This checkout's times over the other commit's, within every round."""
+    rows = []
+    for case, times in by_case(select(results, phase=phase, metric="time")).items():
+        for name in times:
+            ours, mark, _ = name.partition(" @ ")
+            if mark:
+                pairs = zip(times[ours]["rounds"], times[name]["rounds"], strict=True)
+                middle, spread = median_and_spread([a / b for a, b in pairs])
+                rows.append([case, ours, f"{middle:.3f} ± {spread:.3f}"])
+    if not rows:
+        return ""
+    return f"\nThis checkout's time over commit {results['against'][:8]}'s:\n\n" + table(["case", "", "ratio"], rows)
+
+
+def by_provider(rows: Iterable[Row]) -> dict[str, list[float]]:
+    result: dict[str, list[float]] = {}
+    for row in rows:
+        result.setdefault(row["provider"], []).append(row["value"])
+    return result
+
+
+# ------------------------------------------------------------------------------------------ one layer
+
+
+def ratio(times: Mapping[str, Row], provider: str) -> float:
+    """Times the frozen layer, that of the same process."""
+    return times[provider]["value"] / times[f"{FROZEN}{''.join(provider.partition(' @ ')[1:])}"]["value"]
+
+
+def layer_cell(times: Mapping[str, Row], provider: str, other: str) -> str:
+    if provider not in times:
+        return NONE
+    if provider == FROZEN:
+        return f"{times[FROZEN]['value'] * 1e3:.3g} ms"
+    part = overhead(times[provider], times[other], times[FROZEN]) if other in times else None
+    return f"{number(ratio(times, provider))} ({number(part and part[0])})"
+
+
+def layer_groups(results: Results) -> dict[tuple[Any, ...], list[str]]:
+    """(method, dtype, dropout) -> cases; those of a sweep by shape too."""
+    keys = ("method", "dtype", "dropout", *(["shape"] if results["kind"] == "sweep" else []))
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, case in results["cases"].items():
+        groups.setdefault(tuple(case[key] for key in keys), []).append(name)
+    return groups
+
+
+def title_of(case: Mapping[str, Any], more: Sequence[str] = ()) -> str:
+    sizes = "".join(f" {key}={case[key]}" for key in more)
+    return f"{case['models'].split(',')[0]} {case['projection']} {case['N']}×{case['K']}{sizes}"
+
+
+def layer_text(results: Results) -> str:
+    times = by_case(select(results, phase="both", metric="time"))
+    peaks = {row["provider"]: row["value"] for row in select(results, case="machine")}
+    text = (
+        "Forward and backward, the gradient of the input included: times the frozen layer, in brackets the overhead "
+        "over the frozen layer as a share of PEFT's (of the authors' for CURLoRA), taken within every round; "
+        f"{NONE} where theirs is within the noise. *At the machine's peaks*: the time that the products and copies of "
+        "the adapted layer take at the machine's measured rates, over the frozen layer's.\n"
+    )
+    for (method, dtype, dropout, *_), names in layer_groups(results).items():
+        cases = [results["cases"][name] for name in names]
+        providers = unique(provider for name in names for provider in times[name])
+        rows = [[p, *(layer_cell(times[name], p, rival(method)) for name in names)] for p in providers]
+        if dtype in peaks:
+            least = [
+                fastest(case, peaks) / times[name][FROZEN]["value"] for name, case in zip(names, cases, strict=True)
+            ]
+            rows.append(["at the machine's peaks", *map(number, least)])
+        fixed = [key for key in ("M", "R") if len({case[key] for case in cases}) == 1]
+        titles = [title_of(case, [key for key in ("M", "R") if key not in fixed]) for case in cases]
+        dropped = f", dropout {dropout:g}" if method == "lora" else ""
+        text += f"\n**{method}, {dtype}{dropped}{''.join(f', {key}={cases[0][key]}' for key in fixed)}**\n\n"
+        text += table(["provider", *titles], rows)
+    text += "".join(f"\n{line}\n" for line in layer_verdict(results))
+    return text + against_text(results, "both") + saved_text(results)
+
+
+def saved_text(results: Results) -> str:
+    """What each provider saves for the backward pass; the sweep's rows are in its JSON."""
+    saved = by_case(select(results, phase="both", metric="saved"))
+    rows, names = [], unique(name for name in saved if results["kind"] == "layer")
+    for provider in unique(p for name in names for p in saved[name] if not p.startswith(FROZEN)):
+        for (method, dtype, dropout), cases in layer_groups(results).items():
+            sizes = [saved[name][provider]["value"] / MIB for name in cases if provider in saved.get(name, {})]
+            if len(sizes) == len(cases):
+                rows.append([f"{method}, {dtype}, dropout {dropout:g}: {provider}", *(number(v, 3) for v in sizes)])
+    if not rows:
+        return ""
+    shapes = unique(title_of(case) for case in results["cases"].values())
+    return "\nSaved for the backward pass, MiB:\n\n" + table(["", *shapes], sorted(rows))
+
+
+def fastest(case: Mapping[str, Any], peaks: Mapping[str, float]) -> float:
+    """Seconds of the adapted layer at the machine's peaks."""
+    flops, size = work(Case(**{key: case[key] for key in Case.__dataclass_fields__}))
+    return max(flops / (peaks[case["dtype"]] * 1e12), size / (peaks["bytes"] * 1e9))
+
+
+def lora_times(results: Results) -> dict[float, list[dict[str, Row]]]:
+    """dropout -> for each LoRA case its providers' times."""
+    times = by_case(select(results, phase="both", metric="time"))
+    result: dict[float, list[dict[str, Row]]] = {}
+    for name, case in results["cases"].items():
+        if case["method"] == "lora" and OURS in times[name]:
+            result.setdefault(case["dropout"], []).append(times[name])
+    return result
+
+
+def layer_verdict(results: Results) -> list[str]:
+    """How often each of the others has the smaller median."""
+    lines = []
+    for dropout, cases in lora_times(results).items():
+        texts = []
+        for name in ADAPTERS:
+            both = [times for times in cases if name in times]
+            if both:
+                faster = sum(times[name]["value"] < times[OURS]["value"] for times in both)
+                texts.append(f"{name} is faster than forgetless in {faster} of {len(both)} cases")
+        lines.append(f"Dropout {dropout:g}: {', '.join(texts)}.")
+    return [line for line in lines if "cases" in line]
+
+
+# --------------------------------------------------------------------------------------- the others
+
+
+def penalty_text(results: Results) -> str:
+    rows = select(results, phase="penalty") + select(results, phase="step")
+    columns = [("ms", "time", 1e3, 2), ("±", "spread", 1e3, 2), ("% of a step", "ratio", 100, 1)]
+    columns += [("state MiB", "state", 1 / MIB, 1)]
+    text = f"{rows[0]['case']}.\n\n" + provider_table(rows, "value and gradient", columns, "training step, LoRA")
+    text += f"\nTimes faster than the authors' loop, by basis: {clora_speedup(results)}.\n"
+    calibrations = select(results, phase="calibrate")
+    if calibrations:
+        text += f"\n`fl.calibrate` on {calibrations[0]['case']}, and plain passes over them:\n\n"
+        text += provider_table(calibrations, "pass", [*SECONDS, ("× forward", "ratio", 1, 2)], "forward")
+    return text
+
+
+def clora_speedup(results: Results) -> str:
+    times = {row["provider"]: row["value"] for row in select(results, phase="penalty", metric="time")}
+    factors = {name: times["authors' CLoRA"] / value for name, value in times.items() if name.startswith("NullSpace")}
+    return ", ".join(f"{name.partition(', ')[2]} {factor:.1f}" for name, factor in factors.items())
+
+
+def memory_text(results: Results) -> str:
+    rows = select(results, phase="step")
+    columns = [(f"{metric} MiB", metric, 1 / MIB, 1) for metric in unique(row["metric"] for row in rows)]
+    return (
+        f"{rows[0]['case']}. Saved: distinct storages packed for the backward pass, without weights. Peak: of torch's "
+        "allocator above what was allocated before the step; RSS: of a fresh process, likewise.\n\n"
+    ) + provider_table(rows, "whole step", columns)
+
+
+def qlora_text(results: Results) -> str:
+    losses = by_provider(select(results, metric="loss"))
+    columns = [(f"{metric} MiB", metric, 1 / MIB, 1) for metric in ("weights", "saved", "peak")]
+    last = {name: " ".join(number(loss) for loss in values) for name, values in losses.items()}
+    rows = select(results, phase="step")
+    return (
+        f"{rows[0]['case']}. Weights: of the frozen linear layers, scales included. Saved: for the backward pass. "
+        "Peak: of forward and backward. Seconds: median, the first step left out.\n\n"
+    ) + provider_table(rows, "base", [*columns, ("s/step", "time", 1, 2)], last=last)
+
+
+def dispatch_text(results: Results) -> str:
+    rows = select(results, metric="time")
+    columns = [("µs", "time", 1e6, 1), ("±", "spread", 1e6, 1), ("× bare", "ratio", 1, 2)]
+    text = f"Forward and backward of one tiny layer, {rows[0]['case']}.\n\n"
+    return text + provider_table(rows, "provider", columns, rows[0]["provider"])
+
+
+#: kind -> (title, text).
+SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "step": ("One training step", step_text),
+    "layer": ("One layer", layer_text),
+    "sweep": ("One layer, by rank and by tokens", layer_text),
+    "penalty": ("Penalties", penalty_text),
+    "memory": ("Memory", memory_text),
+    "qlora": ("QLoRA", qlora_text),
+    "dispatch": ("Dispatch", dispatch_text),
+}
+
+
+def section(results: Results) -> str:
+    """What a benchmark prints: its tables and notes."""
+    _, write = SECTIONS[results["kind"]]
+    return write(results) + "".join(f"\nNote: {note}\n" for note in results["notes"])
