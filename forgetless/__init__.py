@@ -14,6 +14,7 @@ from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
 from .model import adapt, adapters, drift, explain, merge, penalty, record_drift, remove
 from .peft.swap import swap_in, swap_out
 from .penalties import Decay, Laplace, NullSpace, OutputDeviation, SourceDeviation, WeightDeviation
+from .switch import disabled, scaled
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "adapters",
     "calibrate",
     "consolidate",
+    "disabled",
     "drift",
     "explain",
     "export_lora",
@@ -45,6 +47,7 @@ __all__ = [
     "record_drift",
     "remove",
     "save",
+    "scaled",
     "swap_in",
     "swap_out",
     "training",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from .adapter import Adapter
+from . import compat
 from .layers.linear import AdaptedLinear
 from .model import _running
+from .samples import Tokens, Window, entry, run
 from .siblings import Family, siblings, states_of
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -29,13 +28,15 @@ def calibrate(
 
     ``Laplace`` takes per-sequence gradients (one forward and backward per batch, no per-sample backward),
     ``SourceDeviation`` the inputs of each layer (forward only). Dropout is off. Saved with the adapter by ``fl.save``.
-    Siblings (q/k/v, gate/up) that are given the very same x share one covariance from then on.
+    Siblings (q/k/v, gate/up) that are given the very same x share one covariance from then on. A layer that is used
+    several times, or that some batches skip, counts as it is used: the gradient of a sequence is the sum over its uses.
 
     Args:
         model: an adapted model.
         batches: source-domain batches: mappings of tensors for ``model(**batch)``, with "labels" where gradients
-            are needed, first dimension sequences; padding is left out where "attention_mask" says so. Anything else
-            if ``loss`` is given.
+            are needed, first dimension sequences; padding is left out where "attention_mask" (of a decoder
+            "decoder_attention_mask") says so. Anything else if ``loss`` is given. Layers are given (sequences, ..,
+            features), or all tokens in their order; else batches of one sequence, without padding, are wanted.
         loss: (model, batch) -> scalar mean loss; the model's own ``.loss`` if not given.
         on_batch: called with the number of batches done, for a progress bar.
 
@@ -44,8 +45,9 @@ def calibrate(
 
     Raises:
         ValueError: no adapters, nothing asks for statistics, no batch, no loss, no logits where Laplace's
-            fisher="true" draws labels from them, or two Laplace penalties of which one does (statistics are then
-            reset); or weights are cut over processes by tensor parallelism.
+            fisher="true" draws labels from them, or two Laplace penalties of which one does; it cannot be told which
+            tokens of a layer are of which sequence, or padding (statistics are then reset); or weights are cut over
+            processes by tensor parallelism.
     """
     running = _running(model)
     layers = {name: layer for name, layer in running.items() if states_of(layer)}
@@ -133,9 +135,16 @@ class _Measured:
                 state.reset_caches()
                 state.begin_statistics(layer.adapter)
 
+    def _check_read(self) -> None:
+        name = next((name for name, layer in self.layers.items() if layer.read), None)
+        if name is not None:
+            raise ValueError(
+                f"the parent of {name} reads its weight instead of calling it: nothing can be measured there"
+            )
+
     def take(self, batch: Any, number: int) -> int:
         """Run the model on one batch, the ``number``-th; returns its sequences."""
-        window = _Window(batch, next(iter(self.layers.values())).weight.device)
+        window = Window(batch, next(iter(self.layers.values())).weight.device, self.model)
         value: Any = None
         try:
             with ExitStack() as hooks:
@@ -151,162 +160,55 @@ class _Measured:
                     if not torch.isfinite(value).all():
                         raise ValueError(f"batch {number} has a loss of {value.item()}; has it any label?")
                     torch.autograd.grad(value, window.leaves, allow_unused=True)
+                    for layer in self.layers.values():
+                        _finish(layer, window)  # what has not had all its gradients
             for family in self.families.values():
                 family.close()
+            self._check_read()
             return window.sequences
         finally:  # an exception keeps this frame alive, and with it the graph
             batch = value = None
             window.drop()
 
 
-class _Window:
-    """One batch: its tensors on the model's device, its sequences, tokens and label counts."""
-
-    def __init__(self, batch: Any, device: torch.device):
-        self.batch = batch
-        self.mask: Tensor | None = None  # (sequences, tokens) bool
-        self.share: Tensor | None = None  # (sequences,) share of each sequence in the batch's mean loss
-        self.sequences = 0
-        self.leaves: list[Tensor] = []  # where the graph starts
-        self._start: tuple[Tensor, int] | None = None  # the x of the last leaf, and its version
-        if isinstance(batch, Tensor):
-            self.batch = _normal(batch)
-        if not isinstance(batch, Mapping):
-            return
-        self.batch = {k: _normal(v.to(device)) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        leading = next((v for v in self.batch.values() if isinstance(v, Tensor) and v.dim() >= 1), None)
-        self.sequences = 0 if leading is None else leading.shape[0]
-        mask = self.batch.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            self.mask = mask.bool()
-        labels = self.batch.get("labels")
-        if isinstance(labels, Tensor) and labels.dim() == 2:
-            self._count(labels[:, 1:] != -100)  # a causal model predicts all but the first token
-
-    def drop(self) -> None:
-        """Let go of the batch and of the graph."""
-        self.batch = self.mask = self.share = self._start = None
-        self.leaves = []
-
-    def _count(self, counted: Tensor) -> None:  # (sequences, ..) bool
-        counts = counted.flatten(1).sum(1).double()
-        self.share = counts / counts.sum().clamp(min=1)
-
-    def start_graph(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """No parameter wants a gradient: an x that has none becomes a leaf, the same one for all that are given it."""
-        x = args[0]
-        if x.requires_grad:
-            return None
-        if self._start is None or self._start[0] is not x or self._start[1] != x._version:
-            self._start = x, x._version
-            self.leaves.append(x.detach().requires_grad_(True))
-        return self.leaves[-1], *args[1:]
-
-    def drawn_loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
-        """Mean loss of labels drawn from the model's own prediction, where the batch has labels (or tokens)."""
-        output = _run(model, self.batch, without=("labels",))
-        logits = output if isinstance(output, Tensor) else _entry(output, "logits")
-        if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
-            raise ValueError("the model returned no logits (sequences, tokens, classes): fisher='true' draws from them")
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if logits.dim() == 3:
-            logits = logits[:, :-1]  # as a causal model's own loss has it
-            labels = self.batch.get("labels") if isinstance(self.batch, Mapping) else None
-            counted = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-            if isinstance(labels, Tensor):
-                counted = labels[:, 1:] != -100
-            elif self.mask is not None:
-                counted = self.mask[:, 1:]
-            self._count(counted)
-            logits = logits[counted]
-        return cross_entropy(logits, draw_labels(logits.detach(), generator))
-
-    def split(self, t: Tensor) -> Tensor:  # -> (sequences, tokens, features)
-        """Layers see (sequences, tokens, features), (samples, features), or tokens flattened into one dimension."""
-        if t.dim() == 3:
-            return t
-        rows = t.reshape(-1, t.shape[-1])
-        groups = self.sequences if self.sequences and rows.shape[0] % self.sequences == 0 else rows.shape[0]
-        return rows.view(groups, -1, t.shape[-1])
-
-    def real(self, x: Tensor) -> Tensor:  # (sequences, tokens, K) -> (real tokens, K)
-        fits = self.mask is not None and self.mask.shape == x.shape[:2]
-        return x[self.mask] if fits else x.flatten(0, 1)
-
-
-def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:  # (rows, classes) -> (rows,)
-    """One class per row from softmax(logits); the generator lives on the CPU, so that every device draws alike."""
-    spots = torch.rand(logits.shape[0], 1, generator=generator, dtype=torch.float64).to(logits.device)
-    summed = logits.double().softmax(1).cumsum(1)
-    return torch.searchsorted(summed, spots * summed[:, -1:]).squeeze(1).clamp(max=logits.shape[1] - 1)
-
-
-def _normal(t: Tensor) -> Tensor:
-    """t, or a copy that may be part of a graph: tensors of inference mode may not."""
-    return t.clone() if t.is_inference() else t
-
-
-def _observer(window: _Window, families: dict[nn.Module, Family]) -> Callable[..., None]:
+def _observer(window: Window, families: dict[nn.Module, Family]) -> Callable[..., None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         assert isinstance(layer, AdaptedLinear)
-        x = window.split(args[0].detach())
-        version = x._version
+        x, again = args[0].detach(), compat.in_backward()  # again: a checkpoint recomputes the call
         window.sequences = window.sequences or x.shape[0]
-        for state in states_of(layer):
-            if state.statistics == "inputs":
-                rows, family = window.real(x), families.get(state)
-                family.take(state, args[0], rows) if family else state.add_inputs(rows)
+        inputs = [state for state in states_of(layer) if state.statistics == "inputs" and not again]
+        rows = window.real(layer.name, x) if inputs else None
+        for state in inputs:
+            family = families.get(state)
+            family.take(state, args[0], rows) if family else state.add_inputs(rows)
+        if not any(state.statistics != "inputs" for state in states_of(layer)):
+            return
+        version, calls = x._version, window.calls_of(layer)
+        calls.count += not again
+        samples = window.split(layer.name, x)
+        mask = window.mask_of(layer.name, x) if any(s.statistics == "tokens" for s in states_of(layer)) else None
 
         def take_gradient(dy: Tensor) -> None:
             if x._version != version:
                 raise ValueError(f"the input of {layer.name} was changed in place after the layer had run on it")
-            _add_gradients(layer, window, x, window.split(dy))
+            calls.add(samples, window.split(layer.name, dy), mask)
+            if len(calls.xs) == calls.count:
+                _finish(layer, window)
 
-        if any(state.statistics != "inputs" for state in states_of(layer)) and y.requires_grad:
+        if y.requires_grad:
             y.register_hook(take_gradient)
 
     return hook
 
 
-@dataclass
-class Tokens:
-    """One layer's tokens of one batch, as samples: the sequences, or the batch as one."""
-
-    adapter: Adapter
-    x: Tensor  # (S, T, K) in the dtype that products are taken in, as dy
-    dy: Tensor  # (S, T, N), the gradient of the batch's mean loss at the layer's output
-    mask: Tensor | None  # (S, T) bool, the real tokens; None: all
-    factor: Tensor | None  # (S,): contribution to the batch's mean -> gradient of the sample's own mean; None: 1
-    count: Tensor | int  # samples that have labels
-
-    def _scaled(self, t: Tensor) -> Tensor:  # (S, T, ..), its own
-        t *= self.adapter.scale
-        return t if self.factor is None else t.mul_(self.factor.to(t.dtype)[:, None, None])
-
-    def scaled_dy(self) -> Tensor:  # (S, T, N)
-        """Gradients of the samples' own mean losses at the output of up."""
-        return self._scaled(self.dy.clone())
-
-    def real_x(self) -> Tensor:  # (tokens, K)
-        return self.x.flatten(0, 1) if self.mask is None else self.x[self.mask]
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Parameter name -> (S, *shape), by S small products: no second backward pass."""
-        down, up = (t.to(self.x.dtype) for t in self.adapter.factors())
-        dup = self.dy.transpose(1, 2) @ self._scaled(self.x @ down.T)
-        if up.any():
-            ddown = self._scaled(self.dy @ up).transpose(1, 2) @ self.x
-        else:  # the usual start: no gradient reaches down
-            ddown = self.x.new_zeros(1, 1, 1).expand(self.x.shape[0], *down.shape)
-        return self.adapter.pullback(ddown, dup)
-
-
 @torch.no_grad()
-def _add_gradients(layer: AdaptedLinear, window: _Window, x: Tensor, dy: Tensor) -> None:
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # squares of half precision's gradients vanish
-    x, dy = x.to(dtype), dy.to(dtype)
-    mask = window.mask if window.mask is not None and window.mask.shape == x.shape[:2] else None
+def _finish(layer: AdaptedLinear, window: Window) -> None:
+    """Give the layer's states what it was given in all calls of this batch, once."""
     states = [state for state in states_of(layer) if state.statistics != "inputs"]
+    calls = window.calls_of(layer)
+    if not states or calls.finished:
+        return
+    x, dy, mask = calls.joined(layer, window.sequences)
     for by_batch in (False, True):
         group = [state for state in states if (getattr(state.spec, "fisher", None) == "batch") == by_batch]
         if not group:
@@ -316,8 +218,8 @@ def _add_gradients(layer: AdaptedLinear, window: _Window, x: Tensor, dy: Tensor)
             tokens = Tokens(layer.adapter, x.flatten(0, 1)[None], dy.flatten(0, 1)[None], joint, None, 1)
         else:
             share = window.share
-            if share is None or share.shape[0] != x.shape[0]:
-                share = x.new_full((x.shape[0],), 1.0 / x.shape[0], dtype=torch.float64)
+            if share is None:
+                share = x.new_full((x.shape[0],), 1.0 / max(x.shape[0], 1), dtype=torch.float64)
             factor = torch.where(share > 0, 1.0 / share, 0.0)
             tokens = Tokens(layer.adapter, x, dy, mask, factor, (share > 0).sum())
         grads = tokens.gradients() if any(state.statistics == "gradients" for state in group) else {}
@@ -331,19 +233,7 @@ def _add_gradients(layer: AdaptedLinear, window: _Window, x: Tensor, dy: Tensor)
 def _loss(model: nn.Module, batch: Any, loss: LossFunction | None, needed: bool) -> Any:
     if loss is not None:
         return loss(model, batch)
-    value = _entry(_run(model, batch), "loss")
+    value = entry(run(model, batch), "loss")
     if value is None and needed:
         raise ValueError('the model returned no loss: put "labels" into the batches, or pass loss=')
     return value
-
-
-def _run(model: nn.Module, batch: Any, without: tuple[str, ...] = ()) -> Any:
-    if not isinstance(batch, Mapping):
-        return model(batch)
-    return model(**{key: value for key, value in batch.items() if key not in without})
-
-
-def _entry(output: Any, name: str) -> Any:
-    """``output.name`` or ``output["name"]``; None if it has neither."""
-    value = getattr(output, name, None)
-    return output.get(name) if value is None and isinstance(output, Mapping) else value

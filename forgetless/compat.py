@@ -28,3 +28,13 @@ def forward_mode_active() -> bool:
 def has_global_hooks() -> bool:
     """Whether hooks of all modules are set, which a layer run by another way would not call. Since torch 1.8."""
     return nn.modules.module._has_any_global_hook()
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread, as torch.utils.checkpoint asks. Since torch 2.0."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def saves_elsewhere() -> bool:
+    """Whether hooks take what is saved for backward, as a non-reentrant checkpoint's do. Since torch 2.5."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

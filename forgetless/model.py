@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from . import compat
 from .adapter import Adapter, Site
+from .coverage import passed_over, uncalled, warn_passed_over, warn_uncalled
 from .layers.linear import AdaptedLinear, form_groups, site_of
+from .layers.passes import Passes
 from .layers.wrapped import AdaptedPacked, AdaptedSharded, wrap
 from .methods.base import Method
 from .ops import explain_path
@@ -21,7 +23,12 @@ from .report import LayerReport, Report
 from .targets import ALL_LINEAR, find_layers
 
 
-def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_LINEAR) -> nn.Module:
+def adapt(
+    model: nn.Module,
+    method: Method,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    exclude: str | Iterable[str] = (),
+) -> nn.Module:
     """Put an adapter on every target layer, in place, and freeze everything else.
 
     Adapter parameters are float32 (float64 in a float64 model), on the device of their layer. Before training the
@@ -32,7 +39,9 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
             bitsandbytes' 4-bit and int8, torchao's, GGUF's, or a class given to ``fl.packed.register``. Layers whose
             weight is cut over processes (tensor parallelism) are adapted after cutting, in every process.
         method: ``fl.LoRA(...)``, ``fl.CLoRA(...)``, ``fl.CURLoRA(...)``, ``fl.LaLoRA(...)`` or your own.
-        targets: list of name suffixes, a regular expression, or "all-linear": every linear layer but the head.
+        targets: list of name suffixes, a regular expression, or "all-linear": every linear layer but the head. It
+            warns if that leaves a tenth of the model's weights or more as they are; ``explain`` lists them.
+        exclude: what to leave out of them, layers or whole modules, named in the same way.
 
     Returns:
         The same model.
@@ -45,19 +54,19 @@ def adapt(model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_L
         raise ValueError(f"method is {method!r}, wants an instance such as fl.LoRA(rank=16)")
     if adapters(model):
         raise ValueError("model is adapted already; fl.merge(model) or fl.remove(model) first")
-    layers = find_layers(model, targets)
-    sites = [site_of(name, base) for name, base in layers.items()]
-    for site in sites:
-        if not site.weight.is_floating_point():
-            raise ValueError(f"{site.name} has a weight of dtype {site.weight.dtype}, wants a floating-point dtype")
-        method.check(site)
-    built = {site.name: build(method, site, layers[site.name]) for site in sites}
+    layers = find_layers(model, targets, exclude)
+    built = {name: build(method, site_of(name, base), base) for name, base in layers.items()}
     model.requires_grad_(False)
     adapted = {name: wrap(layers[name], adapter, method, name) for name, adapter in built.items()}
     for name, layer in adapted.items():
         layer.train(layers[name].training)
         _replace(model, layers[name], layer)
     form_groups(model, adapted)
+    passes = Passes(model, list(adapted.values()), list(adapted.values()))
+    for layer in adapted.values():
+        layer.passes = passes
+    if targets == ALL_LINEAR:
+        warn_passed_over(model, exclude)
     return model
 
 
@@ -121,13 +130,18 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     Args:
         model: an adapted model.
         token_weights: one number >= 0 for each token of the last forward pass, such as its attention mask, in the
-            order of its tokens: what OutputDeviation's mean over tokens counts. All alike if not given.
+            order of its tokens: what OutputDeviation's mean over tokens counts. All alike if not given. A layer that
+            a pass calls more than once wants them call after call.
 
     Raises:
         ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
         RuntimeError: within a transform of ``torch.func``.
     """
     result = _running(model)
+    passes = next(iter(result.values())).passes
+    if passes is not None and passes.completed and not passes.told:
+        passes.told = True
+        warn_uncalled(result)
     if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     kinds: dict[tuple[type, torch.device], list[Item]] = {}
@@ -202,15 +216,19 @@ def explain(model: nn.Module) -> Report:
     """Per layer: method, shape, rank, the path its op takes here, and why. ``print`` it for a table.
 
     Layers of PEFT in a swapped-in model are all listed; path "peft" is PEFT's own forward, "onto" the frozen layer's
-    with the low-rank product added to its result, "base" the frozen layer alone.
+    with the low-rank product added to its result, "base" the frozen layer alone. ``.passed_over`` has the weights that
+    no adapter sits on, with their shares.
 
     Raises:
         ValueError: the model has no adapters.
     """
     from .peft.swap import reports
 
-    report = Report(reports(model))
-    for name, layer in (adapters(model) if report else _adapters(model)).items():
+    listed = reports(model)
+    layers = adapters(model) if listed else _adapters(model)
+    report = Report(listed, {} if listed else passed_over(model))
+    idle = set(uncalled(layers))
+    for name, layer in layers.items():
         with torch.no_grad():
             rank = layer.adapter.factors()[0].shape[0]
         N, K = layer.out_features, layer.in_features
@@ -222,6 +240,10 @@ def explain(model: nn.Module) -> Report:
         partners = [m.name.rpartition(".")[2] for m in members if m is not layer]
         if partners:
             reason += f"; one pass over x with {', '.join(partners)}"
+        if name in idle:
+            reason += "; no forward pass has called it"
+        if layer.disabled:
+            path, reason = "base", "disabled: the frozen layer alone"
         trainable = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
         report[name] = LayerReport(
             layer.method.name, layer.in_features, layer.out_features, rank, trainable, path, reason
@@ -243,10 +265,11 @@ def merge(model: nn.Module, dequantise: bool = False) -> nn.Module:
 
     Raises:
         ValueError: no adapters; an adapter holds NaN or Inf; a weight is shared with another module (a tied
-            embedding), which merging would change too; a weight is packed and ``dequantise`` is False. Nothing is
-            changed then.
+            embedding), which merging would change too; a weight is computed from others (weight norm, pruning); a
+            weight is packed and ``dequantise`` is False. Nothing is changed then.
     """
     result = check_foldable(model, "merged", dequantise)
+    warn_uncalled(result)
     inside = {id(p) for layer in result.values() for p in layer.parameters()}
     others = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in inside)
     dtype = next(others, torch.float32)
@@ -279,6 +302,11 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
                     "fl.load it onto the base model in full precision, or fl.merge(model, dequantise=True)"
                 )
             continue
+        if layer.base._parameters.get("weight") is None:
+            raise ValueError(
+                f"the weight of {name} is computed from others (weight norm, pruning, a parametrisation): nothing was "
+                f"{done}; make it a plain parameter first"
+            )
         others = [other for other in owners[id(layer.weight)] if other != f"{name}.base"]
         if others:
             raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them first; nothing was {done}")
@@ -292,8 +320,9 @@ def remove(model: nn.Module) -> nn.Module:
         ValueError: the model has no adapters.
     """
     for layer in _adapters(model).values():
-        if layer.group is not None:
-            layer.group.detach()
+        for hooks in (layer.group, layer.passes):
+            if hooks is not None:
+                hooks.detach()
         layer.base.train(layer.training)
         _replace(model, layer, layer.base)
     return model

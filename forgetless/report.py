@@ -29,7 +29,18 @@ class LayerReport:
 
 
 class Report(dict[str, LayerReport]):
-    """Layer name -> LayerReport; prints as a table with like layers in one row."""
+    """Layer name -> LayerReport; prints as a table with like layers in one row, and what is not adapted below it.
+
+    Attributes:
+        passed_over: name of a weight that no adapter sits on -> its share of the model's weights, the largest first;
+            like layers under one name. Empty for a model of PEFT.
+    """
+
+    passed_over: dict[str, float]
+
+    def __init__(self, layers: dict[str, LayerReport], passed_over: dict[str, float]):
+        super().__init__(layers)
+        self.passed_over = passed_over
 
     def __str__(self) -> str:
         rows: dict[tuple[str, LayerReport], int] = {}
@@ -40,4 +51,9 @@ class Report(dict[str, LayerReport]):
         for (name, r), count in rows.items():
             shape = f"{r.in_features} -> {r.out_features}"
             lines.append(f"{count:>6}  {name:<14} {r.method:<9} {shape:<15} {r.rank:>4}  {r.path:<6} {r.reason}")
+        if self.passed_over:
+            lines.append(f"not adapted, {sum(self.passed_over.values()):.1%} of the weights: {self._listed()}")
         return "\n".join(lines)
+
+    def _listed(self) -> str:
+        return ", ".join(f"{name} {share:.1%}" for name, share in self.passed_over.items())

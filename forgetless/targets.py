@@ -14,6 +14,7 @@ from . import versions
 from .layers import tensor_parallel as shards
 from .layers.linear import AdaptedLinear, is_conv1d
 from .layers.quantized import KINDS, kind_of
+from .ops.check import FLOATS
 
 ALL_LINEAR = "all-linear"
 
@@ -41,15 +42,19 @@ def refusal(module: nn.Module) -> str | None:
     return "how it packs its weight is not known; fl.packed.register(cls, unpack, dtype) says so"
 
 
-def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
-    """Name -> layer of every layer that ``targets`` names, in the model's order.
+def find_layers(
+    model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """Name -> layer of every layer that ``targets`` names and ``exclude`` does not, in the model's order.
 
     Args:
         targets: a list of names or name suffixes ("q_proj", "mlp.up_proj"); a regular expression that must match the
             whole name, or all of it after a dot; or "all-linear": every supported layer but the output head.
+        exclude: names, name suffixes or a regular expression, matched in the same way: layers, or modules with all
+            that is in them.
 
     Raises:
-        ValueError: nothing matches (near names are listed), or a match cannot be adapted.
+        ValueError: nothing matches (near names are listed), nothing is left, or a match cannot be adapted.
     """
     if any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__):
         raise ValueError("model is sharded by FSDP2 already: adapt it first, then fully_shard")
@@ -61,8 +66,7 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
         chosen = {
             name
             for name, module in modules.items()
-            if first.get(id(module), name) == name
-            and (id(module) not in heads if heads else name.rpartition(".")[2] not in _HEADS)
+            if first.get(id(module), name) == name and not _is_head(name, module, heads)
         }
         if not chosen & linear.keys():
             left = _listed([modules[name] for name in modules if name in chosen])
@@ -70,33 +74,48 @@ def find_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.
                 f"targets is 'all-linear', but {type(model).__name__} has no nn.Linear or Conv1D layer{left}"
             )
     else:
-        chosen = _matched(targets, modules, linear)
+        chosen = _matched("targets", targets, modules, linear)
+        if not chosen:
+            raise ValueError("targets is empty, wants layer names, a regular expression or 'all-linear'")
+    left_out = excluded(model, exclude)
+    chosen -= left_out
     told = _listed([modules[name] for name in modules if name in chosen])
     if told:
         warnings.warn(f"targets{told}", stacklevel=3)
-    names = {first[id(linear[name])] for name in chosen & linear.keys()}
+    unwanted = {id(modules[name]) for name in left_out}  # a shared layer by any of its names
+    names = {first[id(linear[name])] for name in chosen & linear.keys() if id(linear[name]) not in unwanted}
+    if not names:
+        raise ValueError("exclude names every layer that targets names: nothing is left to adapt")
     return ready({name: module for name, module in linear.items() if name in names})
 
 
-def _matched(targets: str | Iterable[str], modules: dict[str, nn.Module], linear: dict[str, nn.Module]) -> set[str]:
-    """Names of the modules that a regular expression or a list of suffixes names."""
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    if not patterns:
-        raise ValueError("targets is empty, wants layer names, a regular expression or 'all-linear'")
+def _matched(
+    title: str, given: str | Iterable[str], modules: dict[str, nn.Module], wants: dict[str, nn.Module]
+) -> set[str]:
+    """Names of the modules that a regular expression or a list of suffixes names; each must name one of ``wants``."""
+    patterns = [given] if isinstance(given, str) else list(given)
     matched: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise ValueError(f"targets holds {pattern!r}, wants strings")
-        expression = pattern if isinstance(targets, str) else re.escape(pattern)
+            raise ValueError(f"{title} holds {pattern!r}, wants strings")
+        expression = pattern if isinstance(given, str) else re.escape(pattern)
         try:
             matcher = re.compile(rf"(?:.*\.)?(?:{expression})")
         except re.error as error:
-            raise ValueError(f"targets is {pattern!r}, not a valid regular expression: {error}") from None
+            raise ValueError(f"{title} is {pattern!r}, not a valid regular expression: {error}") from None
         hits = {name for name in modules if matcher.fullmatch(name)}
-        if not hits & linear.keys():
-            raise ValueError(_nothing(pattern, hits, modules, linear))
+        if not hits & wants.keys():
+            raise ValueError(_nothing(title, pattern, hits, modules, wants))
         matched |= hits
     return matched
+
+
+def excluded(model: nn.Module, exclude: str | Iterable[str]) -> set[str]:
+    """Names of the modules that ``exclude`` of ``find_layers`` names, and of all that is in them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = _matched("exclude", exclude, modules, modules)
+    below = tuple(f"{name}." for name in names)
+    return {name for name in modules if name in names or name.startswith(below)}
 
 
 def ready(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -107,13 +126,19 @@ def ready(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """
     for name, module in layers.items():
         kind = kind_of(module)
-        reason = shards.refusal(module) if kind is None else kind.wants(module)
+        reason = (shards.refusal(module) or _no_arithmetic(module)) if kind is None else kind.wants(module)
         if kind is not None and kind.package is not None:
             versions.warn_untested(kind.package, f"fl.adapt on {kind.title} layers")
         if reason is not None:
             title = "" if kind is None else f" ({kind.title})"
             raise ValueError(f"targets: {name} cannot be adapted{title}: {reason}")
     return layers
+
+
+def _no_arithmetic(module: nn.Module) -> str | None:
+    """Why nothing can be computed with the weight of a plain layer; None if it can."""
+    dtype = module.weight.dtype
+    return None if dtype in FLOATS else f"its weight has dtype {dtype}, wants one of {', '.join(map(str, FLOATS))}"
 
 
 def _listed(modules: Iterable[nn.Module]) -> str:
@@ -126,6 +151,15 @@ def _listed(modules: Iterable[nn.Module]) -> str:
     return "; left out: " + ", ".join(f"{count} of {title}" for title, count in kinds.items()) if kinds else ""
 
 
+def is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether the module of that name is the model's output head."""
+    return _is_head(name, module, _heads(model))
+
+
+def _is_head(name: str, module: nn.Module, heads: set[int]) -> bool:
+    return id(module) in heads if heads else name.rpartition(".")[2] in _HEADS
+
+
 def _heads(model: nn.Module) -> set[int]:
     get = getattr(model, "get_output_embeddings", None)
     try:
@@ -135,7 +169,9 @@ def _heads(model: nn.Module) -> set[int]:
     return set() if head is None else {id(head)}
 
 
-def _nothing(pattern: str, hits: set[str], modules: dict[str, nn.Module], linear: dict[str, nn.Module]) -> str:
+def _nothing(
+    title: str, pattern: str, hits: set[str], modules: dict[str, nn.Module], wants: dict[str, nn.Module]
+) -> str:
     if hits:
         name = min(hits)
         kind = type(modules[name])
@@ -147,6 +183,6 @@ def _nothing(pattern: str, hits: set[str], modules: dict[str, nn.Module], linear
             f"targets: {pattern!r} matches {name}, a {kind.__module__}.{kind.__qualname__}; only nn.Linear, Conv1D of "
             f"transformers and packed layers that are known ({packed}, torchao) can be adapted"
         ) + (f": {why}" if why else "")
-    last = sorted({name.rpartition(".")[2] for name in linear})
+    last = sorted({name.rpartition(".")[2] for name in wants})
     near = difflib.get_close_matches(pattern.rpartition(".")[2], last, n=5, cutoff=0.4) or last[:10]
-    return f"targets: nothing is named {pattern!r}; near names: {', '.join(near) or 'none, no linear layer at all'}"
+    return f"{title}: nothing is named {pattern!r}; near names: {', '.join(near) or 'none, no linear layer at all'}"

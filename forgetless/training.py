@@ -17,6 +17,7 @@ import importlib
 import math
 import statistics
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class PenaltyMixin:
     gradients, each adds it, so it counts once there as well. Every log of a loss also has ``penalty`` and ``drift``
     (mean over layers, see ``fl.drift``); the logged loss is the task's alone only where ``task_loss`` is read.
 
+    ``OutputDeviation`` leaves out what the batch's attention mask does. A batch with padding whose mask has not one
+    entry for each token of a layer (images beside the text, an encoder and a decoder) is refused with that penalty.
     A model that has no adapters, such as one that is fully fine-tuned, trains as without the mixin.
     """
 
@@ -68,7 +71,7 @@ class PenaltyMixin:
         result = super().compute_loss(model, inputs, True, num_items_in_batch, **others)  # type: ignore[misc]
         loss, outputs = result
         if model.training:
-            loss = self._with_penalty(model, loss, num_items_in_batch)
+            loss = self._with_penalty(model, loss, num_items_in_batch, attended(inputs))
         return (loss, outputs) if return_outputs else loss
 
     def _check_trainer(self) -> None:
@@ -77,7 +80,9 @@ class PenaltyMixin:
         if missing is not None:
             raise versions.missing_error("transformers", "PenaltyMixin", f"Trainer.{missing}")
 
-    def _with_penalty(self, model: nn.Module, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _with_penalty(
+        self, model: nn.Module, loss: Tensor, num_items_in_batch: Tensor | int | None, weights: Tensor | None
+    ) -> Tensor:
         trainer: Any = self
         divided = trainer.compute_loss_func is None and (
             num_items_in_batch is None or not trainer.model_accepts_loss_kwargs
@@ -90,7 +95,7 @@ class PenaltyMixin:
             return loss
         self._opens = True  # the last micro-batch of this optimiser step
         bare = trainer.accelerator.unwrap_model(model)
-        value = penalty(bare) if adapted(bare) else loss.new_zeros(())
+        value = penalty(bare, weights) if adapted(bare) else loss.new_zeros(())
         self.penalty_value = value.detach().float().item()
         return loss + parts * value.to(loss.device) if value.requires_grad else loss
 
@@ -106,6 +111,12 @@ class PenaltyMixin:
             if math.isfinite(seen):
                 logs["drift"] = seen
         super().log(logs, *others, **named)  # type: ignore[misc]
+
+
+def attended(batch: Any) -> Tensor | None:
+    """The batch's attention mask (sequences, tokens), if it is a mapping with one that leaves any token out."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
 
 
 def adapted(model: nn.Module) -> bool:
@@ -158,7 +169,7 @@ class _LightningPenalty:
             loss = output["loss"] if isinstance(output, dict) else output
             if loss is None or not self._steps:
                 return output
-            value = penalty(pl_module)
+            value = penalty(pl_module, attended(args[0] if args else next(iter(named.values()), None)))
             self._value = value.detach()
             total = loss + trainer.accumulate_grad_batches * value.to(loss.device)
             return {**output, "loss": total} if isinstance(output, dict) else total

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import whole
+from ..coverage import warn_uncalled
 from ..files import newest, read_json, write_together
 from ..layers.linear import AdaptedLinear, site_of
 from ..layers.quantized import weight_mark
@@ -57,6 +58,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         OSError: the folder cannot be written.
     """
     layers, method = _of_one_method(model)
+    warn_uncalled(layers)
     first = next(iter(layers.values()))
     facts = {name: _facts(layer) for name, layer in layers.items()}
     tensors = {key: tensor for name, layer in layers.items() for key, tensor in _saved_tensors(name, layer).items()}

@@ -17,7 +17,9 @@ from ..methods.base import Method
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
 from .groups import Group, families
+from .passes import Passes
 from .quantized import kind_of, stand_in
+from .seen import seen
 from .tensor_parallel import cut_of
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -92,8 +94,13 @@ def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
 class Trace:
     """What the last forward pass left behind."""
 
-    x: Tensor | None  # (tokens, K) every so many tokens of x, DRIFT_TOKENS at most, detached; None if not recorded
-    hidden: Tensor | None  # (M, R) with its graph, only if a penalty needs it
+    x: Tensor | None  # (tokens, K) every so many tokens of x, DRIFT_TOKENS a call, detached; None if not recorded
+    hidden: Tensor | None  # (M, R) with its graph, call after call, only if a penalty needs it
+
+    def after(self, earlier: Trace) -> Trace:
+        """This call's trace behind those of the same pass's earlier calls."""
+        pairs = ((earlier.x, self.x), (earlier.hidden, self.hidden))
+        return Trace(*(now if now is None or before is None else torch.cat((before, now)) for before, now in pairs))
 
 
 def _sample(x: Tensor) -> Tensor:  # (..., K) -> (tokens, K)
@@ -126,6 +133,10 @@ class AdaptedLinear(nn.Module):
     #: Its dropout mask may be that of its siblings.
     shares_dropout = True
     cut: Any = None  # tensor parallelism: this rank's part
+    passes: Passes | None = None  # of the model
+    called = False  # whether any pass has called it
+    read = False  # whether a parent has computed with its weight
+    disabled = False  # the frozen layer runs alone: see ``fl.disabled``
 
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
         super().__init__()
@@ -140,8 +151,30 @@ class AdaptedLinear(nn.Module):
         self.needs_hidden = any(state.needs_hidden for state in adapter.penalty_states())
 
     @property
-    def weight(self) -> Tensor:
+    def frozen(self) -> Tensor:
+        """The base's weight."""
         return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight; for a parent that computes with it during a pass, what the layer applies."""
+        if self.passes is None or self.passes.level is None or self.disabled or self.cut is not None:
+            return self.frozen
+        return self.applied() if torch.compiler.is_compiling() else seen(self)
+
+    def applied(self) -> Tensor:
+        """The frozen weight with the update, as it is stored, rounded once; differentiable in the update."""
+        if self.needs_hidden:
+            raise ValueError(
+                f"OutputDeviation cannot see what {self.name} does: its parent reads its weight instead of calling it; "
+                "leave it out with fl.adapt(model, method, exclude=[..])"
+            )
+        self.__dict__.update(called=True, read=True)
+        with exact_products(self.frozen.device.type):
+            wide = torch.promote_types(self.frozen.dtype, torch.float32)
+            down, up = (factor.to(wide) for factor in self.adapter.factors())
+            delta = self.adapter.scale * (up @ down)
+            return (self.frozen.to(wide) + (delta.T if self.transposed else delta)).to(self.frozen.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -149,11 +182,11 @@ class AdaptedLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[0 if self.transposed else 1]
+        return self.frozen.shape[0 if self.transposed else 1]
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[1 if self.transposed else 0]
+        return self.frozen.shape[1 if self.transposed else 0]
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """The base's weight as it stores it, and its bias."""
@@ -165,6 +198,10 @@ class AdaptedLinear(nn.Module):
         return hooked(base) or not (type(base) is nn.Linear or is_conv1d(base))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        if self.passes is not None and not torch.compiler.is_compiling():
+            self.passes.enter()
+        if self.disabled:
+            return self.base(x)  # type: ignore[no-any-return]
         if compat.transforms_active() or torch.jit.is_tracing():
             return self._transformed(x)
         if self.runs_base():
@@ -226,14 +263,13 @@ class AdaptedLinear(nn.Module):
         term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0)
         base, fresh = runs_by(self.base)
         y, (h,) = add_terms(base, x, [term], cut, fresh)
-        self.trace = None
         if not compat.transforms_active():
             self._record(x, h)
         return y
 
     def _transformed(self, x: Tensor) -> Tensor:
         """The formula, which ``torch.func`` and ``torch.jit.trace`` can follow; nothing is left behind."""
-        self.trace = None
+        self.trace, self.called = None, True
         if self.around:
             return self._around(x)
         down, up = self.adapter.factors()
@@ -250,7 +286,7 @@ class AdaptedLinear(nn.Module):
 
     def _joins(self, first: AdaptedLinear, like: Tensor, dropout: float) -> bool:
         """Whether this layer, as it is now, can be computed in the call of ``first``, whose weight is ``like``."""
-        if self.runs_base() or hooked(self):
+        if self.runs_base() or hooked(self) or self.disabled:
             return False  # a hook may change what comes after it
         weight, bias = self.stored()
         adapter = self.adapter
@@ -275,7 +311,15 @@ class AdaptedLinear(nn.Module):
         sampled = self.records_drift or not (self.training and torch.is_grad_enabled())
         seen = as_rows(h) if self.needs_hidden and h is not None else None
         # past nn.Module.__setattr__, which takes longer than the rest of this
-        self.__dict__["trace"] = Trace(_sample(x) if sampled else None, seen) if sampled or seen is not None else None
+        trace = Trace(_sample(x) if sampled else None, seen) if sampled or seen is not None else None
+        if trace is not None and self.trace is not None and self.passes is not None and self.passes.level is not None:
+            trace = trace.after(self.trace)  # the layer is used more than once
+        self.__dict__.update(trace=trace, called=True)
+
+    def forget(self) -> None:
+        """A pass begins: what the last one left behind is no more; a disabled one leaves it where it is."""
+        if not self.disabled:
+            self.__dict__["trace"] = None
 
     def drift(self) -> float | None:
         """Mean over tokens of ||delta x|| / ||x|| in the last forward pass, CLoRA's F (Eq. 3); None if not recorded."""

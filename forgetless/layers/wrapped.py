@@ -36,7 +36,7 @@ class AdaptedPacked(AdaptedAround):
         self.reason = f"{self.kind.title} makes x W^T itself"
 
     @property
-    def weight(self) -> Tensor:
+    def frozen(self) -> Tensor:
         return stand_in(self.base, self.kind.dtype(self.base))
 
     def fold(self, factors: tuple[Tensor, Tensor] | None = None) -> float:

@@ -58,20 +58,6 @@ class Method:
         """The method's own penalties, then those the user composed with it."""
         return tuple(getattr(self, "penalties", ()))
 
-    def check(self, site: Site) -> None:
-        """Check that the method fits this layer; ``fl.adapt`` calls it for all layers before it changes any.
-
-        Raises:
-            ValueError: the rank is larger than a dimension of the weight.
-        """
-        rank = getattr(self, "rank", 1)
-        N, K = site.weight.shape
-        if rank > min(N, K):
-            raise ValueError(
-                f"rank is {rank}, but {site.name} has in_features {K} and out_features {N}: "
-                f"wants a rank of at most {min(N, K)}"
-            )
-
     def to_json(self) -> dict[str, Any]:
         """Name and fields, as ``fl.save`` writes them."""
         data: dict[str, Any] = {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}

@@ -24,7 +24,8 @@ class CURLoRA(Method):
 
     Conventions of the author's code: columns, then rows, are drawn with replacement, with probability proportional
     to 1 / (p + smoothing), p their share of the squared Frobenius norm; duplicates stay as they are; ``alpha`` is the
-    factor itself, not divided by the rank. The paper's text has smoothing 0.
+    factor itself, not divided by the rank. The paper's text has smoothing 0. Unlike there, columns and rows of zeros,
+    through which nothing could be learnt, are never drawn.
 
     Args:
         rank: columns and rows drawn.
@@ -55,6 +56,10 @@ class CURLoRA(Method):
             raise ValueError(
                 f"weight of {site.name} is on the meta device; CURLoRA is drawn from its values: load them first"
             )
+        if not torch.isfinite(site.weight).all():
+            raise ValueError(f"the weight of {site.name} holds NaN or Inf; CURLoRA cannot be drawn from it")
+        if not site.weight.any():
+            raise ValueError(f"the weight of {site.name} is all zeros: CURLoRA could learn nothing there; exclude it")
         stored = site.weight.T if site.transposed else site.weight
         digest = hashlib.sha256(f"{self.seed}/{site.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -69,10 +74,12 @@ def draw(
     smoothing: float,
     generator: torch.Generator,
 ) -> Tensor:  # (rank,) int64
-    """Column indices of ``weight``, with replacement, the weaker the likelier."""
-    squares = weight.cpu().to(torch.float64).square().sum(0)
+    """Column indices of ``weight``, with replacement, the weaker the likelier; none of zeros."""
+    columns = weight.cpu().to(torch.float64)
+    squares = columns.square().sum(0)
     share = squares / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    odds = 1.0 / (share + smoothing).clamp(min=1e-12)  # a zero column with smoothing 0 is likeliest, not infinite
+    odds = 1.0 / (share + smoothing).clamp(min=1e-12)  # a column of next to nothing is likeliest, not infinite
+    odds *= columns.any(0)
     return torch.multinomial(odds / odds.sum(), rank, replacement=True, generator=generator)
 
 

@@ -22,7 +22,7 @@ class LoRA(Method):
     A (R, K) starts as PEFT's (uniform), B (N, R) at zero; both in float32, or float64 in a float64 model.
 
     Args:
-        rank: R, columns of the update; at most min(N, K).
+        rank: R, columns of the update; it may be larger than the layer's N or K, as of a router or a small head.
         alpha: the update is scaled by alpha / rank, or alpha / sqrt(rank) if ``rslora`` (arXiv 2312.03732).
         dropout: of the adapter's input, in [0, 1).
         rslora: rank-stabilised scaling.

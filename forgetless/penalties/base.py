@@ -93,7 +93,7 @@ class PenaltyState(nn.Module):
         Args:
             adapter: the one that it was attached to.
             hidden: with ``needs_hidden``, h = scale * drop(x) @ down.T (M, R) of the last forward pass with its graph,
-                None before one; else None.
+                those of all its calls of the layer, None if it had none; else None.
         """
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class PenaltyState(nn.Module):
     def total(cls, items: list[Item]) -> Tensor:
         """Sum of ``value`` over all layers, once per step; subclasses do it in fewer and larger products.
 
-        With ``needs_hidden``, ``value`` and ``total`` take one argument more: ``weights``, one per token, or None.
+        With ``needs_hidden``, ``total`` takes one argument more: ``weights``, one per token, or None.
         """
         return torch.stack([item.state.value(item.adapter, item.hidden) for item in items]).sum()
 
@@ -112,7 +112,7 @@ class PenaltyState(nn.Module):
         """Take in x (tokens, K) of source-domain text."""
 
     def add_gradients(self, grads: dict[str, Tensor], count: Tensor | int) -> None:
-        """Take in gradients of the samples' mean losses.
+        """Take in gradients of the samples' mean losses, once for each batch: summed over all calls of the layer.
 
         Args:
             grads: parameter name -> (samples, *shape); samples without labels have zeros.
@@ -120,7 +120,7 @@ class PenaltyState(nn.Module):
         """
 
     def add_tokens(self, tokens: Any) -> None:
-        """Take in one layer's inputs and output gradients of one batch, a ``forgetless.calibrate.Tokens``."""
+        """Take in one layer's inputs and output gradients of one batch, a ``forgetless.samples.Tokens``."""
 
     @property
     def wants_tokens(self) -> bool:

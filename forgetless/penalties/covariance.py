@@ -66,6 +66,8 @@ class Covariance(nn.Module):
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Take in rows x (T, K)."""
+        if x.shape[0] == 0:
+            return
         self.tokens += x.shape[0]
         if self.full:
             x = x.to(self.matrix.dtype)

@@ -54,10 +54,11 @@ class _WeightDeviation(PenaltyState):
 @register
 @dataclass(frozen=True)
 class OutputDeviation(Penalty):
-    """weight * mean over the last batch's tokens of ||scale * up @ down @ drop(x)||^2.
+    """weight * mean over the last pass's tokens of ||scale * up @ down @ drop(x)||^2.
 
     The square of the change of the layer's output, from h = scale * drop(x) @ down.T (M, R) alone:
     weight / M * <h^T h, up^T up>. Under dropout it is the dropped-out x that counts. Its gradient reaches x as well.
+    A layer that the pass skips counts for nothing; one that it uses several times has the tokens of all its calls.
     ``fl.penalty(model, token_weights=attention_mask)`` leaves padding out: the mean is then the weighted one.
     This project's own; the square of CLoRA's drift (its Eq. 3) without the division by ||x||.
 

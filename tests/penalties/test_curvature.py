@@ -11,7 +11,7 @@ from helpers import stir, token_batch
 from torch import Tensor, nn
 
 import forgetless as fl
-from forgetless.calibrate import draw_labels
+from forgetless.samples import draw_labels
 from forgetless.penalties.covariance import BLOCK, Covariance, merged
 
 EXACT = {"rtol": 1e-9, "atol": 1e-13}

@@ -1,0 +1,54 @@
+"""Scaling and switching off the adapters of a PEFT model: what ``fl.scaled`` and ``fl.disabled`` do to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .swap import _lora_layers, _peft
+
+
+def changes(model: nn.Module, factor: float) -> list[Callable[[], Callable[[], None]]]:
+    """What multiplies the scale of each active adapter, in its layers and in its config; each returns its undoing.
+
+    Raises:
+        ValueError: an adapter is merged, or is one whose output is not linear in its scale.
+    """
+    layers = dict(_lora_layers(model, _peft("tuners.lora.layer").LoraLayer))
+    tables: dict[int, tuple[dict[str, Any], list[str]]] = {}
+    active: set[str] = set()
+    for name, layer in layers.items():
+        keys = [key for key in layer.active_adapters if key in layer.scaling]
+        if layer.merged:
+            raise ValueError(f"{name} has its adapters merged into the weight; unmerge_adapter() first")
+        for key in keys:
+            if getattr(layer, "lora_variant", {}).get(key) is not None or getattr(layer, "use_dora", {}).get(key):
+                raise ValueError(f"adapter {key!r} of {name} is not linear in its scale (DoRA or another variant)")
+        active.update(keys)
+        for table in (layer.scaling, layer.lora_alpha):
+            tables[id(table)] = (table, keys)
+    for module in model.modules():
+        configs = getattr(module, "peft_config", {})
+        for key in active & configs.keys():
+            config = vars(configs[key])
+            tables[id(config)] = (config, ["lora_alpha"])
+            patterns = config.get("alpha_pattern") or {}
+            tables[id(patterns)] = (patterns, list(patterns))
+    return [_change(table, keys, factor) for table, keys in tables.values()]
+
+
+def switches(model: nn.Module) -> list[tuple[dict[str, Any], str, bool]]:
+    """(attributes of a module of PEFT, the one that switches its adapters off, its value)."""
+    tuners = _peft("tuners.tuners_utils").BaseTunerLayer, _peft("utils.other").AuxiliaryTrainingWrapper
+    return [(module.__dict__, "_disable_adapters", True) for module in model.modules() if isinstance(module, tuners)]
+
+
+def _change(table: dict[str, Any], keys: list[str], factor: float) -> Callable[[], Callable[[], None]]:
+    def change() -> Callable[[], None]:
+        before = {key: table[key] for key in keys}
+        table.update({key: value * factor for key, value in before.items()})
+        return lambda: table.update(before)
+
+    return change
