@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from forgetless.ops.autograd import lowrank_linear
 from forgetless_bench import static as traffic
-from forgetless_kernels import fused, project, tiles, tl_utils
+from forgetless_kernels import fused, sums, tiles, tl_utils
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
 TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
@@ -177,7 +177,7 @@ def test_outer(s, M, meter):
 
 @pytest.mark.parametrize("s", variants({"R": 64}), ids=str)
 def test_one_sweep(s, meter, monkeypatch):
-    monkeypatch.setattr(project, "sweep_pays", lambda *sizes: True)
+    monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
     operands = operands_of(s, "x", "down", "h")
     with tiles.forced("project_outer", **TILE):
         fused.project_outer(*operands.values(), dtype=torch.float32)
