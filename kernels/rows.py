@@ -32,13 +32,13 @@ def _values(rows: Any, factor: Tensor) -> tuple[Any, ...]:
 
 
 def product_job(rows: Any, factor: Tensor, out: Tensor) -> tuple[Any, ...]:
-    """For ``add_products``: out (k, R) float32 = V @ factor (R, dim).T"""
+    """For ``product``: out (k, R) float32 = V @ factor (R, dim).T"""
     tensors, strides = _values(rows, factor)
     return (*tensors, factor, out, out.shape[0], factor.shape[1], factor.shape[0], 0, *strides, *factor.stride())
 
 
 def sum_job(more: Any) -> tuple[Any, ...]:
-    """For ``add_rows``: d.T @ V, and with V the factor itself (d + d.T) @ V"""
+    """For ``sum_rows``: d.T @ V, and with V the factor itself (d + d.T) @ V"""
     tensors, strides = _values(more.rows, more.factor)
     d = more.d
     assert d.stride() == (d.shape[1], 1)
@@ -137,11 +137,15 @@ def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: t
 
 
 @triton.jit
-def add_rows(acc, job, offs_r, offs_k, TALL: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + (d.T @ V)[offs_r, offs_k], or with TALL the transpose of it"""
+def sum_rows(job, offs_r, offs_k, TALL: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """(d.T @ V)[offs_r, offs_k], or with TALL the transpose of it"""
     d_ptr, again_ptr, count, R, first = job[3], job[4], job[5], job[7], job[8]
     offs_r = offs_r - first
     mask_r = (offs_r >= 0) & (offs_r < R)
+    if TALL:
+        acc = tl.zeros((offs_k.shape[0], offs_r.shape[0]), dtype=tl.float32)
+    else:
+        acc = tl.zeros((offs_r.shape[0], offs_k.shape[0]), dtype=tl.float32)
     for m in range(0, tl.cdiv(count, SUM_ROWS)):
         offs_m = m * SUM_ROWS + tl.arange(0, SUM_ROWS)
         c = offs_m
