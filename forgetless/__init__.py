@@ -11,7 +11,7 @@ from .checkpoint.io import export_lora, load, save
 from .consolidate import consolidate
 from .layers import quantized as packed
 from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
-from .model import adapt, adapters, drift, explain, merge, penalty, record_drift, remove
+from .model import adapt, adapters, drift, explain, fuse_penalty, merge, penalty, record_drift, remove
 from .peft.swap import swap_in, swap_out
 from .penalties import Decay, Laplace, NullSpace, OutputDeviation, SourceDeviation, WeightDeviation
 from .switch import disabled, scaled
@@ -36,6 +36,7 @@ __all__ = [
     "disabled",
     "drift",
     "explain",
+    "fuse_penalty",
     "export_lora",
     "load",
     "merge",

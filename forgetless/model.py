@@ -144,19 +144,28 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         warn_uncalled(result)
     if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
-    kinds: dict[tuple[type, torch.device], list[Item]] = {}
+    kinds: dict[tuple[Any, torch.device, bool], list[tuple[Item, Any]]] = {}
     for layer in result.values():
         hidden = None if layer.trace is None else layer.trace.hidden
+        made = None if layer.trace is None else layer.trace.made
         adapter = layer.adapter
         for state in adapter.penalty_states():
             if _calibrated(state):
-                kinds.setdefault((type(state), _device(layer, adapter)), []).append(Item(state, adapter, hidden))
+                product = made.get(state) if made and not (state.needs_hidden and token_weights is not None) else None
+                if product is not None and not product.holds(state, adapter):
+                    product = None
+                key = type(state), _device(layer, adapter), product is not None
+                kinds.setdefault(key, []).append((Item(state, adapter, hidden), product))
     device = next(iter(result.values())).weight.device
+    totals = []
     with exact_products(device.type):  # trainers add it within autocast, which would round it
-        totals = [
-            (kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)).to(device)  # type: ignore[attr-defined]
-            for (kind, _), items in kinds.items()
-        ]
+        for (kind, _, fused), pairs in kinds.items():
+            items = [item for item, _ in pairs]
+            if fused:
+                total = kind.total_made(items, [product.z for _, product in pairs])
+            else:
+                total = kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)
+            totals.append(total.to(device))
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
 
 
@@ -209,6 +218,30 @@ def record_drift(model: nn.Module, enabled: bool = True) -> nn.Module:
     """
     for layer in _running(model).values():
         layer.records_drift = enabled
+    return model
+
+
+def fuse_penalty(model: nn.Module, enabled: bool = True) -> nn.Module:
+    """Whether forward passes on the fused kernels make what ``fl.penalty`` needs; they do unless they are told not to.
+
+    With it, a training pass makes the products of the factors with the penalties' rows in the launches that it makes
+    anyway, and ``fl.penalty`` adds up what they made: it shares the graph of that pass, so that backward is called
+    once, on the loss with the penalty. Without it, or where the factors have changed since the pass, they are made by
+    ``fl.penalty``, for all layers at once. With gradient accumulation, switch it off for the micro-batches that no
+    penalty is added to: each would pay for its rows, about k / M of the low-rank path for k rows and M tokens.
+
+    Args:
+        model: an adapted model, or one with PEFT's layers swapped in.
+        enabled: False to stop.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    for layer in _running(model).values():
+        layer.makes_products = enabled
     return model
 
 
