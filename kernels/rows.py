@@ -137,22 +137,23 @@ def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: t
 
 
 @triton.jit
-def sum_rows(job, offs_r, offs_k, TALL: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """(d.T @ V)[offs_r, offs_k], or with TALL the transpose of it"""
-    d_ptr, again_ptr, count, R, first = job[3], job[4], job[5], job[7], job[8]
-    offs_r = offs_r - first
+def sum_rows(
+    job, out_ptr, stride_r, stride_k, offs_r, offs_k, most, dtype: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """out = d.T @ V, at ranks offs_r of ``most`` and columns offs_k, float32"""
+    d_ptr, again_ptr, count, dim, R = job[3], job[4], job[5], job[6], job[7]
+    mask_out = (offs_r < most)[:, None] & (offs_k < dim)[None, :]
+    out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * stride_r + offs_k.to(tl.int64)[None, :] * stride_k
+    offs_r = offs_r - job[8]
     mask_r = (offs_r >= 0) & (offs_r < R)
-    if TALL:
-        acc = tl.zeros((offs_k.shape[0], offs_r.shape[0]), dtype=tl.float32)
-    else:
-        acc = tl.zeros((offs_r.shape[0], offs_k.shape[0]), dtype=tl.float32)
-    for m in range(0, tl.cdiv(count, SUM_ROWS)):
+    acc = tl.zeros((offs_r.shape[0], offs_k.shape[0]), dtype=tl.float32)
+    for m in tl.range(0, tl.cdiv(count, SUM_ROWS), num_stages=1):
         offs_m = m * SUM_ROWS + tl.arange(0, SUM_ROWS)
         c = offs_m
         size = offs_m
         if job[2] is not None:
             c = tl.load(job[2] + offs_m, mask=offs_m < count, other=0).to(tl.int32)
-            size = _hadamard_sizes(c, job[6])
+            size = _hadamard_sizes(c, dim)
         v = _tile(job, c, size, offs_m, offs_k, dtype)
         mask = (offs_m < count)[:, None] & mask_r[None, :]
         d = tl.load(d_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
@@ -160,11 +161,8 @@ def sum_rows(job, offs_r, offs_k, TALL: tl.constexpr, dtype: tl.constexpr, PRECI
             d += tl.load(again_ptr + offs_r.to(tl.int64)[None, :] * R + offs_m[:, None], mask=mask, other=0.0)
         if job[2] is not None:
             d *= tl.rsqrt(size.to(tl.float32))[:, None]
-        if TALL:
-            acc = dot_wide(tl.trans(v), d, acc, dtype, PRECISION)
-        else:
-            acc = dot_wide(tl.trans(d), v, acc, dtype, PRECISION)
-    return acc
+        acc = dot_wide(tl.trans(d), v, acc, dtype, PRECISION)
+    tl.store(out_ptrs, acc, mask=mask_out)
 
 
 @triton.jit

@@ -59,13 +59,10 @@ def _outer_kernel(
     x_ptrs += (offs_k % K).to(tl.int64)[None, :] * stride_xk
     if HAS_DROP:
         pairs = pair_key(seed_ptr, pid_k * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2))
-    mask = (offs_r < R)[:, None] & (offs_k < K)[None, :]
-    size = R * tl.cast(K, tl.int64)
-    part_ptrs = part_ptr + offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
     for j in tl.static_range(len(jobs)):
         if strip == own + j:
-            rows = sum_rows(jobs[j], offs_r, offs_k, False, x_ptr.dtype.element_ty, PRECISION)
-            tl.store(part_ptrs + strip * size, rows, mask=mask)
+            part = part_ptr + strip * (R * tl.cast(K, tl.int64))
+            sum_rows(jobs[j], part, K, 1, offs_r, offs_k, R, x_ptr.dtype.element_ty, PRECISION)
             steps = 0
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for _ in range(0, steps):
@@ -78,11 +75,17 @@ def _outer_kernel(
         offs_m += BLOCK_M
         g_ptrs += BLOCK_M * tl.cast(stride_gm, tl.int64)
         x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
+    mask = (offs_r < R)[:, None] & (offs_k < K)[None, :]
     out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * stride_or + offs_k.to(tl.int64)[None, :] * stride_ok
     if strips == 1:
         tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
     else:
-        tl.store(part_ptrs + strip * size, acc, mask=mask & (strip < own))
+        size = R * tl.cast(K, tl.int64)
+        part_ptrs = part_ptr + offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
+        if len(jobs) == 0:
+            tl.store(part_ptrs + strip * size, acc, mask=mask)
+        else:
+            tl.store(part_ptrs + strip * size, acc, mask=mask & (strip < own))
         if last_to_come(tickets_ptr + tl.program_id(0), strips):
             total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
             for s in range(0, strips):  # past L1, which knows nothing of other multiprocessors' writes
@@ -173,14 +176,11 @@ def _project_outer_kernel(
     h_ptrs += (offs_r % R).to(tl.int64)[None, :] * stride_hr
     g_ptrs = g_part_ptr + (pid_k * tl.cast(M, tl.int64) + offs_m)[:, None] * R + offs_r[None, :]
     acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
-    offs_out = k[:, None] * R + offs_r[None, :]
-    mask_out = mask_k[:, None] & mask_r[None, :]
-    size_g, size_out = M * tl.cast(R, tl.int64), K * tl.cast(R, tl.int64)
     rounds = steps
     for j in tl.static_range(len(jobs)):
         if strip == own + j:
-            rows = sum_rows(jobs[j], offs_r, offs_k, True, x_ptr.dtype.element_ty, PRECISION)
-            tl.store(out_part_ptr + strip * size_out + offs_out, rows, mask=mask_out)
+            part = out_part_ptr + strip * (K * tl.cast(R, tl.int64))
+            sum_rows(jobs[j], part, 1, R, offs_r, offs_k, R, x_ptr.dtype.element_ty, PRECISION)
             rounds = 0
     for _ in range(0, rounds):
         mask_m = offs_m < M
@@ -197,7 +197,13 @@ def _project_outer_kernel(
         x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
         h_ptrs += BLOCK_M * tl.cast(stride_hm, tl.int64)
         g_ptrs += BLOCK_M * R
-    tl.store(out_part_ptr + strip * size_out + offs_out, acc, mask=mask_out & (strip < own))
+    offs_out = k[:, None] * R + offs_r[None, :]
+    mask_out = mask_k[:, None] & mask_r[None, :]
+    size_g, size_out = M * tl.cast(R, tl.int64), K * tl.cast(R, tl.int64)
+    if len(jobs) == 0:
+        tl.store(out_part_ptr + strip * size_out + offs_out, acc, mask=mask_out)
+    else:
+        tl.store(out_part_ptr + strip * size_out + offs_out, acc, mask=mask_out & (strip < own))
     if last_to_come(tickets_ptr + pid_k, strips):
         total = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
         for s in range(0, strips):
