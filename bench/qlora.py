@@ -83,7 +83,8 @@ def texts(base: Any, smoke: bool, steps: int, batch: tuple[int, int], device: to
     if smoke:
         ids = torch.randint(0, base.config.vocab_size, (steps, *batch), device=device)
         return [{"input_ids": part, "labels": part} for part in ids]
-    from forgetless.study.data import Collator, encode, load_domain
+    from forgetless.study.data import Collator, load_domain
+    from forgetless.study.encoding import encode
     from forgetless.study.models import load_model
 
     tokenizer = load_model(device=device)[1]

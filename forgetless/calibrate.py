@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compat
+from .layers.experts import matrices
 from .layers.linear import AdaptedLinear
 from .model import _running
 from .samples import Tokens, Window, entry, run
@@ -49,7 +50,7 @@ def calibrate(
             tokens of a layer are of which sequence, or padding (statistics are then reset); or weights are cut over
             processes by tensor parallelism.
     """
-    running = _running(model)
+    running = matrices(_running(model))
     layers = {name: layer for name, layer in running.items() if states_of(layer)}
     measured = _Measured(model, layers, loss)
     counts = {"layers": len(layers), "batches": 0, "sequences": 0}
@@ -79,7 +80,8 @@ def _measuring(model: nn.Module, layers: list[AdaptedLinear], needs_gradients: b
     Only gradients of the layers' outputs are measured. Inference mode is left: its tensors have no graph.
     """
     modes = {module: module.training for module in model.modules()}
-    trained = [p for layer in layers for p in layer.adapter.parameters() if p.requires_grad]
+    parameters = (*model.parameters(), *(p for layer in layers for p in layer.adapter.parameters()))
+    trained = [p for p in dict.fromkeys(parameters) if p.requires_grad and p.is_leaf]
     try:
         model.eval()
         for p in trained:
@@ -159,7 +161,8 @@ class _Measured:
                 if self.needs_gradients:
                     if not torch.isfinite(value).all():
                         raise ValueError(f"batch {number} has a loss of {value.item()}; has it any label?")
-                    torch.autograd.grad(value, window.leaves, allow_unused=True)
+                    if value.requires_grad:  # else the batch skips every layer
+                        torch.autograd.grad(value, window.leaves, allow_unused=True)
                     for layer in self.layers.values():
                         _finish(layer, window)  # what has not had all its gradients
             for family in self.families.values():
@@ -177,7 +180,7 @@ def _observer(window: Window, families: dict[nn.Module, Family]) -> Callable[...
         x, again = args[0].detach(), compat.in_backward()  # again: a checkpoint recomputes the call
         window.sequences = window.sequences or x.shape[0]
         inputs = [state for state in states_of(layer) if state.statistics == "inputs" and not again]
-        rows = window.real(layer.name, x) if inputs else None
+        rows = window.real(layer.name, x) if inputs else x
         for state in inputs:
             family = families.get(state)
             family.take(state, args[0], rows) if family else state.add_inputs(rows)

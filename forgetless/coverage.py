@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
+from .layers.experts import SUFFIX
 from .layers.linear import AdaptedLinear
 from .layers.quantized import kind_of
 from .targets import excluded, is_head
@@ -86,8 +87,9 @@ def _matrices(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[st
         return
     for key, p in module._parameters.items():
         if p is not None and p.dim() > 1 and id(p) not in seen:
-            seen.add(id(p))
-            yield prefix + key, module, p.numel()
+            stack = module._modules.get(key + SUFFIX)  # experts stay where they are
+            seen.update((id(p), id(stack)))
+            yield prefix + key, stack or module, p.numel()
     for key, child in module._modules.items():
         if child is not None:
             yield from _matrices(child, prefix + key, seen)

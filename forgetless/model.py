@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from . import compat
 from .adapter import Adapter, Site
 from .coverage import passed_over, uncalled, warn_passed_over, warn_uncalled
+from .layers.expert_factors import build_experts
+from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
 from .layers.linear import AdaptedLinear, form_groups, site_of
 from .layers.passes import Passes
+from .layers.stack import Stack
 from .layers.wrapped import AdaptedPacked, AdaptedSharded, wrap
 from .methods.base import Method
-from .ops import explain_path
 from .ops.autograd import exact_products
 from .penalties.base import Item
 from .report import LayerReport, Report
@@ -54,13 +56,16 @@ def adapt(
         raise ValueError(f"method is {method!r}, wants an instance such as fl.LoRA(rank=16)")
     if adapters(model):
         raise ValueError("model is adapted already; fl.merge(model) or fl.remove(model) first")
-    layers = find_layers(model, targets, exclude)
+    layers = check_experts(find_layers(model, targets, exclude), method, targets == ALL_LINEAR)
     built = {name: build(method, site_of(name, base), base) for name, base in layers.items()}
     model.requires_grad_(False)
     adapted = {name: wrap(layers[name], adapter, method, name) for name, adapter in built.items()}
     for name, layer in adapted.items():
         layer.train(layers[name].training)
-        _replace(model, layers[name], layer)
+        if isinstance(layer, AdaptedExperts):
+            layer.install()
+        else:
+            _replace(model, layers[name], layer)
     form_groups(model, adapted)
     passes = Passes(model, list(adapted.values()), list(adapted.values()))
     for layer in adapted.values():
@@ -72,6 +77,8 @@ def adapt(
 
 def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
     """The adapter of one layer with its penalties attached; if ``base`` packs its weight, unpacked for who reads it."""
+    if isinstance(base, Stack):
+        return build_experts(method, site)
     adapter = method.build(site if base is None else site_of(site.name, base, method.reads_weight))
     adapter.attach(method.all_penalties(), site)
     return adapter
@@ -90,7 +97,7 @@ def _collect(module: nn.Module, name: str, layers: dict[str, AdaptedLinear], see
         return
     seen.add(id(module))
     if isinstance(module, AdaptedLinear):
-        layers[name] = module
+        layers[name.removesuffix(SUFFIX) if isinstance(module, AdaptedExperts) else name] = module
         return
     for key, child in module._modules.items():
         if child is not None:
@@ -137,11 +144,12 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
         RuntimeError: within a transform of ``torch.func``.
     """
-    result = _running(model)
-    passes = next(iter(result.values())).passes
+    layers = _running(model)
+    passes = next(iter(layers.values())).passes
     if passes is not None and passes.completed and not passes.told:
         passes.told = True
-        warn_uncalled(result)
+        warn_uncalled(layers)
+    result = matrices(layers)
     if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     kinds: dict[tuple[Any, torch.device, bool], list[tuple[Item, Any]]] = {}
@@ -255,7 +263,7 @@ def explain(model: nn.Module) -> Report:
     Raises:
         ValueError: the model has no adapters.
     """
-    from .peft.swap import reports
+    from .peft.explain import reports
 
     listed = reports(model)
     layers = adapters(model) if listed else _adapters(model)
@@ -263,12 +271,8 @@ def explain(model: nn.Module) -> Report:
     idle = set(uncalled(layers))
     for name, layer in layers.items():
         with torch.no_grad():
-            rank = layer.adapter.factors()[0].shape[0]
-        N, K = layer.out_features, layer.in_features
-        if layer.runs_base():
-            path, reason = "onto", f"{layer.reason}, the low-rank product is added to its result"
-        else:
-            path, reason = explain_path(layer.weight.device, layer.weight.dtype, N, K, rank)
+            rank = layer.adapter.factors()[0].shape[-2]
+        path, reason = layer.path(rank)
         members = layer.group.partners(layer) if layer.group else []
         partners = [m.name.rpartition(".")[2] for m in members if m is not layer]
         if partners:
@@ -335,12 +339,14 @@ def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dic
                     "fl.load it onto the base model in full precision, or fl.merge(model, dequantise=True)"
                 )
             continue
-        if layer.base._parameters.get("weight") is None:
+        stack = isinstance(layer, AdaptedExperts)
+        if not stack and layer.base._parameters.get("weight") is None:
             raise ValueError(
                 f"the weight of {name} is computed from others (weight norm, pruning, a parametrisation): nothing was "
                 f"{done}; make it a plain parameter first"
             )
-        others = [other for other in owners[id(layer.weight)] if other != f"{name}.base"]
+        own = name.rpartition(".")[0] if stack else f"{name}.base"
+        others = [other for other in owners[id(layer.weight)] if other != own]
         if others:
             raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them first; nothing was {done}")
     return result
@@ -356,8 +362,11 @@ def remove(model: nn.Module) -> nn.Module:
         for hooks in (layer.group, layer.passes):
             if hooks is not None:
                 hooks.detach()
-        layer.base.train(layer.training)
-        _replace(model, layer, layer.base)
+        if isinstance(layer, AdaptedExperts):
+            layer.uninstall()
+        else:
+            layer.base.train(layer.training)
+            _replace(model, layer, layer.base)
     return model
 
 

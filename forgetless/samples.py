@@ -188,8 +188,8 @@ def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:  # (rows,
 
 
 def _normal(t: Tensor) -> Tensor:
-    """t, or a copy that may be part of a graph: tensors of inference mode may not."""
-    return t.clone() if t.is_inference() else t
+    """t without a graph, or a copy that may be part of one: tensors of inference mode may not."""
+    return t.clone() if t.is_inference() else t.detach()
 
 
 @dataclass

@@ -98,7 +98,8 @@ def _change_states(model: nn.Module) -> list[tuple[Any, int]]:
 
 def _change_layer(name: str, layer: AdaptedLinear, factor: float) -> Callable[[], Callable[[], None]]:
     """What multiplies the layer's scale, and returns what undoes that."""
-    method, scale, folded = layer.method, layer.adapter.scale, layer.folded
+    method: Any = layer.method
+    scale, folded = layer.adapter.scale, layer.folded
     if not hasattr(method, "alpha"):
         raise ValueError(f"{name}: {type(method).__name__} has no alpha, in which fl.save could keep the factor")
     if factor == 0 and folded:
@@ -106,7 +107,7 @@ def _change_layer(name: str, layer: AdaptedLinear, factor: float) -> Callable[[]
 
     def change() -> Callable[[], None]:
         layer.adapter.scale = scale * factor
-        layer.method = replace(method, alpha=method.alpha * factor)  # type: ignore[type-var, attr-defined]
+        layer.method = replace(method, alpha=method.alpha * factor)
         layer.folded = [(down, up / factor) for down, up in folded]  # scale * up @ down as it was
         ours = {id(up): pair for (_, up), pair in zip(layer.folded, folded, strict=True)}
 

@@ -14,6 +14,7 @@ from . import versions
 from .layers import tensor_parallel as shards
 from .layers.linear import AdaptedLinear, is_conv1d
 from .layers.quantized import KINDS, kind_of
+from .layers.stack import stacks
 from .ops.check import FLOATS
 
 ALL_LINEAR = "all-linear"
@@ -59,7 +60,9 @@ def find_layers(
     if any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__):
         raise ValueError("model is sharded by FSDP2 already: adapt it first, then fully_shard")
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    linear = {name: module for name, module in modules.items() if supported(module)}
+    experts = stacks(model)
+    modules |= experts
+    linear = {name: module for name, module in modules.items() if name in experts or supported(module)}
     first = {id(module): name for name, module in reversed(linear.items())}  # a shared layer goes by its first name
     if isinstance(targets, str) and targets == ALL_LINEAR:
         heads = _heads(model)
@@ -112,7 +115,7 @@ def _matched(
 
 def excluded(model: nn.Module, exclude: str | Iterable[str]) -> set[str]:
     """Names of the modules that ``exclude`` of ``find_layers`` names, and of all that is in them."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = {**dict(model.named_modules(remove_duplicate=False)), **stacks(model)}
     names = _matched("exclude", exclude, modules, modules)
     below = tuple(f"{name}." for name in names)
     return {name for name in modules if name in names or name.startswith(below)}
@@ -138,7 +141,9 @@ def ready(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def _no_arithmetic(module: nn.Module) -> str | None:
     """Why nothing can be computed with the weight of a plain layer; None if it can."""
     dtype = module.weight.dtype
-    return None if dtype in FLOATS else f"its weight has dtype {dtype}, wants one of {', '.join(map(str, FLOATS))}"
+    return (
+        None if dtype in FLOATS else f"its weight has dtype {dtype}, wants one of {', '.join(sorted(map(str, FLOATS)))}"
+    )
 
 
 def _listed(modules: Iterable[nn.Module]) -> str:

@@ -27,6 +27,7 @@ from ..coverage import warn_uncalled
 from ..files import newest, read_json, write_together
 from ..layers.linear import AdaptedLinear, site_of
 from ..layers.quantized import weight_mark
+from ..layers.stack import stacks
 from ..methods import Method
 from ..methods.curlora import CURLoRAAdapter, weight_hash
 from ..methods.lora import LoRAAdapter
@@ -34,6 +35,7 @@ from ..model import adapt, adapters, remove
 from ..siblings import share_statistics
 from ..targets import find_layers
 from . import peft_format
+from .experts_format import flattened, stacked
 from .peft_format import CONFIG, WEIGHTS, read_tensors, tensor_bytes
 
 FORMAT = 1
@@ -72,7 +74,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         config = peft_format.config_of(model, layers, method)
     else:
         config = {"peft_type": method.name.upper(), "base_model_name_or_path": peft_format.base_name(model)}
-    files = {WEIGHTS: tensor_bytes(tensors)}
+    files = {WEIGHTS: tensor_bytes(flattened(model, tensors))}
     if state:
         files[STATE] = tensor_bytes(state)
     ours = {
@@ -108,7 +110,10 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     tensors = {}
     for name, layer in layers.items():
         tensors.update(peft_format.tensors_of(name, layer))
-    files = {WEIGHTS: tensor_bytes(tensors), CONFIG: _json(peft_format.config_of(model, layers, method))}
+    files = {
+        WEIGHTS: tensor_bytes(flattened(model, tensors)),
+        CONFIG: _json(peft_format.config_of(model, layers, method)),
+    }
     _write_once(Path(folder), files, layers)
 
 
@@ -133,7 +138,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     ours = _checked(read_json(path), folder / OURS)
     facts, digests, count = ours["layers"], ours["sha256"], ours.get("consolidated", 0)
     method = Method.from_json(ours["method"])
-    tensors = read_tensors(newest(folder, WEIGHTS), digests[WEIGHTS])
+    tensors = stacked(model, facts, read_tensors(newest(folder, WEIGHTS), digests[WEIGHTS]), folder)
     state = read_tensors(newest(folder, STATE), digests[STATE]) if STATE in digests else {}
     if count > max([len(tensors), *(size for t in tensors.values() for size in t.shape)]):
         raise ValueError(f"{folder / OURS}: consolidated is {count}, more than {WEIGHTS} holds")
@@ -154,11 +159,11 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
     """Load a LoRA checkpoint that PEFT wrote."""
-    method, names, tensors = peft_format.read(folder)
+    method, names, tensors = peft_format.read(model, folder)
     _find(model, names, folder)
     adapt(model, method, names)
     try:
-        _fill(model, tensors, {})
+        _fill(model, stacked(model, names, tensors, folder), {})
     except Exception:
         remove(model)
         raise
@@ -242,7 +247,7 @@ def _checked(ours: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _find(model: nn.Module, names: Iterable[str], folder: Path) -> dict[str, nn.Module]:
     names = list(names)
-    present = dict(model.named_modules())
+    present = dict(model.named_modules()) | stacks(model)
     for name in names:
         if name not in present:
             raise ValueError(f"{folder}: the adapter has a layer {name}, this {type(model).__name__} has none")
@@ -253,7 +258,7 @@ def _find(model: nn.Module, names: Iterable[str], folder: Path) -> dict[str, nn.
 def _check_layers(model: nn.Module, facts: dict[str, Any], method: Method, folder: Path) -> None:
     """The base model has these layers, of these sizes and, where that is saved, with these weights."""
     for name, layer in _find(model, facts, folder).items():
-        saved, shape = facts[name], tuple(site_of(name, layer).weight.shape)
+        saved, shape = facts[name], tuple(site_of(name, layer).weight.shape[-2:])
         if (saved.get("out_features"), saved.get("in_features")) != shape:
             raise ValueError(
                 f"{folder}: {name} was (out {saved.get('out_features')}, in {saved.get('in_features')}), "
@@ -287,11 +292,11 @@ def _take_folded(tensors: dict[str, Tensor], layer: AdaptedLinear, count: int) -
     N, K = layer.out_features, layer.in_features
     device = layer.weight.device
     if isinstance(layer.adapter, LoRAAdapter):
-        R = layer.adapter.down.shape[0]
+        *experts, R, _ = layer.adapter.down.shape
         a, b = peft_format.keys(layer.name).values()
-        shapes = {a: torch.empty((1 + count) * R, K), b: torch.empty(N, (1 + count) * R)}
+        shapes = {a: torch.empty(*experts, (1 + count) * R, K), b: torch.empty(*experts, N, (1 + count) * R)}
         (_, down), (_, up) = _take(tensors, shapes, WEIGHTS)
-        downs, ups = down.split(R), [part.contiguous() for part in up.split(R, dim=1)]
+        downs, ups = down.split(R, dim=-2), [part.contiguous() for part in up.split(R, dim=-1)]
         tensors[a], tensors[b] = downs[0], ups[0]
         return [(d.to(device), u.to(device)) for d, u in zip(downs[1:], ups[1:], strict=True)]
     factors = []

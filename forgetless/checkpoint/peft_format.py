@@ -16,10 +16,10 @@ from ..files import newest, read_json, sha256_of
 from ..layers.linear import AdaptedLinear
 from ..methods import LoRA, Method
 from ..methods.lora import LoRAAdapter
+from .experts_format import PREFIX, keys, named, split_targets
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
 #: Entries of a config that change what the checkpoint computes and that LoRA here does not have.
 UNSUPPORTED = {
     "use_dora": "DoRA",
@@ -32,19 +32,14 @@ UNSUPPORTED = {
 }
 
 
-def keys(name: str) -> dict[str, str]:
-    """Factor -> the key of its tensor, for the layer ``name``."""
-    return {"down": f"{PREFIX}{name}.lora_A.weight", "up": f"{PREFIX}{name}.lora_B.weight"}
-
-
 def tensors_of(name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
-    """lora_A (R, K) and lora_B (N, R) on the CPU.
+    """lora_A (R, K) and lora_B (N, R) on the CPU; of a stack of experts (E, R, K) and (E, N, R).
 
     The factors of consolidated tasks follow as further ranks, so that PEFT computes the sum on the original base model.
     """
     factors = [tuple(factor.detach() for factor in layer.adapter.factors()), *layer.folded]
     downs, ups = zip(*((down.cpu(), up.cpu()) for down, up in factors), strict=True)
-    return dict(zip(keys(name).values(), (torch.cat(downs), torch.cat(ups, dim=1)), strict=True))
+    return dict(zip(keys(name).values(), (torch.cat(downs, dim=-2), torch.cat(ups, dim=-1)), strict=True))
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -55,12 +50,13 @@ def base_name(model: nn.Module) -> str | None:
 def config_of(model: nn.Module, layers: Mapping[str, AdaptedLinear], method: Method) -> dict[str, Any]:
     """The content of adapter_config.json."""
     first = next(iter(layers.values()))
-    rank = first.adapter.factors()[0].shape[0] * (1 + len(first.folded))
+    rank = first.adapter.factors()[0].shape[-2] * (1 + len(first.folded))
     exact = isinstance(first.adapter, LoRAAdapter) and not first.folded  # PEFT divides by the rank as the method does
     rslora = exact and bool(getattr(method, "rslora", False))
     alpha = getattr(method, "alpha", None) if exact else None
     if alpha is None:
         alpha = first.adapter.scale * rank
+    modules, experts = split_targets(model, layers)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
@@ -70,11 +66,12 @@ def config_of(model: nn.Module, layers: Mapping[str, AdaptedLinear], method: Met
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": first.adapter.dropout,
         "use_rslora": rslora,
-        "fan_in_fan_out": first.transposed,
+        "fan_in_fan_out": any(layer.transposed for layer in modules.values()),
         "bias": "none",
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _target_modules(model, layers),
+        "target_modules": _target_modules(model, modules),
+        **experts,
     }
 
 
@@ -85,8 +82,8 @@ def _target_modules(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> li
     return sorted(last) if selected == set(layers) else sorted(layers)
 
 
-def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor]]:
-    """Method, names of the layers and tensors of a LoRA checkpoint that PEFT wrote.
+def read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor]]:
+    """Method, names of the layers in ``model`` and tensors of a LoRA checkpoint that PEFT wrote.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -106,8 +103,9 @@ def read(folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor]]:
             "convert the checkpoint to plain LoRA with PEFT first"
         )
     tensors = read_tensors(newest(folder, WEIGHTS))
-    names = list(dict.fromkeys(_layer_of(key, folder) for key in tensors))
-    if not names:
+    wrappers = list(dict.fromkeys(_layer_of(key, folder) for key in tensors))
+    names = named(model, wrappers, config.get("target_parameters") or (), folder)
+    if not wrappers:
         raise ValueError(f"{folder / WEIGHTS}: holds no tensors")
     method = LoRA(
         rank=config.get("r"),  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ TEXTS = (
     "django-de", "django-es", "django-fi", "django-fr", "django-pl", "tool-calls",
     "news", "python", "python-docs", "wikipedia",
 )  # fmt: skip
+ROWS = ".jsonl, .json, .csv, .parquet (messages, prompt and completion, Alpaca, ShareGPT, text), .txt or a folder"
 METHOD = "NAME[+PART]...[:FIELD=VALUE,...], e.g. clora, lora+source=0.03, clora:k=512,lr=1e-3, source+consolidate, full"
 
 
@@ -81,7 +82,7 @@ def parser(tools: Mapping[str, str], version: str) -> Parser:
 def add_compare(to: Parser) -> None:
     to.value("--out", "Folder to write into; made if it is not there. Default: runs/compare.", Path)
     to.value("--preset", "demo (the defaults, minutes) or study (3 tasks, 10 methods, 3 seeds, a sweep: hours).")
-    to.values("--task --tasks", f"What to learn, in this order: {', '.join(TEXTS)}, or a .jsonl file.", dest="tasks")
+    to.values("--task --tasks", f"What to learn, in this order: {', '.join(TEXTS)}, or {ROWS}.", dest="tasks")
     to.values("--keep --keeps", "What must not be forgotten: texts as above, or facts.", dest="keep")
     to.values("--source", "Texts that methods calibrate on. Default: all of --keep.")
     to.values("--method --methods", f"{METHOD}.", dest="methods")
@@ -104,24 +105,28 @@ def add_compare(to: Parser) -> None:
 
 
 def add_finetune(to: Parser) -> None:
-    to.value("--data", 'JSONL with "prompt" and "completion", or "text".', required=True)
-    to.value("--out", "Folder to write into; made if it is not there.", Path, required=True)
+    to.value("--config", "YAML file with these options (batch_size: 8); options given win.", Path)
+    to.value("--data", f"Examples: {ROWS}.")
+    to.value("--out", "Folder to write into; made if it is not there.", Path)
     to.value("--method", f"{METHOD}. Default: clora.")
     to.values("--source", "Text not to forget, for methods that calibrate on it: as --data. Default: news, python.")
-    add_common(to, model_required=True)
+    to.values("--keep", "Measured before and after: texts, or facts. Default: python, python-docs, facts.")
+    add_common(to, default_model=False)
     to.value("--lr", "Learning rate (CURLoRA takes a multiple of it). Default: 3e-4.", float)
     to.value("--epochs", "Passes over the data. Default: 1.", float)
     to.value("--steps", "Optimizer steps, instead of epochs.", int)
     to.value("--batch-size", "Examples a batch, of all processes that torchrun starts together. Default: 8.", int)
     to.value("--max-length", "Tokens of an example; what is longer is cut. Default: 512.", int)
+    to.value("--template", "Prompts and chats through the chat template: auto (if there is one), chat or none.")
     to.value("--calibration", "Sequences to calibrate on. Default: 32.", int)
     to.value("--seed", "Of the adapter's start and the order of the data. Default: 0.", int)
     to.switch("--overwrite", "Replace an adapter in --out.")
+    to.switch("--dry-run", "Load and check everything, show what would be trained, write nothing.")
 
 
-def add_common(to: Parser, model_required: bool = False) -> None:
+def add_common(to: Parser, default_model: bool = True) -> None:
     models = "smollm2, a folder with a Hugging Face model, a .gguf file or a hub name."
-    to.value("--model", models + ("" if model_required else " Default: smollm2."), required=model_required)
+    to.value("--model", models + (" Default: smollm2." if default_model else ""))
     to.values("--targets", "Layers to adapt: a name suffix. Default: every linear layer but the head.")
     to.value("--rank", "Rank of every method. Default: 16.", int)
     to.value("--alpha", "Scale of the update times rank (CURLoRA: the scale itself).", float)

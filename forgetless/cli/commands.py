@@ -18,6 +18,7 @@ from ..study import processes
 from ..study import results as book
 from ..study.compare import Stopped
 from ..study.compare import compare as run_compare
+from ..study.config import read_config
 from ..study.finetune import finetune as run_finetune
 from ..study.finetune import how_to_load
 from ..study.options import FACTS, BadInput, CompareOptions, FinetuneOptions, parse_targets
@@ -66,7 +67,7 @@ def run(command: str, given: dict[str, Any], line: str) -> int:
             if command == "compare":
                 return compare(compare_options(given, line))
             if command == "finetune":
-                return finetune(FinetuneOptions(**resolved(given)))
+                return finetune(finetune_options(given))
             return report(**given)
     except BadInput as error:
         return fail(str(error))
@@ -127,6 +128,21 @@ def compare_options(given: Mapping[str, Any], line: str) -> CompareOptions:
     return CompareOptions(**options | PRESETS[preset] | (SMOKE if smoke else {}) | given)
 
 
+def finetune_options(given: Mapping[str, Any]) -> FinetuneOptions:
+    """What was given, and what the ``--config`` has beside it.
+
+    Raises:
+        BadInput: the file cannot be read, has an unknown option, or one that is needed is missing.
+    """
+    given = dict(given)
+    path = given.pop("config", None)
+    given = resolved((read_config(path) if path else {}) | given)
+    for name in ("model", "data", "out"):
+        if name not in given:
+            raise BadInput(f"--{name} is missing: give it, or a --config that has it")
+    return FinetuneOptions(**given | {"out": Path(given["out"])})
+
+
 def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
     """What was given, lists as tuples, with targets and device resolved."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -163,6 +179,8 @@ def finetune(options: FinetuneOptions) -> int:
     ui = Ui(quiet=processes.number() > 0)
     stopped, text = run_finetune(options, ui)
     ui.say(text)
+    if options.dry_run:
+        return 0
     ui.say("Load it with:\n\n" + how_to_load(options) + "\n")
     return {INTERRUPTED: 130, DIVERGED: 1}.get(stopped, 0)
 

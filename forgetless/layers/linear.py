@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .. import compat
 from ..adapter import Adapter, Site, whole
 from ..methods.base import Method
+from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
 from ..ops.dispatch import runs_kernels
@@ -22,6 +23,7 @@ from .made import Made, made_of, terms_of
 from .passes import Passes
 from .quantized import kind_of, stand_in
 from .seen import seen
+from .stack import Stack
 from .tensor_parallel import cut_of
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -81,7 +83,12 @@ def stored(base: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
-    """The layer as a method sees it; a weight that is packed or cut is a stand-in unless its ``values`` are wanted."""
+    """The layer as a method sees it; a weight that is packed or cut is a stand-in unless its ``values`` are wanted.
+
+    That of a stack of experts is (E, N, K).
+    """
+    if isinstance(base, Stack):
+        return Site(name, base.matrices().detach())
     kind = kind_of(base)
     if kind is not None:
         return Site(name, kind.unpack(base) if values else stand_in(base, kind.dtype(base)))
@@ -139,6 +146,7 @@ class AdaptedLinear(nn.Module):
     passes: Passes | None = None  # of the model
     called = False  # whether any pass has called it
     read = False  # whether a parent has computed with its weight
+    lends_weight = True  # to a parent that computes with it
     disabled = False  # the frozen layer runs alone: see ``fl.disabled``
     makes_products = True  # what penalties want is made in its forward pass: see ``fl.fuse_penalty``
 
@@ -162,7 +170,7 @@ class AdaptedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The frozen weight; for a parent that computes with it during a pass, what the layer applies."""
-        if self.passes is None or self.passes.level is None or self.disabled or self.cut is not None:
+        if self.passes is None or self.passes.level is None or self.disabled or not self.lends_weight:
             return self.frozen
         return self.applied() if torch.compiler.is_compiling() else seen(self)
 
@@ -196,16 +204,21 @@ class AdaptedLinear(nn.Module):
         """The base's weight as it stores it, and its bias."""
         return stored(self._modules["base"])
 
+    def path(self, rank: int) -> tuple[str, str]:
+        """How the op runs here, and why: see ``fl.explain``."""
+        if self.runs_base():
+            return "onto", f"{self.reason}, the low-rank product is added to its result"
+        return explain_path(self.weight.device, self.weight.dtype, self.out_features, self.in_features, rank)
+
     def runs_base(self) -> bool:
         """Whether the base runs itself in the next call: it has hooks, or is not a plain linear layer any more."""
         base: Any = self._modules["base"]
         return hooked(base) or not (type(base) is nn.Linear or is_conv1d(base))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        if self.passes is not None and not torch.compiler.is_compiling():
-            self.passes.enter()
+        self.enter()
         if self.disabled:
-            return self.base(x)  # type: ignore[no-any-return]
+            return self.base(x)
         if compat.transforms_active() or torch.jit.is_tracing():
             return self._transformed(x)
         if self.runs_base():
@@ -326,6 +339,11 @@ class AdaptedLinear(nn.Module):
         if trace is not None and self.trace is not None and self.passes is not None and self.passes.level is not None:
             trace = trace.after(self.trace)  # the layer is used more than once
         self.__dict__.update(trace=trace, called=True)
+
+    def enter(self) -> None:
+        """It is called; RuntimeError if a checkpoint recomputes it in another scale: see ``Passes.enter``."""
+        if self.passes is not None and not torch.compiler.is_compiling():
+            self.passes.enter()
 
     def forget(self) -> None:
         """A pass begins: what the last one left behind is no more; a disabled one leaves it where it is."""

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..methods.base import Method
+from .experts import AdaptedExperts
 from .linear import AdaptedLinear, Trace, hooked
 from .quantized import Kind, kind_of, stand_in
+from .stack import Stack
 from .tensor_parallel import Cut, broadcast_parameters, cut_of, gathered_columns
 
 
@@ -60,6 +62,7 @@ class AdaptedSharded(AdaptedAround):
     """Tensor parallel: ``weight`` is a DTensor, x or y this rank's columns."""
 
     cut: Cut
+    lends_weight = False
 
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str, cut: Cut):
         super().__init__(base, adapter, method, name)
@@ -90,6 +93,8 @@ class AdaptedSharded(AdaptedAround):
 
 def wrap(base: nn.Module, adapter: Adapter, method: Method, name: str) -> AdaptedLinear:
     """The adapted layer that fits the base as it is now."""
+    if isinstance(base, Stack):
+        return AdaptedExperts(base, adapter, method, name)
     kind, cut = kind_of(base), cut_of(base)
     if kind is not None:
         return AdaptedPacked(base, adapter, method, name, kind)

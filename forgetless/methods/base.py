@@ -33,6 +33,8 @@ class Method:
     name: ClassVar[str]
     #: ``build`` reads the weight's numbers; if not, it is given a stand-in where the layer packs them.
     reads_weight: ClassVar[bool] = True
+    #: ``build`` makes LoRA factors, which experts can have stacked.
+    adapts_experts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         title = type(self).__name__

@@ -43,6 +43,7 @@ class CLoRA(Method):
 
     name: ClassVar[str] = "clora"
     reads_weight: ClassVar[bool] = False
+    adapts_experts: ClassVar[bool] = True
 
     def all_penalties(self) -> tuple[Penalty, ...]:
         return (NullSpace(self.weight, self.k, self.basis, self.seed), *self.penalties)

@@ -47,6 +47,7 @@ class LaLoRA(Method):
 
     name: ClassVar[str] = "lalora"
     reads_weight: ClassVar[bool] = False
+    adapts_experts: ClassVar[bool] = True
 
     def all_penalties(self) -> tuple[Penalty, ...]:
         own = Laplace(self.weight, self.fisher, self.prior_precision, self.curvature, self.columns, self.at_zero)

@@ -40,6 +40,7 @@ class LoRA(Method):
 
     name: ClassVar[str] = "lora"
     reads_weight: ClassVar[bool] = False
+    adapts_experts: ClassVar[bool] = True
 
     @property
     def scale(self) -> float:

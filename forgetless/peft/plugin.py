@@ -9,6 +9,7 @@ CLoRA and LaLoRA are PEFT's LoRA with a penalty attached, its layers swapped in.
 
 from __future__ import annotations
 
+import enum
 import importlib
 from dataclasses import dataclass, fields
 from typing import Any
@@ -34,11 +35,20 @@ _mapping: Any = importlib.import_module("peft.mapping")
 _utils: Any = importlib.import_module("peft.utils")
 if not hasattr(_tuners.BaseTuner, "_get_adapter_state_dict"):  # earlier ones save the types that they know alone
     raise versions.missing_error("peft", "fl.peft", "BaseTuner._get_adapter_state_dict")
+_Module: Any = nn.Module  # its __getattr__ hides PEFT's properties from the type checker
 _LoraConfig: Any = _peft.LoraConfig
 _LoraModel: Any = _peft.LoraModel
 _PeftConfig: Any = _peft.PeftConfig
 _BaseTuner: Any = _tuners.BaseTuner
 _BaseTunerLayer: Any = _tuners.BaseTunerLayer
+
+
+class Type(str, enum.Enum):
+    """What PEFT's ``PeftType`` is for its own methods."""
+
+    CLORA = "CLORA"
+    LALORA = "LALORA"
+    CURLORA = "CURLORA"
 
 
 def _method_of(cls: type[Method], config: Any, **renamed: Any) -> Any:
@@ -68,7 +78,7 @@ class CLoRAConfig(_LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "CLORA"
+        self.peft_type = Type.CLORA
         self.method()  # refuses nonsense in the fields
 
     def method(self) -> CLoRA:
@@ -98,7 +108,7 @@ class LaLoRAConfig(_LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "LALORA"
+        self.peft_type = Type.LALORA
         self.method()
 
     def method(self) -> LaLoRA:
@@ -153,7 +163,7 @@ class CURLoRAConfig(_PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "CURLORA"
+        self.peft_type = Type.CURLORA
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -166,7 +176,7 @@ class CURLoRAConfig(_PeftConfig):
         return _method_of(CURLoRA, self, rank=self.r)
 
 
-class CURLoRALayer(nn.Module, _BaseTunerLayer, OwnLayer):
+class CURLoRALayer(_Module, _BaseTunerLayer, OwnLayer):
     """A frozen layer with CURLoRA adapters by name, as PEFT has them."""
 
     adapter_layer_names = ("curlora_adapters",)
@@ -178,21 +188,25 @@ class CURLoRALayer(nn.Module, _BaseTunerLayer, OwnLayer):
         self.in_features, self.out_features = _tuners._get_in_out_features(base_layer)
         self.curlora_adapters = nn.ModuleDict()
         self.layers: dict[str, AdaptedLinear] = {}  # by adapter; not submodules: their parts are this layer's
-        self._disable_adapters, self.merged_adapters = False, []
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: CURLoRAConfig) -> None:
         """Draw a new adapter."""
         method = config.method()
-        site = site_of(self.name, self.base_layer, values=True)
-        method.check(site)
-        adapter: Any = method.build(site)
+        adapter: Any = method.build(site_of(self.name, self.base_layer, values=True))
         if not config.init_weights:
             nn.init.normal_(adapter.core)
         self.curlora_adapters[adapter_name] = adapter
         self.layers[adapter_name] = wrap(self.base_layer, adapter, method, self.name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.layers.pop(adapter_name, None)
 
     def active_layers(self) -> dict[str, AdaptedLinear]:
         return {key: self.layers[key] for key in self.active_adapters if key in self.curlora_adapters}
@@ -267,11 +281,11 @@ class CURLoRAModel(_BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
 
-for _name, _config, _tuner in (
-    ("CLORA", CLoRAConfig, PenalisedLoraModel),
-    ("LALORA", LaLoRAConfig, PenalisedLoraModel),
-    ("CURLORA", CURLoRAConfig, CURLoRAModel),
+for _type, _config, _tuner in (
+    (Type.CLORA, CLoRAConfig, PenalisedLoraModel),
+    (Type.LALORA, LaLoRAConfig, PenalisedLoraModel),
+    (Type.CURLORA, CURLoRAConfig, CURLoRAModel),
 ):
-    _mapping.PEFT_TYPE_TO_CONFIG_MAPPING[_name] = _config
-    _mapping.PEFT_TYPE_TO_TUNER_MAPPING[_name] = _tuner
-    _mapping.PEFT_TYPE_TO_PREFIX_MAPPING[_name] = _tuner.prefix
+    _mapping.PEFT_TYPE_TO_CONFIG_MAPPING[_type] = _config
+    _mapping.PEFT_TYPE_TO_TUNER_MAPPING[_type] = _tuner
+    _mapping.PEFT_TYPE_TO_PREFIX_MAPPING[_type] = _tuner.prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..layers.linear import hooked, is_conv1d
+from ..layers.stack import Stack, keys_of
 from ..ops.check import FLOATS, dtype_name
 
 #: PEFT's layers whose forward is base_layer(x) + sum of lora_B(lora_A(dropout(x))) * scaling.
@@ -20,16 +22,39 @@ LAYERS = (
 )
 
 
+def stack_of(layer: Any) -> Stack | None:
+    """What a ParamWrapper adapts, if it is a stack of experts that can run our way."""
+    key = getattr(layer, "parameter_name", None)
+    experts = layer.get_base_layer() if isinstance(key, str) else nn.Identity()
+    return Stack(experts, key) if isinstance(key, str) and key in keys_of(experts) else None
+
+
+def lora_layers(model: nn.Module, cls: type) -> Iterator[tuple[str, Any]]:
+    """Name and layer of every PEFT LoRA layer, ``cls`` being PEFT's class of them."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, cls))
+
+
+def taker_of(module: nn.Module) -> Any:
+    """What ``swap_in`` keeps beside a layer that it has taken over; None for any other module."""
+    return module.__dict__.get("_forgetless")
+
+
 def kind_reason(layer: Any) -> str | None:
     """Why PEFT's own forward runs a layer of this class; None if our op may."""
     cls = getattr(type(layer), "_forgetless_base", type(layer))
+    if cls.__name__ == "ParamWrapper":
+        told = f"it adapts {layer.parameter_name} of a {type(layer.get_base_layer()).__name__}, no stack of experts"
+        return None if stack_of(layer) is not None else told
     if f"{cls.__module__}.{cls.__qualname__}" in LAYERS:
         return None
     return f"{cls.__name__} is none of {', '.join(name.rpartition('.')[2] for name in LAYERS)}"
 
 
-def adapter_reason(layer: Any, key: str) -> str | None:
-    """Why PEFT's own forward must run this adapter; None if our op gives the same."""
+def adapter_reason(layer: Any, key: str, meta: bool = False) -> str | None:
+    """Why PEFT's own forward must run this adapter; None if our op gives the same.
+
+    ``meta``: as soon as factors on the meta device have been loaded.
+    """
     variant = getattr(layer, "lora_variant", {}).get(key)
     if variant is not None:
         return f"adapter {key!r} is a {type(variant).__name__.removesuffix('LinearVariant')} adapter"
@@ -47,7 +72,7 @@ def adapter_reason(layer: Any, key: str) -> str | None:
         return f"dropout of {key!r} is a {type(drop).__name__}"
     if A._parameters["bias"] is not None:
         return f"lora_A of {key!r} has a bias"
-    if not (_plain(A._parameters["weight"]) and _plain(B._parameters["weight"])):
+    if not all(_plain(module._parameters["weight"], meta) for module in (A, B)):
         dtypes = ", ".join(sorted(map(dtype_name, FLOATS)))
         return f"the factors of {key!r} are not plain tensors of one of the dtypes {dtypes}"
     return None
@@ -97,9 +122,21 @@ def onto_base(layer: Any, keys: list[str], x: Any) -> bool | None:
     return False if alike or autocast else None
 
 
-def _plain(t: Tensor | None) -> bool:
+def runs_experts(layer: Any, keys: list[str], x: Any) -> bool:
+    """Whether a stack of experts takes these adapters by our op; else PEFT adds them to the stack, or runs none."""
+    return (
+        len(keys) == 1
+        and not layer._disable_adapters
+        and not layer.merged_adapters
+        and adapter_reason(layer, keys[0]) is None
+        and layer.lora_B._modules[keys[0]]._parameters["bias"] is None
+        and _surroundings_allow(x)
+    )
+
+
+def _plain(t: Tensor | None, meta: bool = False) -> bool:
     """A tensor of no subclass (DTensor, fake, functorch) in memory, with a dtype that the op takes."""
-    return t is not None and type(t) in (Tensor, nn.Parameter) and t.dtype in FLOATS and t.device.type != "meta"
+    return t is not None and type(t) in (Tensor, nn.Parameter) and t.dtype in FLOATS and (meta or not t.is_meta)
 
 
 def _surroundings_allow(x: Any) -> bool:

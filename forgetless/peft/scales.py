@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .swap import _lora_layers, _peft
+from .routes import lora_layers
+from .swap import _peft
+from .views import OwnLayer
 
 
 def changes(model: nn.Module, factor: float) -> list[Callable[[], Callable[[], None]]]:
@@ -16,7 +18,7 @@ def changes(model: nn.Module, factor: float) -> list[Callable[[], Callable[[], N
     Raises:
         ValueError: an adapter is merged, or is one whose output is not linear in its scale.
     """
-    layers = dict(_lora_layers(model, _peft("tuners.lora.layer").LoraLayer))
+    layers = dict(lora_layers(model, _peft("tuners.lora.layer").LoraLayer))
     tables: dict[int, tuple[dict[str, Any], list[str]]] = {}
     active: set[str] = set()
     for name, layer in layers.items():
@@ -29,11 +31,18 @@ def changes(model: nn.Module, factor: float) -> list[Callable[[], Callable[[], N
         active.update(keys)
         for table in (layer.scaling, layer.lora_alpha):
             tables[id(table)] = (table, keys)
+    for name, module in model.named_modules():
+        if isinstance(module, OwnLayer):
+            if getattr(module, "merged", False):
+                raise ValueError(f"{name} has its adapters merged into the weight; unmerge_adapter() first")
+            for key, own in module.active_layers().items():
+                active.add(key)
+                tables[id(own.adapter)] = (own.adapter.__dict__, ["scale"])
     for module in model.modules():
         configs = getattr(module, "peft_config", {})
         for key in active & configs.keys():
             config = vars(configs[key])
-            tables[id(config)] = (config, ["lora_alpha"])
+            tables[id(config)] = (config, ["lora_alpha" if "lora_alpha" in config else "alpha"])
             patterns = config.get("alpha_pattern") or {}
             tables[id(patterns)] = (patterns, list(patterns))
     return [_change(table, keys, factor) for table, keys in tables.values()]

@@ -12,19 +12,21 @@ from __future__ import annotations
 import copyreg
 import functools
 import importlib
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import versions
+from ..layers.experts import call_with, experts_forward
 from ..layers.linear import AdaptedLinear, form_groups, runs_by
-from ..ops import explain_path
+from ..layers.passes import Passes
+from ..layers.stack import give_back, run_by
 from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
-from ..report import LayerReport
-from .routes import adapter_reason, base_reason, kind_reason, onto_base, state_reason
+from .experts import ExpertsView, title
+from .routes import adapter_reason, base_reason, kind_reason, lora_layers, onto_base, runs_experts, stack_of, taker_of
 from .views import OwnLayer, View
 
 #: What is asked of a PEFT layer.
@@ -53,7 +55,7 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
         RuntimeError: its layers lack something that is needed here: a version that this was not tested with.
         ValueError: the model has no LoRA layers, or a penalty cannot be attached to one of them. Nothing is changed.
     """
-    result = dict(_lora_layers(model, _peft("tuners.lora.layer").LoraLayer))
+    result = dict(lora_layers(model, _peft("tuners.lora.layer").LoraLayer))
     if not result:
         raise ValueError(
             f"model is a {type(model).__name__} without PEFT LoRA layers; "
@@ -68,9 +70,9 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
         if not isinstance(spec, Penalty):
             raise ValueError(f"penalties holds {spec!r}, wants Penalty instances such as fl.NullSpace()")
     takers = {
-        name: _Taker(layer, name.removeprefix("base_model.model."), specs or ())  # as fl.adapt would call it
+        name: _Taker(layer, title(name, layer).removeprefix("base_model.model."), specs or ())  # as of fl.adapt
         for name, layer in result.items()
-        if kind_reason(layer) is None and (specs is not None or _taker(layer) is None)
+        if kind_reason(layer) is None and (specs is not None or taker_of(layer) is None)
     }
     if specs:
         for name, layer in result.items():
@@ -85,6 +87,7 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
     for module in model.modules():
         if isinstance(module, _peft("tuners.tuners_utils").BaseTuner) and not isinstance(module, _SwappedTuner):
             _put_before(_SwappedTuner, module)
+    _mark_passes(model)
     return model
 
 
@@ -99,6 +102,8 @@ def swap_out(model: nn.Module) -> nn.Module:
         raise ValueError("no layer of model is swapped in; call fl.swap_in(model) first")
     _detach_groups(swapped)
     for taker in swapped:
+        if taker.passes is not None:
+            taker.passes.detach()
         taker.remove()
     for module in model.modules():
         own = vars(type(module)).get("_forgetless_base")
@@ -111,24 +116,16 @@ def views(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> active adapter of each swapped-in layer, as an adapted layer; "name:adapter" where several are active."""
     result: dict[str, AdaptedLinear] = {}
     for name, layer in model.named_modules():
-        taker = _taker(layer)
+        taker = taker_of(layer)
         active: dict[str, AdaptedLinear] = {}
         if taker is not None:
             active = {view.adapter.key: view for view in taker.active()}
         elif isinstance(layer, OwnLayer):
             active = layer.active_layers()
+        own = title(name, layer)
         for key, view in active.items():
-            result[name if len(active) == 1 else f"{name}:{key}"] = view
+            result[own if len(active) == 1 else f"{own}:{key}"] = view
     return result
-
-
-def reports(model: nn.Module) -> dict[str, LayerReport]:
-    """Name -> how it runs, of every PEFT LoRA layer of the model, swapped in or not, and of our own in PEFT."""
-    peft = sys.modules.get("peft.tuners.lora.layer")  # without it there is no such layer
-    if peft is None:
-        return {}
-    ours = {name: layer.report() for name, layer in model.named_modules() if isinstance(layer, OwnLayer)}
-    return {**ours, **{name: _report(layer) for name, layer in _lora_layers(model, peft.LoraLayer)}}
 
 
 def _peft(module: str) -> Any:
@@ -142,16 +139,8 @@ def _peft(module: str) -> Any:
         ) from error
 
 
-def _lora_layers(model: nn.Module, cls: type) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, cls))
-
-
-def _taker(module: nn.Module) -> _Taker | None:
-    return module.__dict__.get("_forgetless")
-
-
 def _swapped(model: nn.Module) -> list[_Taker]:
-    return [taker for module in model.modules() if (taker := _taker(module)) is not None]
+    return [taker for module in model.modules() if (taker := taker_of(module)) is not None]
 
 
 # -------------------------------------------------------------------------------------- the layers
@@ -169,7 +158,13 @@ class _SwappedLayer(_Theirs):
         taker = self._forgetless
         if taker is None:
             return super().forward(x, *args, **kwargs)
-        if not args and (not kwargs or (kwargs.keys() <= _IDLE and not any(v is not None for v in kwargs.values()))):
+        if taker.passes is not None and not torch.compiler.is_compiling():
+            taker.passes.enter()
+        if taker.stacked:
+            active = taker.active() if runs_experts(self, taker.keys(), x) else []
+            if active:
+                return call_with(active[0], self.base_layer, x, *args, **kwargs)
+        elif not args and (not kwargs or (kwargs.keys() <= _IDLE and not any(v is not None for v in kwargs.values()))):
             route = taker.route(x)
             if route is not None:
                 return taker.run(x, *route)
@@ -202,15 +197,16 @@ def take_over(model: nn.Module, own: dict[str, tuple[Penalty, ...]], specs: tupl
     Raises:
         ValueError: an adapter that has its own penalties is one that PEFT's forward must run.
     """
-    for name, layer in _lora_layers(model, _peft("tuners.lora.layer").LoraLayer):
+    for name, layer in lora_layers(model, _peft("tuners.lora.layer").LoraLayer):
         for key in own.keys() & {*layer.lora_A, *getattr(layer, "lora_embedding_A", {})}:
-            if reason := kind_reason(layer) or adapter_reason(layer, key):
+            if reason := kind_reason(layer) or adapter_reason(layer, key, meta=True):
                 raise ValueError(f"penalties cannot be attached to {name}: {reason}")
         if kind_reason(layer) is None:
-            taker = _taker(layer) or _Taker(layer, name, specs)
+            taker = taker_of(layer) or _Taker(layer, title(name, layer), specs)
             taker.own.update(own)
             taker.install()
     _form_groups(model)
+    _mark_passes(model)
 
 
 @functools.cache
@@ -242,19 +238,23 @@ class _Taker:
     def __init__(self, layer: Any, name: str, specs: tuple[Penalty, ...]):
         self.layer, self.name, self.specs = layer, name, specs
         self.own: dict[str, tuple[Penalty, ...]] = {}  # of adapters whose configuration has penalties
-        self.views: dict[str, View] = {}
+        self.views: dict[str, Any] = {}
+        self.stacked = stack_of(layer) is not None
+        self.passes: Passes | None = None
 
-    def view(self, key: str) -> View:
+    def view(self, key: str) -> Any:
         view = self.views.get(key)
         if view is None or view.adapter.module is not self.layer.lora_A._modules[key]:  # deleted and added again
-            view = self.views[key] = View(self.layer, key, self.name, self.own.get(key, self.specs))
+            made: Any = ExpertsView if self.stacked else View
+            view = self.views[key] = made(self.layer, key, self.name, self.own.get(key, self.specs))
+            view.passes = self.passes
             if self.layer.__dict__.get("_forgetless") is self:
                 self._register()
         return view
 
-    def make_views(self) -> list[View]:
+    def make_views(self) -> list[Any]:
         keys = self.layer.lora_A._modules
-        return [self.view(key) for key in keys if adapter_reason(self.layer, key) is None]
+        return [self.view(key) for key in keys if adapter_reason(self.layer, key, meta=key in self.own) is None]
 
     def _register(self) -> None:
         """Penalties' buffers go where the layer goes."""
@@ -271,19 +271,23 @@ class _Taker:
         if not isinstance(layer, _SwappedLayer):
             _put_before(_SwappedLayer, layer)
         layer.__dict__["_forgetless"] = self
+        if self.stacked:
+            run_by(layer.get_base_layer(), experts_forward)
         self.make_views()
         self._register()
 
     def remove(self) -> None:
         self.layer._modules.pop(PENALTIES, None)
         del self.layer.__dict__["_forgetless"]
+        if self.stacked:
+            give_back(self.layer.get_base_layer())
 
     def keys(self) -> list[str]:
         """The active adapters that this layer has."""
         known = self.layer.lora_A._modules
         return [key for key in self.layer.active_adapters if key in known]
 
-    def active(self) -> list[View]:
+    def active(self) -> list[Any]:
         return [self.view(key) for key in self.keys() if adapter_reason(self.layer, key) is None]
 
     def route(self, x: Any) -> tuple[list[View], bool] | None:
@@ -315,7 +319,7 @@ def _form_groups(model: nn.Module) -> None:
     _detach_groups(_swapped(model))
     together: dict[str, dict[str, AdaptedLinear]] = {}
     for name, module in model.named_modules():
-        taker = _taker(module)
+        taker = taker_of(module)
         for view in [] if taker is None else taker.make_views():
             if base_reason(view.layer.base_layer) is None:
                 together.setdefault(view.adapter.key, {})[name] = view
@@ -323,51 +327,20 @@ def _form_groups(model: nn.Module) -> None:
         form_groups(model, same)
 
 
+def _mark_passes(model: nn.Module) -> None:
+    swapped = _swapped(model)
+    for taker in swapped:
+        if taker.passes is not None:
+            taker.passes.detach()
+    passes = Passes(model, [taker.layer for taker in swapped], swapped)
+    for taker in swapped:
+        taker.passes = passes
+        for view in taker.views.values():
+            view.passes = passes
+
+
 def _detach_groups(takers: list[_Taker]) -> None:
     for taker in takers:
         for view in taker.views.values():
             if view.group is not None:
                 view.group.detach()
-
-
-def _report(layer: Any) -> LayerReport:
-    known = {**layer.lora_A._modules, **getattr(layer, "lora_embedding_A", {})}
-    keys = [key for key in layer.active_adapters if key in known]
-    path, reason = _path(layer, keys)
-    rank = sum(layer.r[key] for key in keys)
-    parameters = [p for part in layer.adapter_layer_names for p in getattr(layer, part, nn.Module()).parameters()]
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    return LayerReport("lora", layer.in_features, layer.out_features, rank, trainable, path, reason)
-
-
-def _path(layer: Any, keys: list[str]) -> tuple[str, str]:
-    """How a layer with these active adapters runs, and why."""
-    taker = _taker(layer)
-    if taker is None:
-        return "peft", kind_reason(layer) or "not swapped in: call fl.swap_in(model), again after adding layers"
-    if state := state_reason(layer):
-        return "base", state
-    if not keys:
-        return "base", "none of its adapters is active: the frozen layer alone"
-    if reason := next(filter(None, (adapter_reason(layer, key) for key in keys)), None):
-        return "peft", reason
-    return _op_report(taker.active())
-
-
-def _op_report(active: list[View]) -> tuple[str, str]:
-    first = active[0]
-    down = first.adapter.down
-    own = base_reason(first.layer.base_layer)
-    several = f"; {len(active)} adapters: {', '.join(view.adapter.key for view in active)}" if len(active) > 1 else ""
-    if own is not None:
-        return "onto", f"{own}, the low-rank product is added to its result{several}"
-    weight = first.weight
-    N, K = first.out_features, first.in_features
-    path, reason = explain_path(weight.device, weight.dtype, N, K, down.shape[0])
-    members = first.group.partners(first) if first.group else []
-    partners = [view.name.rpartition(".")[2] for view in members if view is not first]
-    like, dropout = first.stored()[0], first.adapter.dropout
-    together = all(view._joins(first, like, dropout) for view in members)
-    if not several and partners and first in members and together:
-        reason += f"; one pass over x with {', '.join(partners)}"
-    return path, reason + several

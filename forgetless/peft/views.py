@@ -85,8 +85,8 @@ class View(AdaptedLinear):
     def __init__(self, layer: Any, key: str, name: str, specs: tuple[Penalty, ...]):
         adapter = PeftAdapter(layer, key)
         super().__init__(layer.base_layer, adapter, LoRA(), name)
-        self._modules.clear()
-        self.__dict__.update(layer=layer, adapter=adapter)
+        del self._modules["base"]
+        self.__dict__["layer"] = layer
         if specs:
             weight = self.weight.detach()
             adapter.attach(specs, Site(name, weight.T if self.transposed else weight, self.transposed))

@@ -23,7 +23,8 @@ import forgetless as fl
 
 from ..cli.console import Ui
 from . import results as book
-from .data import Collator, Domain, encode_domain
+from .data import Collator, Domain
+from .encoding import encode_domain
 from .evaluate import facts, nll
 from .machine import commit, machine, versions
 from .metrics import continual, summary

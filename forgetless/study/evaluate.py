@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from forgetless.layers.linear import DRIFT_TOKENS, AdaptedLinear, is_conv1d
 from forgetless.targets import find_layers
 
-from .data import IGNORED, Collator, padding_id, start_tokens, text_tokens
+from .data import Collator, padding_id
+from .encoding import IGNORED, start_tokens, text_tokens
 
 
 @dataclass(frozen=True)

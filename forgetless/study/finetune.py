@@ -14,12 +14,15 @@ import forgetless as fl
 from ..cli.console import Ui
 from . import processes
 from . import results as book
-from .data import Collator, Domain, Encoded, encode_domain, encode_for_training, load_domain
-from .evaluate import nll
+from .config import write_config
+from .data import Collator, Domain, load_domain
+from .encoding import CHAT, IGNORED, Encoded, encode_domain, encode_for_training, template_for
+from .evaluate import facts, nll
 from .machine import machine, versions
 from .models import load_model
 from .options import (
     DTYPES,
+    FACTS,
     BadInput,
     FinetuneOptions,
     Plan,
@@ -29,14 +32,19 @@ from .options import (
     positive,
     writable,
 )
-from .session import calibrates, check_fit, source_rows, take_tokens
-from .train import DIVERGED, INTERRUPTED, TrainConfig, train
+from .session import calibrates, check_distinct, check_fit, source_rows, take_tokens
+from .tables import Table, figure
+from .train import DIVERGED, FINISHED, INTERRUPTED, TrainConfig, train, trainable
 
 LOG = "training.json"
 #: Lies in the output folder from the first step until the log is written: what a killed run left may be replaced.
 UNFINISHED = ".unfinished"
-#: Enough held-out text to see the loss fall; it is not a benchmark.
+#: The options of the run, for ``--config``.
+CONFIG = "finetune.yaml"
+#: Of each text that is measured: enough to see the loss change; it is not a benchmark.
 EVAL_TOKENS = 4096
+#: Nats per token of a kept text from which a run says what to try.
+NOTICEABLE = 0.02
 
 
 @dataclass
@@ -48,12 +56,14 @@ class Work:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: Encoded
-    held_out: Encoded
+    measured: dict[str, Encoded]  # the task's held-out part, and the texts to keep, by their names
+    facts: bool
     steps: int
+    template: str
 
 
-def prepare(options: FinetuneOptions) -> Work:
-    """Everything that can go wrong before training goes wrong here."""
+def check(options: FinetuneOptions) -> Plan:
+    """Everything that can be refused without loading anything."""
     check_numbers(options, "steps", "batch_size", "accumulate", "rank", "calibration")
     check_numbers(options, "max_length", least=2)
     if options.batch_size % processes.count():
@@ -65,21 +75,34 @@ def prepare(options: FinetuneOptions) -> Work:
     if plan.alters:
         raise BadInput(f"{plan.label}: finetune trains one adapter; full and consolidate are rows of compare")
     unfinished = (options.out / UNFINISHED).exists()
-    if (options.out / "adapter_config.json").exists() and not (options.overwrite or unfinished):
+    if (options.out / "adapter_config.json").exists() and not (options.overwrite or unfinished or options.dry_run):
         raise BadInput(f"{options.out} holds an adapter already; give --overwrite or another --out")
-    writable(options.out)
+    return plan
+
+
+def prepare(options: FinetuneOptions) -> Work:
+    """Everything that can go wrong before training goes wrong here."""
+    plan = check(options)
+    if not options.dry_run:
+        writable(options.out)
     domain = load_domain(options.data)
-    kept = [load_domain(spec) for spec in options.source] if calibrates(plan) else []
-    if calibrates(plan) and not kept:
+    source_texts = [load_domain(spec) for spec in options.source] if calibrates(plan) else []
+    if calibrates(plan) and not source_texts:
         raise BadInput(f"{plan.label} is calibrated on text to keep: give --source")
+    kept = [load_domain(spec) for spec in options.keep if spec != FACTS]
+    check_distinct([domain.name, *(text.name for text in kept)], "named twice among the data and what to keep")
     model, tokenizer = load_model(options.model, DTYPES[options.dtype], options.device)
-    encoded = encode_for_training(domain.train, tokenizer, options.max_length)
-    source = source_rows(kept, tokenizer, options.calibration, min(options.max_length, 256)) if kept else []
+    template = template_for(options.template, tokenizer)
+    encoded = encode_for_training(domain.train, tokenizer, options.max_length, template)
+    source = source_rows(source_texts, tokenizer, options.calibration, min(options.max_length, 256))
     check_fit(model, [plan], options.targets)
     per_step = options.batch_size * options.accumulate
     steps = options.steps or max(1, math.ceil(options.epochs * len(encoded) / per_step))
-    held_out = take_tokens(encode_domain(domain.held_out, tokenizer, options.max_length), EVAL_TOKENS)
-    return Work(plan, domain, model, tokenizer, source, held_out, steps)
+    measured = {
+        text.name: take_tokens(encode_domain(text.held_out, tokenizer, options.max_length, template), EVAL_TOKENS)
+        for text in (domain, *kept)
+    }
+    return Work(plan, domain, model, tokenizer, source, measured, FACTS in options.keep, steps, template)
 
 
 def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
@@ -89,16 +112,23 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
     """
     work = prepare(options)
     model, tokenizer, plan = work.model, work.tokenizer, work.plan
+    if any(example.prompt for example in work.domain.train):
+        way = "through the chat template of the tokenizer" if work.template == CHAT else "as they are, no chat template"
+        ui.say(f"prompts and completions: {way}")
     set_seed(options.seed)
     fl.adapt(model, plan.seeded(options.seed), targets=options.targets)
+    config = TrainConfig.of(options, work.steps, plan.lr, options.seed)
+    config = dataclasses.replace(config, template=work.template)
+    if options.dry_run:
+        return FINISHED, shown_plan(work, config)
     collate = Collator(tokenizer)
     if work.source:
         ui.say(f"calibrating on {len(work.source)} sequences of {', '.join(options.source)}")
         fl.calibrate(model, collate.batches(work.source))
-    config = TrainConfig.of(options, work.steps, plan.lr, options.seed)
-    before = nll(model, work.held_out, collate).loss
+    before = measure(work, collate)
     if processes.number() == 0:
         (options.out / UNFINISHED).touch()
+        write_config(options.out / CONFIG, options)
     with processes.stopping_together() as stop:
         with ui.training(f"{plan.label}: {work.domain.name}", work.steps) as on_step:
             result = train(model, tokenizer, work.domain.train, config, on_step, stop)
@@ -111,20 +141,72 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
             "processes": processes.count(),
             "settings": plan.settings,
             "config": dataclasses.asdict(config),
-            "held_out_before": before,
+            "before": before,
             **dataclasses.asdict(result),
         }
         told = f"adapter saved in {options.out}"
         if result.stopped == INTERRUPTED:
             told = f"{result.note}; {told}"
         else:
-            log["held_out_after"] = after = nll(model, work.held_out, collate).loss
-            learnt = f"held-out loss {before:.3f} -> {after:.3f} nats per token"
+            log["after"] = after = measure(work, collate)
+            ui.table(changes(before, after))
+            name = work.domain.name
+            learnt = f"held-out loss {before[name]:.3f} -> {after[name]:.3f} nats per token"
             told = f"{result.note}; {told}" if result.stopped == DIVERGED else f"{learnt}; {told}"
+            told += advice(name, before, after)
         if processes.number() == 0:
             book.dump(options.out / LOG, log)
             (options.out / UNFINISHED).unlink()
         return result.stopped, told
+
+
+def shown_plan(work: Work, config: TrainConfig) -> str:
+    """What a run would do, for ``--dry-run``."""
+    trained = sum(p.numel() for p in trainable(work.model))
+    example = encode_for_training(work.domain.train[:1], work.tokenizer, config.max_length, work.template)[0]
+    learnt = [label for label in example["labels"] if label != IGNORED]
+    return "\n".join([
+        f"{work.plan.label} on {len(fl.adapters(work.model))} layers: {trained:,} trained numbers",
+        f"{len(work.domain.train)} examples to train on, {len(work.domain.held_out)} held out",
+        f"{config.steps} steps of {config.batch_size * config.accumulate} examples, learning rate {config.lr:g}",
+        f"measured before and after: {', '.join([*work.measured, *(['facts'] if work.facts else [])])}",
+        f"the first example:\n{work.tokenizer.decode(example['input_ids'])}",
+        f"of which is learnt:\n{work.tokenizer.decode(learnt)}",
+        "nothing was written",
+    ])  # fmt: skip
+
+
+def measure(work: Work, collate: Collator) -> dict[str, float]:
+    """Nats per token on the task's held-out part and each text to keep, and the share of the facts that are right."""
+    values = {name: nll(work.model, encoded, collate).loss for name, encoded in work.measured.items()}
+    if work.facts:
+        right, asked = facts(work.model, work.tokenizer)
+        values[FACTS] = right / asked
+    return values
+
+
+def changes(before: dict[str, float], after: dict[str, float]) -> Table:
+    """What was learnt and what was forgotten, in the units of ``measure``."""
+    rows = []
+    for index, (name, value) in enumerate(before.items()):
+        if name == FACTS:
+            rows.append([name, f"{value:.0%}", f"{after[name]:.0%}", f"{100 * (after[name] - value):+.0f} points"])
+        else:
+            title = f"{name} (task)" if index == 0 else name
+            rows.append([title, figure(value, 3), figure(after[name], 3), f"{after[name] - value:+.3f}"])
+    return Table(["nats per token", "before", "after", "change"], rows)
+
+
+def advice(task: str, before: dict[str, float], after: dict[str, float]) -> str:
+    """What to try where kept text has become less likely by more than ``NOTICEABLE``; else nothing."""
+    rises = {name: after[name] - before[name] for name in before if name not in (task, FACTS)}
+    worst = max(rises, key=lambda name: rises[name], default=None)
+    if worst is None or rises[worst] <= NOTICEABLE:
+        return ""
+    return (
+        f"\n{worst} has become {rises[worst]:.3f} nats per token less likely. To keep more: --method source with "
+        f"--source {worst} (a penalty measured on that text), a larger --weight, or a lower --lr."
+    )
 
 
 def how_to_load(options: FinetuneOptions) -> str:
@@ -139,6 +221,7 @@ fl.load(model, {str(options.out)!r})"""
         return text
     return f"""{text}
 
-# or with PEFT, without forgetless:
+# or with PEFT, without forgetless.load:
 from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, {str(options.out)!r})"""
+base, tokenizer = load_model({options.model!r}, torch.{options.dtype})
+model = PeftModel.from_pretrained(base, {str(options.out)!r})"""

@@ -93,13 +93,14 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """What ``forgetless finetune`` was asked for. Steps win over epochs."""
+    """What ``forgetless finetune`` was asked for. Steps win over epochs; ``keep`` is only measured."""
 
     out: Path
     model: str
     data: str
     method: str = "clora"
     source: tuple[str, ...] = ("news", "python")
+    keep: tuple[str, ...] = ("python", "python-docs", FACTS)
     targets: str | list[str] = "all-linear"
     rank: int | None = None
     alpha: float | None = None
@@ -111,10 +112,12 @@ class FinetuneOptions:
     accumulate: int = 1
     max_length: int = 512
     calibration: int = 32
+    template: str = "auto"
     seed: int = 0
     dtype: str = "bfloat16"
     device: str = "cpu"
     overwrite: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,8 @@ def parse_method(
             which, inner = _owner(field, penalties) if equals else (None, field)
             if which is None:
                 theirs = [f.name for p in penalties for f in dataclasses.fields(p)]
-                raise BadInput(f"method {spec!r}: {item!r} is not FIELD=VALUE;{near(field, {*fields, *theirs, 'lr'})}")
+                what = f"no field {field!r}" if equals else f"{item!r} is not FIELD=VALUE"
+                raise BadInput(f"method {spec!r}: {what};{near(field, {*fields, *theirs, 'lr'})}")
             default = next(f.default for f in dataclasses.fields(penalties[which]) if f.name == inner)
             changed.setdefault(which, {})[inner] = _value(value, default, f"{field} of {spec!r}")
     if expected.get("rank", 1) < 1:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import forgetless as fl
 from forgetless.penalties import PenaltyState
 
-from .data import Domain, Encoded, encode, encode_domain, encode_for_training, load_domain
+from .data import Domain, load_domain
+from .encoding import Encoded, encode, encode_domain, encode_for_training
 from .evaluate import Original
 from .models import load_model
 from .options import (

@@ -34,10 +34,14 @@ class DataError(BadInput):
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the completion to learn; plain text has an empty prompt and is learnt whole."""
+    """A prompt and the completion to learn; plain text has an empty prompt and is learnt whole.
+
+    ``chat`` is the conversation that both are of, where the data has one: JSON with "messages" and "tools".
+    """
 
     prompt: str
     completion: str
+    chat: str = ""
 
 
 @dataclass(frozen=True)

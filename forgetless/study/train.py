@@ -30,7 +30,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..training import PenaltyMixin, mean_drift
 from . import processes
-from .data import Collator, Encoded, encode_for_training, in_batches
+from .data import Collator, in_batches
+from .encoding import MESSAGES, Encoded, encode_for_training
 from .machine import Peak
 from .options import CompareOptions, FinetuneOptions
 from .texts import Example
@@ -52,6 +53,7 @@ class TrainConfig:
     max_length: int = 96
     seed: int = 0
     snapshot_every: int = 5
+    template: str = MESSAGES  # what goes through the chat template, see encoding
     pool: int = 8  # batches sorted by length together, see in_batches; a fifth less padding in the default compare
 
     @classmethod
@@ -70,6 +72,7 @@ class Step:
     grad_norm: float
     seconds: float
     drift: float | None
+    tokens: int  # of this process, padding included
 
 
 @dataclass
@@ -117,6 +120,7 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
 
     emit: Callable[[float], None] | None = None
     stop = processes.Stop()
+    tokens = 0  # since the last step that was reported
 
     @cached_property
     def trims(self) -> bool:
@@ -126,6 +130,7 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
         return takes and getattr(model, "loss_function", None) is ForCausalLMLoss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **named: Any) -> Any:
+        self.tokens += inputs["input_ids"].numel()
         results = super().compute_loss(model, self._trim(inputs), *others, **named)
         if model.training and self.accelerator.sync_gradients:
             self._agree()
@@ -248,7 +253,7 @@ def train(
     Parameters in half precision (full fine-tuning) are updated through float32 copies. Several processes (torchrun)
     divide each batch; they end early together, also when one of them finds that ``stop`` has been asked for.
     """
-    encoded = encode_for_training(examples, tokenizer, config.max_length)
+    encoded = encode_for_training(examples, tokenizer, config.max_length, config.template)
     result, watch = TrainResult(), Watch(Snapshot(trainable(model)), config.snapshot_every)
     use_cache = getattr(model.config, "use_cache", None)
     peak = Peak(model.device)
@@ -313,7 +318,9 @@ def _record(
     if drift is not None and math.isfinite(drift):
         result.drift[number] = drift
     if on_step is not None:
-        on_step(Step(number, result.loss[-1], result.penalty[-1], grad_norm, watch.seconds[-1], drift))
+        seconds, tokens = watch.seconds[-1], trainer.tokens
+        on_step(Step(number, result.loss[-1], result.penalty[-1], grad_norm, seconds, drift, tokens))
+    trainer.tokens = 0
 
 
 def _run(trainer: PenaltyTrainer, watch: Watch, result: TrainResult, config: TrainConfig) -> None:

@@ -82,6 +82,8 @@ def check_peft(index: int, space: Namespace) -> None:
     if index == 2:
         with pytest.raises(ValueError, match="no adapters"):
             fl.penalty(space["model"])
+    if index == 3:
+        assert fl.penalty(space["model"]) > 0 and Path("clora", "adapter_config.json").exists()
 
 
 def check_training(index: int, space: Namespace) -> None:

@@ -113,7 +113,8 @@ def test_at_most_four_hops_and_four_files(targets, method, backend, monkeypatch)
 
 
 def test_one_formula_of_the_backward_pass():
-    """The other two move parts between processes, and put gradients of penalties in their places."""
+    """The others: that of a stack of experts, which makes the same products for each expert's rows; one moves parts
+    between processes, one puts gradients of penalties in their places."""
     functions = {
         f"{path.relative_to(ROOT)}:{line.split()[1].partition('(')[0]}"
         for folder in ("forgetless", "kernels")
@@ -123,6 +124,7 @@ def test_one_formula_of_the_backward_pass():
     }
     assert functions == {
         "forgetless/ops/autograd.py:LowrankLinear",
+        "forgetless/ops/grouped.py:_Grouped",
         "forgetless/layers/tensor_parallel.py:_Own",
         "forgetless/penalties/batched.py:_ClosedForm",
     }

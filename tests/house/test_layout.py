@@ -87,8 +87,9 @@ def test_the_foundation_imports_the_standard_library_alone(name):
 
 
 def test_peft_s_format_reads_and_writes_and_never_adapts():
-    names = [name for name, level in imports(ROOT / "forgetless" / "checkpoint" / "peft_format.py") if level]
-    assert not [name for name in names if name.startswith(("forgetless.model", "forgetless.checkpoint"))]
+    for file in ("peft_format.py", "experts_format.py"):
+        names = [name for name, level in imports(ROOT / "forgetless" / "checkpoint" / file) if level]
+        assert not [name for name in names if name.startswith(("forgetless.model", "forgetless.checkpoint.io"))]
 
 
 def test_nothing_imports_the_tests_or_the_bench():

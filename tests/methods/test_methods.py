@@ -435,12 +435,32 @@ def test_curlora_draws_are_of_the_seed_and_the_layer_s_name():
     assert drawn(1, "a") != first and drawn(0, "b") != first
 
 
-def test_curlora_survives_a_zero_column():
+@pytest.mark.parametrize("smoothing", [0.0, 1e-3])
+@pytest.mark.parametrize("zeros", [1, 4])
+def test_curlora_draws_no_zeros(smoothing, zeros):
+    """Nothing could be learnt through them."""
     weight = torch.ones(6, 5)
-    weight[:, 2] = 0
-    gen = torch.Generator().manual_seed(0)
-    assert set(draw(weight, 50, 0.0, gen).tolist()) == {2}
-    assert len(set(draw(torch.zeros(6, 5), 50, 0.0, gen).tolist())) == 5
+    weight[:, :zeros] = 0
+    weight[:zeros] = 0
+    model = nn.Sequential(nn.Linear(5, 6))
+    model[0].weight.data.copy_(weight)
+    fl.adapt(model, fl.CURLoRA(rank=20, smoothing=smoothing))
+    adapter = model[0].adapter
+    assert set(adapter.columns.tolist()) == set(range(zeros, 5)) and set(adapter.rows.tolist()) == set(range(zeros, 6))
+    model(torch.randn(7, 5)).square().sum().backward()
+    assert adapter.core.grad.any()
+
+
+@pytest.mark.parametrize(
+    "value, said", [(0.0, "is all zeros"), (float("nan"), "holds NaN"), (float("inf"), "holds NaN")]
+)
+def test_curlora_refuses_a_weight_it_cannot_draw_from(value, said):
+    model = nn.Sequential(OrderedDict(fine=nn.Linear(5, 6), odd=nn.Linear(6, 6)))
+    weight = model.odd.weight.data
+    weight.zero_() if value == 0.0 else weight[2].fill_(value)
+    with pytest.raises(ValueError, match=f"the weight of odd {said}"):
+        fl.adapt(model, fl.CURLoRA(rank=2))
+    assert not fl.adapters(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_curlora_keeps_its_copies_when_the_weight_changes():

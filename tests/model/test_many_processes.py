@@ -72,7 +72,7 @@ def test_finetune_is_the_run_of_one_process(done: tuple[str, Path]) -> None:
     assert finetune(folder, "alone") == 0
     ours, theirs = (json.loads((folder / name / "training.json").read_text()) for name in ("finetuned", "alone"))
     assert (ours["processes"], theirs["processes"]) == (2, 1)
-    for key in ("loss", "penalty", "grad_norm", "held_out_after"):
+    for key in ("loss", "penalty", "grad_norm", "after"):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
     assert len(ours["loss"]) == 3 and min(ours["penalty"]) > 0
     ours, theirs = (dict(fl.load(tiny_model(), folder / n).named_parameters()) for n in ("finetuned", "alone"))

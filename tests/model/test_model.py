@@ -139,7 +139,10 @@ def test_a_subclass_of_linear_may_compute_something_else_and_is_left_alone():
 def test_layers_of_no_floating_dtype_are_refused():
     model = nn.Sequential(OrderedDict(layer=nn.Linear(6, 6)))
     model.layer.weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="layer has a weight of dtype torch.int8, wants a floating-point dtype"):
+    with pytest.raises(ValueError, match="layer cannot be adapted: its weight has dtype torch.int8, wants one of"):
+        fl.adapt(model, lora(), ["layer"])
+    model.layer.weight = nn.Parameter(torch.ones(6, 6).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="layer cannot be adapted: its weight has dtype torch.float8_e4m3fn"):
         fl.adapt(model, lora(), ["layer"])
 
 
@@ -176,15 +179,6 @@ def test_an_adapted_model_is_not_adapted_again():
 def test_a_method_is_an_instance(method):
     with pytest.raises(ValueError, match=r"wants an instance such as fl.LoRA\(rank=16\)"):
         fl.adapt(tiny_llama(), method, ["q_proj"])
-
-
-def test_a_rank_too_large_is_refused_before_any_layer_is_changed():
-    model = tiny_llama()
-    twin = copy.deepcopy(model)
-    message = r"rank is 9, but model.layers.0.self_attn.k_proj has in_features 16 and out_features 8: .* at most 8"
-    with pytest.raises(ValueError, match=message):
-        fl.adapt(model, lora(rank=9), ["q_proj", "k_proj"])
-    assert untouched(model, twin)
 
 
 def test_a_method_that_fails_while_building_leaves_the_model_alone():
@@ -354,7 +348,7 @@ def test_explain_says_how_each_layer_runs():
 
 def test_explain_prints_a_table_with_like_layers_in_one_row():
     lines = str(fl.explain(fl.adapt(tiny_llama(), lora(), ["q_proj", "k_proj"]))).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4 and lines[3].startswith("not adapted, ")
     assert lines[0].split()[:4] == ["layers", "name", "method", "in"]
     assert lines[1].split()[:6] == ["2", "q_proj", "lora", "16", "->", "16"]
     assert lines[2].split()[:6] == ["2", "k_proj", "lora", "16", "->", "8"]

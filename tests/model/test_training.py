@@ -11,7 +11,7 @@ from tiny_study import tiny_model
 from transformers import Trainer, TrainingArguments
 
 import forgetless as fl
-from forgetless.training import PenaltyMixin, adapted, mean_drift
+from forgetless.training import PenaltyMixin, adapted, attended, mean_drift
 
 
 class Penalised(PenaltyMixin, Trainer):
@@ -65,6 +65,27 @@ def test_the_penalty_counts_once_whatever_the_accumulation(tmp_path: Path) -> No
         assert extra.norm() > 0
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_does_not_count_in_the_penalty(tmp_path: Path) -> None:
+    model = adapted_model(fl.LoRA(rank=4, penalties=(fl.OutputDeviation(1.0),)))
+    mask = torch.arange(10) < torch.tensor([10, 4, 7, 2])[:, None]
+    rows = [{**row, "attention_mask": m.long()} for row, m in zip(ROWS[:4], mask, strict=True)]
+    run = trainer(model, tmp_path, rows, max_steps=1, learning_rate=0.0)
+    run.train()
+    model(torch.stack([row["input_ids"] for row in rows]), attention_mask=mask.long())
+    everything, real = fl.penalty(model).item(), fl.penalty(model, token_weights=mask).item()
+    assert run.penalty_value == pytest.approx(real, rel=1e-4) != pytest.approx(everything, rel=1e-3)
+
+
+def test_a_mask_of_other_tokens_is_refused_where_it_would_matter(tmp_path: Path) -> None:
+    mask = torch.arange(10) < torch.tensor([10, 4, 7, 2])[:, None]
+    assert attended({"attention_mask": mask}) is mask
+    assert attended({"attention_mask": torch.ones(4, 10)}) is attended({}) is attended([mask]) is None
+    model = adapted_model(fl.LoRA(rank=4, penalties=(fl.OutputDeviation(1.0),)))
+    model(ROWS[0]["input_ids"][None])
+    with pytest.raises(ValueError, match="token_weights has 40 entries"):
+        fl.penalty(model, token_weights=attended({"attention_mask": mask}))
 
 
 def test_penalty_and_drift_are_logged(tmp_path: Path) -> None:

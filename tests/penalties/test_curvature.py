@@ -11,8 +11,8 @@ from helpers import stir, token_batch
 from torch import Tensor, nn
 
 import forgetless as fl
-from forgetless.samples import draw_labels
 from forgetless.penalties.covariance import BLOCK, Covariance, merged
+from forgetless.samples import draw_labels
 
 EXACT = {"rtol": 1e-9, "atol": 1e-13}
 

@@ -10,38 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.processors import TemplateProcessing
+from byte_tokenizer import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from forgetless.study import packages, texts
 from forgetless.study.data import (
     BUILTIN,
-    IGNORED,
     Collator,
     DataError,
     Example,
-    encode,
-    encode_domain,
     load_domain,
-    read_jsonl,
-    windows,
 )
+from forgetless.study.encoding import IGNORED
 from forgetless.study.packages import MissingPackage, package_file, package_version
-
-
-def byte_tokenizer(bos: bool = False, eos: bool = True) -> PreTrainedTokenizerFast:
-    """One token per byte, then <s> and </s>."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*letters, "<s>", "</s>"])}
-    core = Tokenizer(BPE(vocabulary, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    if bos:
-        core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    specials = {"bos_token": "<s>", **({"eos_token": "</s>"} if eos else {})}
-    return PreTrainedTokenizerFast(tokenizer_object=core, **specials)
 
 
 @pytest.fixture(scope="module")
@@ -57,64 +38,6 @@ def written(tmp_path: Path) -> Callable[[str | bytes], Path]:
         return path
 
     return write
-
-
-# JSONL ------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_read(written) -> None:
-    path = written(
-        '\ufeff{"prompt": "p", "completion": " ü", "id": 3}\r\n\n{"text": "plain\\u2028text"}\n   \n'
-        '{"prompt": "", "completion": "c"}'
-    )
-    assert read_jsonl(path) == [Example("p", " ü"), Example("", "plain\u2028text"), Example("", "c")]
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ('{"text": "a"', "not JSON: Expecting ',' delimiter at column 13"),
-        ("nonsense", "not JSON: Expecting value at column 1"),
-        ("[" * 100_000, "not JSON: "),
-        ("1" * 5_000, "not JSON: "),
-        ('["a"]', "a row is an object, this is a list"),
-        ("null", "a row is an object, this is null"),
-        ("true", "a row is an object, this is true"),
-        ("3", "a row is an object, this is a number"),
-        ('"a"', "a row is an object, this is a string"),
-        ("{}", 'wanted "text", or "prompt" and "completion"; keys here: none'),
-        ('{"question": "a", "answer": "b"}', "keys here: 'question', 'answer'"),
-        ('{"prompt": "a"}', '"completion" is missing'),
-        ('{"completion": "a"}', '"prompt" is missing'),
-        (
-            '{"text": "a", "prompt": "b"}',
-            'a row has either "text" or "prompt" and "completion", this has both',
-        ),
-        ('{"text": null}', '"text" is null, wanted a string'),
-        ('{"text": 3.5}', '"text" is a number, wanted a string'),
-        ('{"prompt": ["a"], "completion": "b"}', '"prompt" is a list, wanted a string'),
-        ('{"prompt": "a", "completion": {}}', '"completion" is an object, wanted a string'),
-        ('{"prompt": "a", "completion": "  "}', '"completion" is empty'),
-        ('{"text": ""}', '"text" is empty'),
-        ('{"text": "a\\ud800b"}', '"text" holds half a surrogate pair, which is no character'),
-        (b'{"text": "\xff"}', "not UTF-8: byte 0xff at column 11"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_line_and_reason(written, line: str | bytes, reason: str) -> None:
-    line = line.encode() if isinstance(line, str) else line
-    path = written(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
-    with pytest.raises(DataError, match=re.escape(f"{path}:3: ") + ".*" + re.escape(reason)):
-        read_jsonl(path)
-
-
-def test_a_file_without_rows_or_without_being_there_is_an_error(written, tmp_path: Path) -> None:
-    for content in ("", "\n \n"):
-        with pytest.raises(DataError, match="rows.jsonl: the file is empty"):
-            read_jsonl(written(content))
-    with pytest.raises(DataError, match="none.jsonl: no such file"):
-        read_jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="cannot be read: Is a directory"):
-        read_jsonl(tmp_path)
 
 
 # Splits -----------------------------------------------------------------------------------------------
@@ -199,8 +122,8 @@ def test_an_unknown_domain_names_those_there_are(written) -> None:
     assert all(name in str(error.value) for name in BUILTIN)
     with pytest.raises(DataError, match="unknown domain 'zzz': built in are django-de, "):
         load_domain("zzz")
-    with pytest.raises(DataError, match="rows.csv: wanted a .jsonl or a .txt file"):
-        load_domain(str(written("a,b", "rows.csv")))
+    with pytest.raises(DataError, match="rows.tsv: wanted a file of .jsonl, .json, .csv, .parquet, .txt, or a folder"):
+        load_domain(str(written("a,b", "rows.tsv")))
     with pytest.raises(DataError, match="none.jsonl: no such file"):
         load_domain("none.jsonl")
 
@@ -367,69 +290,7 @@ def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch) -> None:
     assert packages.cache_folder().parts[-2:] == (".cache", "forgetless")
 
 
-# Encoding ---------------------------------------------------------------------------------------------
-
-
-def test_the_prompt_is_not_learnt_and_the_completion_ends(tokenizer) -> None:
-    row = encode(Example("ab", " c"), tokenizer, 16)
-    a, b, space, c = tokenizer("ab c")["input_ids"]
-    end = tokenizer.eos_token_id
-    assert row == {"input_ids": [a, b, space, c, end], "labels": [IGNORED, IGNORED, space, c, end]}
-    row = encode(Example("", "abc"), tokenizer, 16)
-    assert row["input_ids"] == row["labels"] == tokenizer("abc")["input_ids"]
-    row = encode(Example("ab", "c"), byte_tokenizer(eos=False), 16)
-    assert row == {"input_ids": [a, b, c], "labels": [IGNORED, IGNORED, c]}
-
-
-def test_a_tokenizer_that_begins_texts_does_so_here() -> None:
-    tokenizer = byte_tokenizer(bos=True)
-    start, a, b = tokenizer("ab")["input_ids"]
-    assert start == tokenizer.bos_token_id
-    assert encode(Example("a", "b"), tokenizer, 8)["input_ids"] == [start, a, b, tokenizer.eos_token_id]
-    assert encode(Example("", "ab"), tokenizer, 8) == {"input_ids": [start, a, b], "labels": [IGNORED, a, b]}
-    rows = windows("ababab", tokenizer, 3)
-    assert rows == [{"input_ids": [start, a, b], "labels": [IGNORED, a, b]}] * 3
-
-
-def test_too_long_an_example_loses_its_prompts_beginning_first(tokenizer) -> None:
-    ids = tokenizer("abcdefgh")["input_ids"] + [tokenizer.eos_token_id]
-    example = Example("abcde", "fgh")
-    assert encode(example, tokenizer, 6)["input_ids"] == ids[-6:]
-    assert encode(example, tokenizer, 6)["labels"] == [IGNORED, IGNORED, *ids[-4:]]
-    assert encode(example, tokenizer, 5)["labels"] == [IGNORED, *ids[-4:]]
-    assert encode(example, tokenizer, 3) == {"input_ids": ids[4:7], "labels": [IGNORED, *ids[5:7]]}
-    assert encode(Example("", "abcdefgh"), tokenizer, 3)["labels"] == ids[:3]
-    start = byte_tokenizer(bos=True)
-    assert encode(example, start, 3) == {
-        "input_ids": [start.bos_token_id, *ids[5:7]],
-        "labels": [IGNORED, *ids[5:7]],
-    }
-    for too_short in (1, 0):
-        with pytest.raises(ValueError, match=f"max_length is {too_short}, wanted 2 or more"):
-            encode(example, tokenizer, too_short)
-        with pytest.raises(ValueError, match=f"length is {too_short}, wanted 2 or more"):
-            windows("abc", tokenizer, too_short)
-
-
-@pytest.mark.parametrize("length", [2, 3, 4, 7, 100])
-@pytest.mark.parametrize("bos", [False, True])
-def test_windows_label_every_token_but_the_first_once(length: int, bos: bool) -> None:
-    tokenizer = byte_tokenizer(bos=bos)
-    for size in (1, 2, 3, 6, 7, 20):
-        text = "abcdefghijklmnopqrstuvwxyz"[:size]
-        rows = windows(text, tokenizer, length)
-        labelled = [label for row in rows for label in row["labels"] if label != IGNORED]
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert labelled == (ids if bos else ids[1:])
-        assert all(2 <= len(row["input_ids"]) <= length for row in rows)
-        assert all(row["labels"][0] == IGNORED for row in rows)
-        assert all(row["input_ids"][1:] == row["labels"][1:] for row in rows)
-    assert windows("", tokenizer, length) == []
-
-
-def test_a_domain_is_encoded_row_by_row_and_window_by_window(tokenizer) -> None:
-    rows = encode_domain([Example("a", "b"), Example("", "abcdef")], tokenizer, 4)
-    assert [len(row["input_ids"]) for row in rows] == [3, 4, 3]
+# Batches -----------------------------------------------------------------------------------------------
 
 
 def test_the_collator_pads_on_the_right(tokenizer) -> None:

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from forgetless.study import evaluate, models
-from forgetless.study.data import IGNORED, Collator, Example, encode_domain
+from forgetless.study.data import Collator, Example
+from forgetless.study.encoding import IGNORED, encode_domain
 from forgetless.study.evaluate import FactProbe, Score, facts, nll
 from forgetless.study.models import ModelError, describe, load_model
 from forgetless.study.packages import MissingPackage

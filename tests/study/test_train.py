@@ -12,7 +12,8 @@ from tiny_study import tiny_model, tiny_tokenizer
 
 import forgetless as fl
 from forgetless.study import train as module
-from forgetless.study.data import Collator, Example, encode_domain, in_batches
+from forgetless.study.data import Collator, Example, in_batches
+from forgetless.study.encoding import encode_domain
 from forgetless.study.options import BadInput
 from forgetless.study.train import DIVERGED, FINISHED, INTERRUPTED, Step, TrainConfig, train
 

@@ -13,6 +13,10 @@ Whatever makes a model with LoRA layers swaps it in: ``get_peft_model``, ``PeftM
 ``FORGETLESS_SWAP=0`` leaves everything as it is, for the outcomes to compare with. The last line says how many forward
 passes of LoRA layers ran on our op, so that a pass with nothing swapped in is seen. ``FORGETLESS_SWAP_OUT`` names a
 file for the outcome of every test.
+
+``FORGETLESS_CONFIG`` names one of ``fl.peft``'s configurations instead, for PEFT's plain cases on it: CLoRAConfig and
+LaLoRAConfig stand where the tests have LoraConfig, CURLoRAConfig (of rank 2, layers there are narrow) where they have
+GloraConfig, which has the same cases but for layers that are no linear ones.
 """
 
 import json
@@ -20,6 +24,7 @@ import os
 import re
 import sys
 from collections import Counter
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import peft
@@ -31,7 +36,9 @@ from forgetless.peft import routes, swap
 ROUTES: Counter[str] = Counter()
 REASONS: Counter[str] = Counter()  # of forward passes that were PEFT's own
 OUTCOMES: dict[str, tuple[str, str]] = {}  # test -> outcome, reason
-SWAP = os.environ.get("FORGETLESS_SWAP", "1") != "0"
+CONFIG = os.environ.get("FORGETLESS_CONFIG", "")
+SWAP = not CONFIG and os.environ.get("FORGETLESS_SWAP", "1") != "0"
+PLAIN = re.compile(r"Vanilla MLP \d+ (GLoRA|LoRA)-|Embedding \+ transformers Conv1D \d LoRA-")
 
 
 def swapped(model):
@@ -55,7 +62,17 @@ def counted(route):
     return wrapper
 
 
+def replace_config():
+    ours = getattr(fl.peft, CONFIG)
+    if CONFIG == "CURLoRAConfig":
+        ours = make_dataclass("CURLoRAConfig", [("r", int, 2)], bases=(ours,))
+    setattr(peft, "GloraConfig" if CONFIG == "CURLoRAConfig" else "LoraConfig", ours)
+    return ours
+
+
 def pytest_configure(config):
+    if CONFIG:
+        config.ours = replace_config()
     if not SWAP:
         return
     swap._Taker.route = counted(swap._Taker.route)
@@ -70,10 +87,15 @@ def of_lora(item):
     return parameters.get("config_cls", peft.LoraConfig) is peft.LoraConfig
 
 
+def of_ours(item, ours):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("config_cls") is ours and PLAIN.search(item.name)
+
+
 def pytest_collection_modifyitems(config, items):
-    others = [item for item in items if not of_lora(item)]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if of_lora(item)]
+    chosen = [item for item in items if (of_ours(item, config.ours) if CONFIG else of_lora(item))]
+    config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
+    items[:] = chosen
 
 
 def pytest_runtest_logreport(report):

@@ -60,6 +60,7 @@ def finetune(folder: Path, name: str, *more: str) -> int:
     from forgetless.cli.main import main
 
     sizes = ["--steps", "3", "--batch-size", "4", "--accumulate", "2", "--max-length", "24", "--lr", "1e-2"]
+    sizes += ["--keep", str(folder / "prose.jsonl")]
     given = ["--model", str(folder / "model"), "--data", str(folder / "upper.jsonl"), "--device", "cpu"]
     method = ["--method", "clora:k=4,rank=4", "--dtype", "float32"]
     return main(["finetune", *given, *sizes, *method, "--out", str(folder / name), *more])
