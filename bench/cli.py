@@ -15,12 +15,13 @@ BENCHES = {
     "step": "a training step of a whole model",
     "memory": "what is saved for the backward pass, and the peak",
     "dispatch": "what a call costs before any arithmetic",
-    "host": "what a layer costs the host on the CUDA path, without a GPU; needs Triton and transformers",
 }
 OTHERS = {
     "qlora": "training on a base in NF4, with PEFT and swapped in; needs bitsandbytes",
-    "all": "every benchmark above but qlora, one after the other",
-    "gpu": "on a CUDA machine: the correctness checks, then every benchmark, in at most ten minutes",
+    "host": "what a layer costs the host on the CUDA path, without a GPU; needs Triton and transformers",
+    "all": "every benchmark above but qlora and host, one after the other",
+    "check": "every kernel against float64 on this device",
+    "gpu": "on a CUDA machine: check, then every benchmark, the most important first, in ten minutes",
     "targets": "compile every kernel for every card, without one; what fits, what spills",
     "static": "bytes, FLOPs and predicted times of every kernel",
     "report": "write every table of README and docs from the JSON in bench/results",

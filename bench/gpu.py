@@ -1,96 +1,121 @@
-"""Everything that a GPU can tell, in one command and at most ten minutes: ``python -m bench gpu``.
+"""Everything that a GPU can tell, in one command and in the minutes it is given: ``python -m bench gpu --minutes 9``.
 
-First correctness: ``forgetless doctor``, then the tests of the kernels and of the op, natively on this device.
-Nothing is timed if one of them fails. Then every benchmark, into bench/results/<benchmark>-<gpu>.json, ready to be
-committed. Without a GPU it says what is missing; no number is made up.
+Each part runs in a process of its own, the most important first, and writes bench/results/<part>-<gpu>.json, ready to
+be committed, as it goes: a part that fails, faults or is out of time costs the others nothing. First every kernel is
+checked against float64; one that is wrong is named, and the rest is measured. Needs no network, and neither PEFT nor
+transformers: what needs them is left out. Without a GPU it says what is missing; no number is made up.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from . import dispatch, layer, memory, penalty, step
-from .harness import RESULTS, ROOT, Parser
+from .check import KERNELS
+from .harness import RESULTS, Parser, Results, tag, write_json
 
-TESTS = ("tests/triton_kernels/test_kernels.py", "tests/ops/test_ops.py")
-#: Module, its arguments, and the seconds that must be left when it starts.
-BENCHES: tuple[tuple[Any, list[str], int], ...] = (
-    (dispatch, ["--seconds", "10"], 60),
-    (penalty, ["--seconds", "15"], 60),
-    (step, ["--seconds", "30"], 60),
-    (memory, [], 60),
-    (layer, ["--seconds", "3"], 20),
-    (layer, ["--seconds", "3", "--sweep"], 20),
-)
+#: How a module is run in a process of its own.
+PYTHON = (sys.executable, "-m")
+
+
+class Part(NamedTuple):
+    """One benchmark of the run: its command line, and the most it may take of the time that is left when it starts."""
+
+    arguments: Sequence[str]
+    share: float
+
+
+#: The most important first. Rank 16 and bfloat16; without dropout first.
+PARTS = {
+    "layer": Part(["layer", "--compile", "--seconds", "1"], 0.6),
+    "step": Part(["step", "--seconds", "10"], 0.5),
+    "memory": Part(["memory"], 0.4),
+    "penalty": Part(["penalty", "--seconds", "10"], 0.5),
+    "dispatch": Part(["dispatch", "--seconds", "5"], 0.5),
+    "sweep": Part(["layer", "--sweep", "--seconds", "1"], 0.9),
+}
+#: Of the time, the most that the checks may take; and the seconds that a part needs to begin at all.
+CHECKS, LEAST = 0.3, 20
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="forgetless bench gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="for everything, default 10")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--no-tests", action="store_true", help="no pytest, only forgetless doctor")
-    parser.add_argument("--smoke", action="store_true", help="rehearse it at tiny sizes, on a CPU if need be")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default bench/results")
+    parser.add_argument("--smoke", action="store_true", help="rehearse it at tiny sizes")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(missing())
-        if not options.smoke:
-            return 1
+        return 1
     begin = time.monotonic()
     end = begin + 60 * options.minutes
-    if not options.smoke and not correct(0.4 * (end - begin), tests=not options.no_tests):
-        print("nothing was timed", file=sys.stderr)
-        return 1
-    run_all(["--smoke"] if options.smoke else ["--out", str(options.out)], end)
+    shared = ["--out", str(options.out), *(["--smoke"] if options.smoke else [])]
+    failed = check_kernels(shared, options.out, begin + CHECKS * (end - begin))
+    failed += [name for name, part in PARTS.items() if not measure(name, part, shared, end)]
     print(f"done in {time.monotonic() - begin:.0f} s; now: python -m bench report, then commit")
+    for name in failed:
+        print(f"note: {name} failed or was left out, see above")
     return 0
 
 
-def run_all(shared: Sequence[str], end: float) -> None:
-    """Every benchmark that time allows, until ``end`` (``time.monotonic``)."""
-    for bench, more, least in BENCHES:
-        name = " ".join([bench.__name__.rpartition(".")[2], *more])
-        if time.monotonic() > end - least:
-            print(f"note: {name} left out: out of time")
-            continue
-        print(f"\n== {name}", flush=True)
-        try:
-            if bench is layer:
-                layer.main([*shared, *more], deadline=end - 15)
-            else:
-                bench.main([*shared, *more])
-        except ImportError as error:  # transformers or peft is not there
-            print(f"note: {name} left out: {error}")
+def check_kernels(shared: Sequence[str], out: Path, end: float) -> list[str]:
+    """Every kernel against float64, in one result file; those that there is no result of.
+
+    A kernel that faults leaves its process without a card: the kernels after it are checked in a new one.
+    """
+    path = out / f"check-{tag(torch.device('cuda'))}.json"
+    todo, lost = list(KERNELS), []
+    merged: Results = {}
+    while todo and time.monotonic() < end:
+        path.unlink(missing_ok=True)
+        run("check", [*shared, "--kernels", *todo], end - time.monotonic())
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": [], "notes": []}
+        merged = {**results, **{key: merged.get(key, []) + results[key] for key in ("rows", "notes")}}
+        done = {row["provider"] for row in results["rows"]}
+        if not done:  # the process died of the first
+            lost.append(todo.pop(0))
+        todo = [kernel for kernel in todo if kernel not in done]
+    if merged.get("rows"):
+        merged["notes"] += [f"{kernel} was not checked" for kernel in (*lost, *todo)]
+        write_json(path, merged)
+    return [f"check of {kernel}" for kernel in (*lost, *todo)]
+
+
+def measure(name: str, part: Part, shared: Sequence[str], end: float) -> bool:
+    """Run one part in its share of the time that is left; whether it came to its end."""
+    seconds = part.share * (end - time.monotonic())
+    if seconds < LEAST:
+        print(f"note: {name} left out: out of time")
+        return False
+    budget = ["--budget", f"{0.8 * seconds:.0f}"] if "layer" in part.arguments else []
+    return run(part.arguments[0], [*part.arguments[1:], *budget, *shared], seconds) == 0
+
+
+def run(name: str, arguments: Sequence[str], seconds: float) -> int | None:
+    """The exit code of one benchmark in a process of its own; None if it was stopped after so many seconds."""
+    command = [*PYTHON, str(__package__), name, *arguments]
+    print(f"\n== {' '.join([name, *arguments])}", flush=True)
+    try:
+        code = subprocess.run(command, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        print(f"note: {name} was stopped after {seconds:.0f} s; what it had measured is written")
+        return None
+    if code:
+        print(f"note: {name} ended with exit code {code}")
+    return code
 
 
 def missing() -> str:
-    names = ", ".join(f"{name}-<gpu>.json" for name in ("layer", "sweep", "penalty", "step", "memory", "dispatch"))
+    names = ", ".join(f"{name}-<gpu>.json" for name in ("check", *PARTS))
     return (
         f"No CUDA device here: {names} are missing, and nothing is invented in their place.\n"
-        "To fill them: on a machine with an NVIDIA GPU of sm_80 or later, run  python -m bench gpu\n"
-        "(checks first, at most ten minutes), then  python -m bench report, and commit."
+        "To fill them: on a machine with an NVIDIA GPU of sm_80 or later, run  python -m bench gpu --minutes 9\n"
+        "(the most important first), then  python -m bench report, and commit."
     )
-
-
-def correct(budget: float, tests: bool) -> bool:
-    """``forgetless doctor``, then the tests of the kernels and of the op, on this device; of the tests those that lie
-    beside this package, in at most ``budget`` seconds."""
-    runs = [[sys.executable, "-m", "forgetless", "doctor"]]
-    paths = [test for test in TESTS if (ROOT / test).exists()] if tests else []
-    if paths:
-        runs.append([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths])
-    end = time.monotonic() + budget
-    for run in runs:
-        print(f"== {' '.join(run[2:])}", flush=True)
-        try:
-            if subprocess.run(run, cwd=ROOT, timeout=max(1.0, end - time.monotonic())).returncode:
-                return False
-        except subprocess.TimeoutExpired:
-            print(f"note: not finished in {budget:.0f} s")
-    return True

@@ -129,6 +129,17 @@ def cuda_times(name: str, runs: Sequence[Run]) -> list[float]:
     return [a.elapsed_time(b) * 1e-3 for a, b in zip(marks, marks[1:], strict=False)]
 
 
+class HostTime:
+    """What the host alone takes of each part: to issue the work, with nothing waiting on the card before it."""
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = runs
+
+    def times(self) -> list[float]:
+        torch.cuda.synchronize()
+        return Clock().times("", self.runs)
+
+
 def interleave(
     providers: Mapping[str, Provider],
     rounds: int,
@@ -183,20 +194,22 @@ def row(case: str, provider: str, phase: str, metric: str, value: float | None, 
     }  # fmt: skip
 
 
-def time_row(case: str, provider: str, phase: str, rounds: Sequence[float]) -> Row:
+def time_row(case: str, provider: str, phase: str, rounds: Sequence[float], metric: str = "time") -> Row:
     """The median of the rounds, in seconds."""
     middle, spread = median_and_spread(rounds)
     kept = [float(f"{value:.4g}") for value in rounds]
-    return row(case, provider, phase, "time", middle, "s", low=min(rounds), spread=spread, rounds=kept)
+    return row(case, provider, phase, metric, middle, "s", low=min(rounds), spread=spread, rounds=kept)
 
 
-def time_rows(case: str, times: Mapping[str, list[list[float]]], phases: Sequence[str]) -> list[Row]:
+def time_rows(
+    case: str, times: Mapping[str, list[list[float]]], phases: Sequence[str], metric: str = "time"
+) -> list[Row]:
     """A row for each provider and phase; for several parts also "both", their sum in every round."""
     rows = []
     for provider, parts in times.items():
-        rows += [time_row(case, provider, phase, part) for phase, part in zip(phases, parts, strict=True)]
+        rows += [time_row(case, provider, phase, part, metric) for phase, part in zip(phases, parts, strict=True)]
         if len(parts) > 1:
-            rows.append(time_row(case, provider, "both", [sum(part) for part in zip(*parts, strict=True)]))
+            rows.append(time_row(case, provider, "both", [sum(part) for part in zip(*parts, strict=True)], metric))
     return rows
 
 
@@ -288,18 +301,22 @@ def finish(results: Results, options: argparse.Namespace) -> Results:
     """Print the tables and the notes, and write the file."""
     from .tables import section
 
-    device = torch.device(options.device)
-    if device.type == "cuda":
+    if torch.device(options.device).type == "cuda":
         results["machine"]["clocks_after"] = clocks()
     print(section(results))
-    if options.out is None and options.smoke:
-        print("smoke run: nothing is written, nothing was measured")
-        return results
-    out = options.out or RESULTS
-    path = out if out.suffix == ".json" else out / f"{results['kind']}-{tag(device)}.json"
-    write_json(path, results)
-    print(f"written to {path}")
+    path = save(results, options)
+    print("smoke run: nothing is written, nothing was measured" if path is None else f"written to {path}")
     return results
+
+
+def save(results: Results, options: argparse.Namespace) -> Path | None:
+    """Write the file, also of a run that is not at its end; a smoke run without ``--out`` has none."""
+    if options.out is None and options.smoke:
+        return None
+    out = options.out or RESULTS
+    path = out if out.suffix == ".json" else out / f"{results['kind']}-{tag(torch.device(options.device))}.json"
+    write_json(path, results)
+    return path
 
 
 def read(path: Path) -> Results:

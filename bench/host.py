@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -68,12 +68,14 @@ class NoCard:
         return 0
 
 
+Card = TypeVar("Card", bound=NoCard)
+
+
 @contextmanager
-def no_card() -> Iterator[NoCard]:
+def no_card(active: Card) -> Iterator[Card]:
     """Within the block, what Triton launches on tensors of the CPU is compiled for sm_90 and not run."""
     if knobs.runtime.interpret:
         raise BadInput("TRITON_INTERPRET is set: the interpreter has no launch to measure")
-    active = NoCard()
     with (
         mock.patch.object(driver, "_active", active),
         mock.patch.object(tiles, "arch_of", lambda device: ARCH),
@@ -106,7 +108,7 @@ class Step:
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaModel
 
-    sizes = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 4}
+    sizes: Any = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 4}
     torch.manual_seed(0)
     model: nn.Module = LlamaModel(LlamaConfig(num_hidden_layers=BLOCKS, **sizes))
     return model.to(torch.bfloat16).train()
@@ -143,7 +145,7 @@ def main(arguments: list[str] | None = None) -> Results:
     torch.set_num_threads(1)  # a second one would do the CPU's products, which are not what is measured
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
-        card = stack.enter_context(no_card())
+        card = stack.enter_context(no_card(NoCard()))
         runs = steps()
         times = interleave(runs, options.rounds, 2 if options.smoke else 10, "cpu", options.seconds)
         results["rows"] = time_rows(CASE, times, ("forward", "backward"))

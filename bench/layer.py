@@ -7,15 +7,18 @@
 Providers: the frozen layer with the gradient of its input (an ideal adapter costs 1.00 of it), ours, PEFT with its
 defaults and with adapters in the layer's dtype, the formula in eager PyTorch, and a 20-line autograd Function with
 LoRAFusion's split. CURLoRA is compared with its authors' dense form. Backward is that of the input and of the adapter.
+On CUDA ours is measured by every plan too, and the host's time beside the card's.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +27,22 @@ import forgetless as fl
 
 from .against import Both, Measured, providers
 from .bytes import peak_bytes, saved_bytes
-from .harness import FROZEN, OURS, Results, Row, finish, interleave, parser, row, start, time_rows
+from .harness import FROZEN, OURS, HostTime, Results, Row, finish, interleave, parser, row, save, start, time_rows
 from .providers import NO_PEFT, curlora_layers, frozen_linear, have_peft, lora_layers, random_factors
 from .shapes import CPU, GPU, METHODS, SHAPES, Case, fitting, grid, sweeps
 
 SCALE = 2.0
+PHASES = ("forward", "backward")
+FUSED = ("split", "full", "once")
 
 
 class Layer:
-    """One provider on one input. ``backend``: run the op on that one, else as the op decides."""
+    """One provider on one input. ``backend``: run the op on that one or by that plan, else as the op decides."""
 
     def __init__(self, module: nn.Module, base: nn.Module, x: Tensor, dy: Tensor, backend: str | None = None):
         self.module, self.base, self.x, self.dy = module, base, x.detach().requires_grad_(True), dy
         self.leaves = [self.x, *(p for p in module.parameters() if p.requires_grad)]
-        self.backend: Callable[[], Any] = nullcontext if backend is None else partial(fl.ops.backend, backend)
+        self.backend: Callable[[], Any] = nullcontext if backend is None else partial(within, backend)
         self.y: Tensor | None = None
 
     @property
@@ -65,6 +70,13 @@ class Layer:
         return {"saved": saved, "peak": peak_bytes(self.both, self.x.device)}
 
 
+def within(name: str) -> AbstractContextManager[Any]:
+    """The block in which the op runs on that backend, or by that plan, without another in its place."""
+    if name in FUSED:
+        return mock.patch.dict(os.environ, FORGETLESS_PLAN=f"{name},strict")
+    return fl.ops.backend(name)
+
+
 def make(
     case: Mapping[str, Any], device: str = "cpu", compiled: bool = False, backends: Sequence[str] = ()
 ) -> tuple[dict[str, Layer], list[str]]:
@@ -72,7 +84,7 @@ def make(
 
     Args:
         case: the fields of a ``shapes.Case``.
-        backends: of ours, rows of their own beside what the op decides.
+        backends: or plans of ours, rows of their own beside what the op decides.
     """
     one, place = Case(**case), torch.device(device)
     torch.manual_seed(0)
@@ -103,8 +115,8 @@ def make(
 
 
 def other_backends(device: torch.device) -> tuple[str, ...]:
-    """What ours is also measured on: BLAS beside the fused kernels."""
-    return ("blas",) if device.type == "cuda" else ()
+    """What ours is also measured on: BLAS, and every plan of the fused kernels."""
+    return ("blas", *FUSED) if device.type == "cuda" else ()
 
 
 def measure(
@@ -112,7 +124,10 @@ def measure(
 ) -> None:
     """The rows of one case."""
     times = interleave({name: one.runs for name, one in made.items()}, rounds, 2, device, seconds)
-    rows = time_rows(case.name, times, ("forward", "backward"))
+    rows = time_rows(case.name, times, PHASES)
+    if device.type == "cuda":
+        hosts = {name: HostTime(one.runs) for name, one in made.items() if isinstance(one.runs, Sequence)}
+        rows += time_rows(case.name, interleave(hosts, rounds, 1, "cpu", seconds), PHASES, "host time")
     for name, one in made.items():
         if name != "torch.compile":
             sizes = one.sizes()
@@ -140,8 +155,7 @@ def peaks(device: torch.device, dtypes: Iterable[torch.dtype], smoke: bool = Fal
     return [*rows, row("machine", "bytes", "copy", "peak", 2 * source.numel() / min(times["copy"][0]) * 1e-9, "GB/s")]
 
 
-def main(arguments: list[str] | None = None, deadline: float | None = None) -> Results:
-    """Run from the command line; ``deadline`` (``time.monotonic``) leaves the remaining cases out."""
+def main(arguments: list[str] | None = None) -> Results:
     made = parser(__doc__, "layer", 9)
     cuda = torch.cuda.is_available()
     made.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(GPU if cuda else CPU))
@@ -152,12 +166,13 @@ def main(arguments: list[str] | None = None, deadline: float | None = None) -> R
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     made.add_argument("--sweep", action="store_true", help="instead: a shape by rank, one by tokens; own file")
     made.add_argument("--compile", action="store_true", help="torch.compile of the formula too")
+    made.add_argument("--budget", type=float, help="leave out the cases that have not begun after so many seconds")
     made.add_argument("--against", metavar="COMMIT", help="measure that commit of the library too")
     options = made.parse_args(arguments)
     if options.smoke:
         options.shapes, options.tokens, options.ranks = ["tiny"], [8], [4]
         options.dtypes, options.rounds = options.dtypes[:1], 2
-    device = torch.device(options.device)
+    device, begin = torch.device(options.device), time.monotonic()
     results = start("layer", options, arguments)
     if options.sweep:
         results["kind"], cases = "sweep", sweeps(options, device, results["notes"])
@@ -170,7 +185,7 @@ def main(arguments: list[str] | None = None, deadline: float | None = None) -> R
     with ExitStack() as stack:
         both = stack.enter_context(Both(options.against)) if options.against else None
         for index, case in enumerate(cases):
-            if deadline is not None and time.monotonic() > deadline:
+            if options.budget is not None and time.monotonic() - begin > options.budget:
                 results["notes"].append(f"{len(cases) - index} cases left out: out of time")
                 break
             about = {key: value for key, value in case.about().items() if key in Case.__dataclass_fields__}
@@ -178,6 +193,7 @@ def main(arguments: list[str] | None = None, deadline: float | None = None) -> R
             spec["backends"] = other_backends(device)
             layers = providers(both, "layer", spec, results)
             measure(case, layers, device, options.rounds, options.seconds, results)
+            save(results, options)
             print(f"measured {case.name}", flush=True)
             if options.compile:
                 torch._dynamo.reset()

@@ -19,6 +19,8 @@ from .tables import (
     NONE,
     SECTIONS,
     clora_speedup,
+    host_overheads,
+    host_share,
     layer_verdict,
     lora_times,
     number,
@@ -151,6 +153,10 @@ def rest_section(results: Mapping[str, Results]) -> str:
         rows.append(["CLoRA's penalty: times faster than the authors' loop, by basis", text])
     if "memory" in results:
         rows += memory_shares(results["memory"])
+    if "host" in results:
+        names = [name for name in host_overheads(results["host"]) if name.startswith(OURS)]
+        hosts = ", ".join(f"{name} {number(host_share(results['host'], name))}" for name in names)
+        rows.append(["host time over frozen on the CUDA path, without a card: / PEFT's", hosts])
     if not rows:
         return ""
     text = table(["whole model", "measured"], rows)

@@ -43,6 +43,10 @@ SHAPES: dict[str, Shape] = {
     "llama3.k": Shape("Llama-3-8B, Mistral-7B", "k/v", 1024, 4096),
     "llama3.up": Shape("Llama-3-8B, Mistral-7B", "gate/up", 14336, 4096),
     "llama3.down": Shape("Llama-3-8B, Mistral-7B", "down", 4096, 14336),
+    "llama1b.q": Shape("Llama-3.2-1B", "q/o", 2048, 2048),
+    "llama1b.k": Shape("Llama-3.2-1B", "k/v", 512, 2048),
+    "llama1b.up": Shape("Llama-3.2-1B", "gate/up", 8192, 2048),
+    "llama1b.down": Shape("Llama-3.2-1B", "down", 2048, 8192),
     "qwen2.5.q": Shape("Qwen2.5-7B", "q/o", 3584, 3584),
     "qwen2.5.k": Shape("Qwen2.5-7B", "k/v", 512, 3584),
     "qwen2.5.up": Shape("Qwen2.5-7B", "gate/up", 18944, 3584),
@@ -52,7 +56,8 @@ SHAPES: dict[str, Shape] = {
 }
 #: One shape or two of each model that a small CPU gets through.
 CPU = ("smollm2.q", "smollm2.up", "gpt2.qkv", "qwen2.5.k", "llama3.q")
-GPU = ("llama3.q", "llama3.k", "llama3.up", "llama3.down", "qwen2.5.up")
+#: The most important first: a run that is short of time leaves out the last.
+GPU = ("llama3.q", "llama3.up", "llama3.down", "llama3.k", "llama1b.q", "llama1b.up", "llama1b.down", "llama1b.k")
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,13 @@ class Case:
 
 
 def grid(options: argparse.Namespace) -> list[Case]:
-    """Every combination of the options; CURLoRA has no dropout."""
+    """Every combination of the options, all shapes of one kind before the next; CURLoRA has no dropout."""
     return [
         Case(shape, M, R, dtype, dropout, method)
-        for shape in options.shapes
         for dtype in options.dtypes
         for method in options.methods
         for dropout in (options.dropout if method == "lora" else [0.0])
+        for shape in options.shapes
         for M in options.tokens
         for R in options.ranks
     ]

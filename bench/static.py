@@ -86,7 +86,7 @@ def matmul_lowrank_descriptor_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes
 
 def outer_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     """Loads and stores of outer: the last program of a block of columns adds up its strips"""
-    R = pad_rank(s.R)
+    R = pad_rank(s.R, most=32 if s.element == 4 else 128)
     columns, blocks_r = cdiv(s.K, tile.BLOCK_K), cdiv(s.R, R)
     strips, steps = strips_of(s.M, tile.BLOCK_M, columns * blocks_r)
     loads = {"g": columns * blocks_r * R * s.M * s.element, "x": columns * tile.BLOCK_K * s.M * s.element * blocks_r}

@@ -190,7 +190,7 @@ def layer_text(results: Results) -> str:
         text += f"\n**{method}, {dtype}{dropped}{''.join(f', {key}={cases[0][key]}' for key in fixed)}**\n\n"
         text += table(["provider", *titles], rows)
     text += "".join(f"\n{line}\n" for line in layer_verdict(results))
-    return text + against_text(results, "both") + saved_text(results)
+    return text + against_text(results, "both") + host_text(results) + saved_text(results)
 
 
 def saved_text(results: Results) -> str:
@@ -287,8 +287,53 @@ def dispatch_text(results: Results) -> str:
     return text + provider_table(rows, "provider", columns, rows[0]["provider"])
 
 
+def host_overheads(results: Results) -> dict[str, dict[str, float]]:
+    """provider -> phase -> seconds of the host over the frozen model, per layer."""
+    times: dict[str, dict[str, float]] = {}
+    for row in select(results, metric="time"):
+        times.setdefault(row["provider"], {})[row["phase"]] = row["value"]
+    frozen = times.pop(FROZEN)
+    return {name: {phase: value - frozen[phase] for phase, value in each.items()} for name, each in times.items()}
+
+
+def host_share(results: Results, name: str) -> float | None:
+    """A provider's overhead over PEFT's, forward and backward together."""
+    over = host_overheads(results)
+    return over[name]["both"] / over[PEFT]["both"] if PEFT in over else None
+
+
+def host_bench_text(results: Results) -> str:
+    launches, lines = {row["provider"]: f"{row['value']:.2f}" for row in select(results, metric="launches")}, []
+    for name, over in host_overheads(results).items():
+        cells = [number(over[phase] * 1e6, 0) for phase in ("forward", "backward", "both")]
+        lines.append([name, *cells, number(host_share(results, name)), launches.get(name, NONE)])
+    titles = ["µs over frozen", "forward", "backward", "both", "× PEFT", "Triton's launches"]
+    case = results["rows"][0]["case"]
+    return f"{case}. Per adapted layer, without a card: what the host does.\n\n" + table(titles, lines)
+
+
+def check_text(results: Results) -> str:
+    """How near each kernel's worst result comes to its limit; what is over it or without a result is in the notes."""
+    rows = []
+    for kernel, values in by_provider(select(results, phase="check")).items():
+        right = [value for value in values if value is not None and value <= 1]
+        rows.append([kernel, f"{len(right)} of {len(values)}", number(max(right, default=None))])
+    return table(["kernel", "right", "worst error of these, of the limit"], rows)
+
+
+def host_text(results: Results) -> str:
+    """What the host takes to issue a layer's work."""
+    times = by_case(select(results, phase="both", metric="host time"))
+    rows = []
+    for name in unique(name for case in times.values() for name in case):
+        cells = [number(case[name]["value"] * 1e6, 0) if name in case else NONE for case in times.values()]
+        rows.append([name, *cells])
+    return "\nThe host's time for the same, µs:\n\n" + table(["provider", *times], rows) if rows else ""
+
+
 #: kind -> (title, text).
 SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "check": ("The kernels against float64", check_text),
     "step": ("One training step", step_text),
     "layer": ("One layer", layer_text),
     "sweep": ("One layer, by rank and by tokens", layer_text),
@@ -296,6 +341,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "memory": ("Memory", memory_text),
     "qlora": ("QLoRA", qlora_text),
     "dispatch": ("Dispatch", dispatch_text),
+    "host": ("Host time on the CUDA path", host_bench_text),
 }
 
 

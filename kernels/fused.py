@@ -97,7 +97,7 @@ def dx_and_ddown(
                     pairs += dy, weight.T
             if not pairs:
                 pairs = [g.new_empty(g.shape[0], 0), g.new_empty(down.shape[1], 0)]
-            term = add_products(pairs, part, down.T, None, p, seed)
+            term = add_products(pairs, part, down.T, p, seed)
             dx = term if dx is None else dx.add_(term)
     return dx, None if x is None else outer(g, x, p, seed, dtype, more)
 

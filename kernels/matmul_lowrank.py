@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -180,9 +181,7 @@ def programs_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _add_products(
-    h: Facts, up: Facts, bias: Facts | None, y: Facts, seed: Facts | None, *others: Facts | float | str
-) -> Launch:
+def _add_products(h: Facts, up: Facts, bias: Facts | None, y: Facts, seed: Facts | None, *others: Any) -> Launch:
     """The launch of ``add_products``; ``others`` are x and weight of each product, then p and the precision"""
     *pairs, p, precision = others
     xs, weights = pairs[::2], pairs[1::2]
@@ -193,7 +192,7 @@ def _add_products(
         assert x.shape[0] == M and weight.shape == (N, x.shape[1]) and x.dtype == weight.dtype == dtype
     stored = weights[0].stride[1] == 1  # as a linear layer does; its transpose is dx's weight
     kernel = "matmul_lowrank" if stored else "matmul_lowrank_t"
-    named = {
+    named: dict[str, Any] = {
         "M": M, "N": N, "stride_hm": h.stride[0], "stride_hr": h.stride[1],
         "stride_un": up.stride[0], "stride_ur": up.stride[1], "stride_b": 0 if bias is None else bias.stride[0],
         "threshold": threshold_of(p), "R": R, "HAS_BIAS": bias is not None, "HAS_DROP": seed is not None, "GROUP_M": 8,
@@ -224,36 +223,34 @@ def _add_products(
     )  # fmt: skip
 
 
+def _operands(launch: Launch, pairs: Sequence[Tensor], y: Tensor) -> list[Any]:
+    """The kernel's first operands: the products' and y, as they are or by descriptors"""
+    absent = [None] * (2 * MOST_PAIRS - len(pairs))
+    if not launch.blocks:
+        return [*pairs, *absent, y]
+    (of_x, of_weight, of_y), described = launch.blocks, []
+    for x, weight in zip(pairs[::2], pairs[1::2], strict=True):
+        shape, stride = weight.shape, weight.stride()
+        if launch.named["TRANSPOSED"]:
+            shape, stride = shape[::-1], stride[::-1]
+        described.append(TensorDescriptor(x, x.shape, x.stride(), of_x))
+        described.append(TensorDescriptor(weight, shape, stride, of_weight))
+    return [*described, *absent, TensorDescriptor(y, y.shape, y.stride(), of_y)]
+
+
 def add_products(
     pairs: Sequence[Tensor],  # x (M, K) and weight (N, K) of each product, K its own: one to MOST_PAIRS products
     h: Tensor,  # (M, R), dtype of x
     up: Tensor,  # (N, R)
-    bias: Tensor | None = None,  # (N,)
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
 ) -> Tensor:  # (M, N), dtype of h
-    """y = sum of x @ weight.T + bias + drop(h @ up.T), rounded once; the weights all stored by rows, or by columns"""
+    """y = sum of x @ weight.T + drop(h @ up.T), rounded once; the weights all stored by rows, or by columns"""
     y = tl_utils.empty((h.shape[0], up.shape[0]), h.dtype, h)
-    if h.shape[0] == 0:
-        return y
-    seed = dropping(p, seed)
-    launch = prepared(_add_products, (h, up, bias, y, seed, *pairs), p, dot_precision(h.dtype))
-    absent = (None,) * (2 * MOST_PAIRS - len(pairs))
-    if launch.blocks:
-        blocks, transposed = launch.blocks, launch.named["TRANSPOSED"]
-        operands: list[TensorDescriptor | None] = []
-        for x, weight in zip(pairs[::2], pairs[1::2], strict=True):
-            shape, stride = weight.shape, weight.stride()
-            if transposed:
-                shape, stride = shape[::-1], stride[::-1]
-            operands += (
-                TensorDescriptor(x, x.shape, x.stride(), blocks[0]),
-                TensorDescriptor(weight, shape, stride, blocks[1]),
-            )
-        described = TensorDescriptor(y, y.shape, y.stride(), blocks[2])
-        launch(h, 0, *operands, *absent, described, h, up, bias, seed)
-    else:
-        launch(h, 0, *pairs, *absent, y, h, up, bias, seed)
+    if h.shape[0]:
+        seed = dropping(p, seed)
+        launch = prepared(_add_products, (h, up, None, y, seed, *pairs), p, dot_precision(h.dtype))
+        launch(h, 0, *_operands(launch, pairs, y), h, up, None, seed)
     return y
 
 
@@ -267,4 +264,9 @@ def matmul_lowrank(
     seed: Tensor | None = None,  # (2,) int32
 ) -> Tensor:  # (M, N), dtype of x
     """y = x @ weight.T + bias + drop(h @ up.T), rounded once"""
-    return add_products((x, weight), h, up, bias, p, seed)
+    y = tl_utils.empty((h.shape[0], up.shape[0]), h.dtype, h)
+    if h.shape[0]:
+        seed = dropping(p, seed)
+        launch = prepared(_add_products, (h, up, bias, y, seed, x, weight), p, dot_precision(h.dtype))
+        launch(h, 0, *_operands(launch, (x, weight), y), h, up, bias, seed)
+    return y

@@ -106,7 +106,8 @@ def _outer(*given: Any) -> Launch:
     g, x, out, seed, *_, firsts, p, precision = given
     (M, R), (_, K) = g.shape, x.shape
     assert x.shape == (M, K) and x.dtype in FLOATS and g.dtype == x.dtype
-    BLOCK_R = pad_rank(R)
+    # With a mask, sm_100 takes float32 from 64 ranks on to its tensor cores, as TF32 or not at all, whatever is asked.
+    BLOCK_R = pad_rank(R, most=32 if x.dtype == torch.float32 else 128)
     tile = tile_for("outer", x.device, x.dtype.itemsize, BLOCK_R)
     columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
     strips, steps = strips_of(M, tile["BLOCK_M"], columns, 256 - len(firsts) * columns)
@@ -134,8 +135,8 @@ def outer(
     seed, jobs, tensors, firsts = dropping(p, seed), *_jobs(more)
     launch = prepared(_outer, (g, x, out, seed, *tensors), firsts, p, dot_precision(x.dtype))
     columns, strips, _ = launch.grid
-    part = out if strips == 1 else tl_utils.empty((strips, R, K), torch.float32, x)
-    tickets = part if strips == 1 else tl_utils.tickets(columns, x)
+    part = tl_utils.empty((strips if strips > 1 else 0, R, K), torch.float32, x)
+    tickets = tl_utils.tickets(columns, x)
     launch(x, part.data_ptr() | tickets.data_ptr(), g, x, out, part, tickets, seed, jobs)
     return out
 
@@ -174,7 +175,8 @@ def _project_outer_kernel(
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
     h_ptrs += (offs_r % R).to(tl.int64)[None, :] * stride_hr
-    g_ptrs = g_part_ptr + (pid_k * tl.cast(M, tl.int64) + offs_m)[:, None] * R + offs_r[None, :]
+    size_g = M * tl.cast(R, tl.int64)
+    g_ptrs = g_part_ptr + pid_k * size_g + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
     acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
     rounds = steps
     for j in tl.static_range(len(jobs)):
@@ -182,7 +184,7 @@ def _project_outer_kernel(
             part = out_part_ptr + strip * (K * tl.cast(R, tl.int64))
             sum_rows(jobs[j], part, 1, R, offs_r, offs_k, R, x_ptr.dtype.element_ty, PRECISION)
             rounds = 0
-    for _ in range(0, rounds):
+    for step in range(0, rounds):
         mask_m = offs_m < M
         h = tl.load(h_ptrs, mask=mask_m[:, None], other=0.0)
         if EVEN_K:
@@ -192,14 +194,15 @@ def _project_outer_kernel(
         # in this order: the other way round ptxas makes each MMA of sm_90 wait for the one before it
         acc = dot(tl.trans(x), h, acc, PRECISION)
         g = dot(x, down, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), PRECISION)
-        tl.store(g_ptrs, g, mask=mask_m[:, None] & mask_r[None, :])
+        rows = tl.arange(0, BLOCK_M) < M - (strip * steps + step) * BLOCK_M  # not mask_m: that spilt 8 bytes on sm_120
+        tl.store(g_ptrs, g, mask=rows[:, None] & mask_r[None, :])
         offs_m += BLOCK_M
         x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
         h_ptrs += BLOCK_M * tl.cast(stride_hm, tl.int64)
         g_ptrs += BLOCK_M * R
     offs_out = k[:, None] * R + offs_r[None, :]
-    mask_out = mask_k[:, None] & mask_r[None, :]
-    size_g, size_out = M * tl.cast(R, tl.int64), K * tl.cast(R, tl.int64)
+    mask_out = (offs_k < K)[:, None] & (offs_r < R)[None, :]
+    size_out = K * tl.cast(R, tl.int64)
     if len(jobs) == 0:
         tl.store(out_part_ptr + strip * size_out + offs_out, acc, mask=mask_out)
     else:
@@ -216,7 +219,7 @@ def _project_outer_kernel(
         offs_m = strip * steps * BLOCK_M + tl.arange(0, BLOCK_M)
         for _ in range(0, steps):
             offs_g = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-            mask_g = (offs_m < M)[:, None] & mask_r[None, :]
+            mask_g = (offs_m < M)[:, None] & (offs_r < R)[None, :]
             g = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             for c in range(0, columns):
                 g += tl.load(g_part_ptr + c * size_g + offs_g, mask=mask_g, other=0.0, cache_modifier=".cg")

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -111,7 +112,7 @@ TABLE: dict[str, dict[tuple[int, int], Tile]] = {
     },
     # BLOCK_M rows a step against BLOCK_K columns held: wide, so that few partial sums are written
     "project_outer": {
-        (0, 2): Tile(32, 0, 128, 4, 2),
+        (0, 2): Tile(32, 0, 128, 8, 2),
         (0, 4): Tile(32, 0, 64, 4, 2),
         (80, 2): Tile(64, 0, 256, 8, 4),
         (86, 2): Tile(32, 0, 256, 8, 4),
@@ -206,6 +207,6 @@ def _arguments(kernel: str, arch: int, itemsize: int, R: int) -> dict[str, int]:
     return {name: value for name, value in dataclasses.asdict(tile).items() if value}
 
 
-def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, int]:
+def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, Any]:
     """The launch arguments of ``kernel`` for a card, an element size in bytes and a padded rank"""
     return {**_arguments(kernel, arch_of(device), itemsize, R), **dict(dict(_forced.get()).get(kernel, ()))}

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from forgetless_bench import against, cli, dispatch, gpu, harness, layer, providers, report, tables  # noqa: E402
+from forgetless_bench import (  # noqa: E402
+    against,
+    cli,
+    dispatch,
+    harness,
+    layer,
+    providers,
+    report,
+    tables,
+)
 from forgetless_bench.shapes import Case  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -119,7 +128,8 @@ def test_a_provider_that_fails_is_a_note_and_not_the_end(monkeypatch):
 
 def test_ours_is_measured_on_other_backends_too():
     """What a GPU run adds: rows of BLAS beside the kernels. On a CPU the backends are named here."""
-    assert layer.other_backends(CPU) == () and layer.other_backends(torch.device("cuda")) == ("blas",)
+    assert layer.other_backends(CPU) == ()
+    assert layer.other_backends(torch.device("cuda")) == ("blas", "split", "full", "once")
     made, notes = layer.make(TINY, "cpu", backends=("blas", "reference"))
     assert not notes and {"forgetless", "forgetless, blas", "forgetless, reference"} <= set(made)
     grads = {name: made[name].both() for name in ("forgetless", "forgetless, blas", "forgetless, reference")}
@@ -129,43 +139,6 @@ def test_ours_is_measured_on_other_backends_too():
     results: dict[str, Any] = {"rows": [], "cases": {}, "notes": []}
     layer.measure(Case(**TINY), made, CPU, 2, None, results)
     assert "forgetless, blas" in {row["provider"] for row in results["rows"]}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_the_gpu_run_says_what_is_missing(capsys):
-    assert cli.main(["gpu"]) == 1
-    out = capsys.readouterr().out
-    assert "missing" in out and "layer-<gpu>.json" in out and "python -m bench gpu" in out
-
-
-def test_the_gpu_run_in_rehearsal(capsys, monkeypatch):
-    for bench in (gpu.penalty, gpu.step, gpu.memory):  # the fixture above has run those
-        monkeypatch.setattr(bench, "main", lambda arguments, name=bench.__name__: print(f"{name} {arguments}"))
-    assert cli.main(["gpu", "--smoke"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("measured tiny") > 3 and "No CUDA device here" in out
-
-
-def test_a_gpu_run_without_time_says_what_it_leaves_out(capsys):
-    gpu.run_all(["--smoke"], end=0.0)
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == len(gpu.BENCHES) and all(line.endswith("left out: out of time") for line in out)
-
-
-@pytest.mark.parametrize("fails", ["doctor", "pytest", None])
-def test_nothing_is_timed_after_a_wrong_result(fails, monkeypatch, capsys):
-    ran: list[str] = []
-
-    def run(command: list[str], **_: Any) -> Any:
-        ran.append("doctor" if "doctor" in command else "pytest")
-        return subprocess.CompletedProcess(command, int(ran[-1] == fails))
-
-    monkeypatch.setattr(gpu.subprocess, "run", run)
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "run_all", lambda *_: ran.append("timed"))
-    assert gpu.main([]) == int(fails is not None)
-    assert ran == {"doctor": ["doctor"], "pytest": ["doctor", "pytest"], None: ["doctor", "pytest", "timed"]}[fails]
-    assert ("nothing was timed" in capsys.readouterr().err) == (fails is not None)
 
 
 # ---------------------------------------------------------------------------------- against a commit

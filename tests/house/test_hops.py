@@ -61,16 +61,16 @@ class Products(TorchDispatchMode):
 def watched(nested: Nested, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every product of torch's and every kernel launched in the block is noted."""
     if dispatch.kernels is not None:
-        from triton.runtime.interpreter import InterpretedFunction
+        from forgetless_kernels.launcher import Launch
 
-        plain = InterpretedFunction.__getitem__
+        plain = Launch.__call__
 
-        def getitem(self: Any, grid: Any) -> Any:
-            path = str(Path(self.fn.__code__.co_filename).resolve()).removeprefix(str(ROOT) + "/")
-            nested.note(sys._getframe(1), f"{path}:{self.fn.__name__}")
-            return plain(self, grid)
+        def launch(self: Any, *arguments: Any) -> None:  # from here on it is the launch itself, as Triton's own call is
+            path = str(Path(self.kernel.fn.__code__.co_filename).resolve()).removeprefix(str(ROOT) + "/")
+            nested.note(sys._getframe(1), f"{path}:{self.kernel.fn.__name__}")
+            plain(self, *arguments)
 
-        monkeypatch.setattr(InterpretedFunction, "__getitem__", getitem)
+        monkeypatch.setattr(Launch, "__call__", launch)
     with Products(nested):
         yield
 

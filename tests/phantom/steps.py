@@ -1,0 +1,213 @@
+"""What runs on a phantom card, in a process of its own: ``python -m phantom.steps 90 [scenario ..]`` prints JSON.
+
+Each scenario takes a first step and then looks at two more: nothing may be compiled in them, copied to the card, or
+waited for. A scenario that fails is its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import forgetless as fl
+import phantom
+from forgetless.layers.quantized import register
+from forgetless.ops import dispatch
+
+RANK, WIDTH = 16, 256
+CUDA = torch.device("cuda", 0)
+
+
+def llama(**overrides: Any) -> Any:
+    """One block of a Llama, bfloat16, on the card."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 1}
+    config: Any = LlamaConfig(
+        **{**sizes, "num_attention_heads": 4, "use_cache": False, "attn_implementation": "eager", **overrides}
+    )
+    return LlamaForCausalLM(config).to(CUDA, torch.bfloat16).train()
+
+
+def batch(tokens: int = 512) -> dict[str, torch.Tensor]:
+    ids = torch.zeros(2, tokens // 2, dtype=torch.long, device=CUDA)
+    return {"input_ids": ids, "labels": ids}
+
+
+def train(model: Any, tokens: int = 512) -> None:
+    """Forward, penalty and backward."""
+    loss = model(**batch(tokens)).loss + fl.penalty(model)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def ours(events: list[str]) -> list[str]:
+    """Those that a line of ours caused; what transformers does of its own is its own affair."""
+    return [event for event in events if " at forgetless/" in event or " at kernels/" in event]
+
+
+def steady(card: phantom.Trace, step: Callable[[], Any], most: int | None = None) -> None:
+    """After the first step nothing is compiled, copied or waited for; ``most`` launches a step."""
+    step()
+    for _ in range(2):
+        card.clear()
+        step()
+        events = {"compiled": card.compiled, "copied": ours(card.copies), "waited for": ours(card.waits)}
+        for what, some in events.items():
+            assert not some, f"{what} in a step: {some}"
+    assert card.launches, "nothing was launched"
+    assert most is None or len(card.launches) <= most, f"{len(card.launches)} launches a step, {most} at most"
+
+
+METHODS: dict[str, Any] = {
+    "LoRA": fl.LoRA(RANK),
+    "LoRA dropout": fl.LoRA(RANK, dropout=0.1),
+    "CURLoRA": fl.CURLoRA(RANK),
+    **{f"CLoRA {basis}": fl.CLoRA(RANK, k=32, basis=basis) for basis in ("orthogonal", "shared", "hadamard")},
+    **{f"LaLoRA {kind}": fl.LaLoRA(RANK, curvature=kind) for kind in ("diag", "kfac", "tri_kfac")},
+    **{
+        f"SourceDeviation {kind}": fl.LoRA(RANK, penalties=(fl.SourceDeviation(0.1, covariance=kind),))
+        for kind in ("diag", 32, "full")
+    },
+    **{
+        kind.__name__: fl.LoRA(RANK, penalties=(kind(0.1),))
+        for kind in (fl.OutputDeviation, fl.WeightDeviation, fl.Decay)
+    },
+}
+
+
+def method(card: phantom.Trace, spec: Any) -> None:
+    model = fl.adapt(llama(), spec)
+    if any(state.statistics for layer in fl.adapters(model).values() for state in layer.adapter.penalty_states()):
+        fl.calibrate(model, [batch()])
+    steady(card, partial(train, model))
+    assert spec.name == "curlora" or "one pass over x with k_proj, v_proj" in str(fl.explain(model))
+
+
+class Packed(nn.Module):
+    """Weight-only int8, as libraries of quantisation have it."""
+
+    def __init__(self, inner: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = inner.in_features, inner.out_features, inner.bias
+        self.register_buffer("packed", inner.weight.detach().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.packed.to(x.dtype), self.bias)
+
+
+register(Packed, lambda base: base.packed.float())
+
+
+def quantized(card: phantom.Trace, dropout: float) -> None:
+    model = llama()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and name != "lm_head":
+            model.set_submodule(name, Packed(layer))
+    steady(card, partial(train, fl.adapt(model, fl.LoRA(RANK, dropout=dropout))))
+
+
+def checkpointed(card: phantom.Trace, reentrant: bool) -> None:
+    model = fl.adapt(llama(), fl.CLoRA(RANK, k=32, dropout=0.1))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    steady(card, partial(train, model))
+
+
+def first_use(card: phantom.Trace) -> None:
+    """The first step of a bucket measures, every later one runs what won."""
+    dispatch.forget()
+    model = fl.adapt(llama(), fl.LoRA(RANK))
+    train(model)
+    assert any("dispatch.py" in wait for wait in card.waits), "nothing was measured"
+    assert "first use" in str([choice.reason for choice in dispatch._measured.values()])
+    steady(card, partial(train, model))
+
+
+def tune(card: phantom.Trace) -> None:
+    from forgetless.cli import tune as command
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder, "plans.json")
+        arguments = ["--shape", f"{WIDTH}x{WIDTH}", "--tokens", "512", "--out", str(table)]
+        assert command.main(arguments) == 0
+        (rows,) = json.loads(table.read_text())["gpus"].values()
+    for row in rows.values():
+        assert set(row["ms"]) == set(dispatch.PLANS), f"plans were left out: {row['ms']}"
+
+
+def layer(card: phantom.Trace) -> None:
+    """The kernels of a step by themselves: every card."""
+    steady(card, partial(pass_through, adapted_layer(torch.bfloat16), torch.bfloat16))
+
+
+def autocast(card: phantom.Trace) -> None:
+    """A layer in float32 alone: torch has no autocast for the rest of a model that is not there."""
+    one = adapted_layer(torch.float32)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            assert pass_through(one, torch.float32).dtype == torch.bfloat16
+
+    steady(card, step)
+
+
+def adapted_layer(dtype: torch.dtype) -> Any:
+    holder = nn.ModuleDict({"layer": nn.Linear(WIDTH, WIDTH, device=CUDA, dtype=dtype)})
+    return fl.adapt(holder, fl.LoRA(RANK, dropout=0.1), ["layer"])["layer"].train()
+
+
+def pass_through(one: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Forward and backward; returns y."""
+    y = one(torch.randn(512, WIDTH, device=CUDA, dtype=dtype, requires_grad=True))
+    y.sum().backward()
+    return y
+
+
+def every_plan(card: phantom.Trace) -> None:
+    one = adapted_layer(torch.bfloat16)
+    for plan in ("split", "full", "once"):
+        with phantom.environment(FORGETLESS_PLAN=f"{plan},strict"):
+            steady(card, partial(pass_through, one, torch.bfloat16))
+
+
+SCENARIOS: dict[str, Callable[[phantom.Trace], None]] = {
+    "a layer": layer,
+    **{name: partial(method, spec=spec) for name, spec in METHODS.items()},
+    "every plan": every_plan,
+    "quantized": partial(quantized, dropout=0.0),
+    "quantized dropout": partial(quantized, dropout=0.1),
+    "checkpoint": partial(checkpointed, reentrant=False),
+    "checkpoint reentrant": partial(checkpointed, reentrant=True),
+    "first use": first_use,
+    "tune": tune,
+    "autocast": autocast,
+}
+
+
+def main(arch: str, *names: str) -> None:
+    warnings.simplefilter("error", UserWarning)  # a plan that was dropped is a failure
+    outcomes: dict[str, str | None] = {}
+    with phantom.card(int(arch)) as card:
+        for name in names or SCENARIOS:
+            card.clear()
+            try:
+                SCENARIOS[name](card)
+                outcomes[name] = None
+            except Exception:
+                outcomes[name] = traceback.format_exc()
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
