@@ -183,8 +183,9 @@ def penalised(
         start = d[-1] if name == "output" else None
         project = functools.partial(fused.project_terms, x, [down], [up], [Term(0, rows)])
         made[f"project {name}"] = "project", project
-        made[f"sweep {name}"] = "project_outer", functools.partial(
-            fused.project_outer, dy, up.T, h, 1.0, factor, ups, start
+        made[f"sweep {name}"] = (
+            "project_outer",
+            functools.partial(fused.project_outer, dy, up.T, h, 1.0, factor, ups, start),
         )
         made[f"outer {name}"] = "outer", functools.partial(fused.outer, h, x, 0.0, None, factor, downs)
     many = [Term(i, terms["null space"]) for i in range(3)]
@@ -192,7 +193,9 @@ def penalised(
     return made
 
 
-PENALISED = [f"{kernel} {name}" for name in ("null space", "hadamard", "source", "output") for kernel in ("project", "sweep")]
+PENALISED = [
+    f"{kernel} {name}" for name in ("null space", "hadamard", "source", "output") for kernel in ("project", "sweep")
+]
 PENALISED += ["outer null space", "outer hadamard", "outer source", "project siblings", "project shared"]
 
 

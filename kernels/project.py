@@ -168,10 +168,36 @@ def project_terms(
     """
     down = downs[0] if len(downs) == 1 else torch.cat(list(downs))
     M, R = x.shape[0], down.shape[0]
-    h, zs = tl_utils.empty((M, R), x.dtype, x), []
+    h = tl_utils.empty((M, R), x.dtype, x)
+    zs, jobs, grams = _jobs(x, downs, ups, terms)
+    apart = grams if M == 0 or R > pad_rank(R) else []
+    grams = [] if apart else grams
+    if M or jobs:
+        lengths = tuple((job[5], job[7]) for job in jobs)
+        tensors = (x, down, h, dropping(p, seed), None, None)
+        others = [t for job in jobs for t in job[:5]] + [out for out, _, _ in grams]
+        facts = tuple(one[1:] for one in grams), lengths, p, dot_precision(x.dtype)
+        launch = prepared(_project, (*tensors, *others), *facts)
+        part = tickets = None
+        if grams:
+            blocks = triton.cdiv(M, launch.named["BLOCK_M"])
+            groups = triton.cdiv(blocks, GRAM_GROUP.value)
+            part = tl_utils.empty((blocks + groups, R, R), torch.float32, x)
+            tickets = tl_utils.tickets(1 + groups, x)
+        scratch = 0 if part is None or tickets is None else part.data_ptr() | tickets.data_ptr()
+        launch(x, scratch, *tensors, tuple(jobs), tuple(grams), part, tickets, float(scale))
+    for out, first, own in apart:
+        rows = h.narrow(1, first, own)
+        out.copy_(outer(rows, rows, dtype=torch.float32))
+    return h, zs
+
+
+def _jobs(x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], terms: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Where the terms' products go, the jobs that make them, and where each h.T @ h goes, with its ranks' place"""
+    zs: list[Tensor] = []
     jobs: list[tuple[Any, ...]] = []
     grams: list[tuple[Tensor, int, int]] = []
-    ranks = [one.shape[0] for one in downs]
+    ranks = [down.shape[0] for down in downs]
     for term in terms:
         own = ranks[term.layer]
         lengths = [rows.length(own) for rows in term.rows]
@@ -182,30 +208,7 @@ def project_terms(
             else:
                 factor = downs[term.layer] if rows.of == "down" else ups[term.layer].t()
                 jobs.append(product_job(rows, factor, out))
-    apart = grams if M == 0 or R > pad_rank(R) else []
-    grams = [] if apart else grams
-    if M or jobs:
-        _launch_terms(x, down, h, dropping(p, seed), jobs, grams, p, scale)
-    for out, first, own in apart:
-        part = h.narrow(1, first, own)
-        out.copy_(outer(part, part, dtype=torch.float32))
-    return h, zs
-
-
-def _launch_terms(x: Tensor, down: Tensor, h: Tensor, seed: Tensor | None, jobs: Any, grams: Any, p: float, scale: float) -> None:  # fmt: skip
-    lengths = tuple((job[5], job[7]) for job in jobs)
-    tensors = (x, down, h, seed, None, None)
-    others = [t for job in jobs for t in job[:5]] + [out for out, _, _ in grams]
-    launch = prepared(_project, (*tensors, *others), tuple(one[1:] for one in grams), lengths, p, dot_precision(x.dtype))
-    part = tickets = None
-    if grams:
-        R = down.shape[0]
-        blocks = triton.cdiv(x.shape[0], launch.named["BLOCK_M"])
-        groups = triton.cdiv(blocks, GRAM_GROUP.value)
-        part = tl_utils.empty((blocks + groups, R, R), torch.float32, x)
-        tickets = tl_utils.tickets(1 + groups, x)
-    scratch = 0 if part is None else part.data_ptr() | tickets.data_ptr()
-    launch(x, scratch, *tensors, tuple(jobs), tuple(grams), part, tickets, float(scale))
+    return zs, jobs, grams
 
 
 def project_outer(

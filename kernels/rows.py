@@ -42,7 +42,16 @@ def sum_job(more: Any) -> tuple[Any, ...]:
     tensors, strides = _values(more.rows, more.factor)
     d = more.d
     assert d.stride() == (d.shape[1], 1)
-    return (*tensors, d, d if more.rows.own else None, d.shape[0], more.factor.shape[1], d.shape[1], more.first, *strides)
+    return (
+        *tensors,
+        d,
+        d if more.rows.own else None,
+        d.shape[0],
+        more.factor.shape[1],
+        d.shape[1],
+        more.first,
+        *strides,
+    )
 
 
 @triton.jit
@@ -70,7 +79,7 @@ def _parity(v):
 
 @triton.jit
 def _hadamard_sizes(c, dim):
-    """Of each row c of the block Hadamard matrix the size of its block; blocks are dim's binary digits, largest first"""
+    """Of each row c of the block Hadamard matrix its block's size: the binary digits of dim, largest first"""
     size = tl.zeros_like(c)
     start = 0
     for b in tl.static_range(0, 31):

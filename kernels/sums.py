@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import tl_utils
 from .launcher import Launch, prepared
-from .rows import sum_rows, add_started, sum_job
+from .rows import add_started, sum_job, sum_rows
 from .tiles import tile_for
 from .tl_utils import (
     FLOATS,

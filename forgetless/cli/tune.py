@@ -88,7 +88,7 @@ def runner(problem: dispatch.Problem, module: Any, plan: str, t: dict[str, Tenso
     need = [True, False, False, True, True]  # x, down and up
 
     def run() -> list[Tensor]:
-        grads = gradients(Call(), saved, need, [t["dy"]], None, route=dispatch.Route(module, plan))
+        grads = gradients(Call(), saved, need, [t["dy"]], None, dispatch.Route(module, plan))
         return [grad for grad in grads if grad is not None]
 
     return run

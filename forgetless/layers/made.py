@@ -28,7 +28,11 @@ class Made(NamedTuple):
         if self.terms.spent or torch.is_grad_enabled() and not self.z.requires_grad:
             return False
         factors = adapter.factors()
-        return factors[0] is self.factors[0] and factors[1] is self.factors[1] and self.facts == _facts(state.rows(), factors)
+        return (
+            factors[0] is self.factors[0]
+            and factors[1] is self.factors[1]
+            and self.facts == _facts(state.rows(), factors)
+        )
 
 
 def _facts(rows: tuple[Rows, ...], factors: tuple[Tensor, Tensor]) -> list[Any]:

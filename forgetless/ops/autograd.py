@@ -119,15 +119,15 @@ def forward(
     x: Tensor,  # (M, K)
     seed: Tensor | None,  # (2,) int32
     layers: Operands,
-    terms: Sequence[Term] = (),
     route: Route | None = None,
+    terms: Sequence[Term] = (),
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # y_i (M, N_i), h (M, sum of R_i), the products of each term
     """y of each layer and h of all, by the backend and plan that dispatch chooses, or by BLAS where a kernel fails."""
     downs, ups = layers.downs, layers.ups
     if route is None:
         route = dispatch.choose_route("forward", x, ups[0], downs[0], call.module)
         if route.unchecked and not call.onto:  # which may write in place and wait for other processes
-            route = dispatch.first_use(route, lambda r: _flat(forward(call, x, seed, layers, terms, r)), x.device)
+            route = dispatch.first_use(route, lambda r: _flat(forward(call, x, seed, layers, r, terms)), x.device)
     if call.up_scale != 1.0:
         ups = [call.up_scale * up.float() for up in ups]
     run, s, p = route.module, call.scale, call.p
@@ -151,7 +151,7 @@ def forward(
             each = zip(layers.weights, parts, ups, layers.biases, strict=True)
             return [run.matmul_lowrank(x, *layer) for layer in each], h, zs
     except LaunchError as error:
-        return forward(call, x, seed, layers, terms, dispatch.failed(route, error))
+        return forward(call, x, seed, layers, dispatch.failed(route, error), terms)
 
 
 def _add(onto: Onto, base: Tensor, h: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
@@ -182,8 +182,8 @@ def gradients(
     need: Sequence[bool],  # of x, then of all weights, biases, downs, ups
     dys: Sequence[Tensor | None],  # (M, N_i) each, at least one
     dh: Tensor | None,  # (M, sum of R_i)
-    extra: Extra | None = None,
     route: Route | None = None,
+    extra: Extra | None = None,
 ) -> list[Tensor | None]:  # as ``need``
     """The gradients that are needed: each dy_i is read for g_i and dup_i at once, then for dx; x for ddown."""
     n, s, p = call.count, call.scale, call.p
@@ -192,7 +192,9 @@ def gradients(
     if route is None:
         route = dispatch.choose_route("backward", like, ups[0], downs[0], call.module)
         if route.unchecked and not call.onto:
-            route = dispatch.first_use(route, lambda r: _given(gradients(call, saved, need, dys, dh, extra, r)), like.device)
+            route = dispatch.first_use(
+                route, lambda r: _given(gradients(call, saved, need, dys, dh, r, extra)), like.device
+            )
     if call.up_scale != 1.0:
         ups = [call.up_scale * up.float() for up in ups]
     run, ranks = route.module, [up.shape[1] for up in ups]
@@ -215,9 +217,7 @@ def gradients(
                 if dy is None:
                     gs.append(like.new_zeros(like.shape[0], ranks[i]))
                 elif need_g and need_ups[i]:
-                    g, dup = run.project_outer(
-                        dy, ups[i].t(), hs[i], s, dtypes[n + i], more_ups[i], starts[i]
-                    )
+                    g, dup = run.project_outer(dy, ups[i].t(), hs[i], s, dtypes[n + i], more_ups[i], starts[i])
                     gs.append(g)
                     dups[i] = dup.t()
                 elif need_ups[i]:
@@ -237,7 +237,7 @@ def gradients(
                 )
                 dx, ddown = results[0] if dx is None else dx, results[1]
     except LaunchError as error:
-        return gradients(call, saved, need, dys, dh, extra, dispatch.failed(route, error))
+        return gradients(call, saved, need, dys, dh, dispatch.failed(route, error), extra)
     if call.up_scale != 1.0:
         dups = [None if dup is None else dup.mul_(call.up_scale) for dup in dups]
     ddowns: Any = [ddown] if n == 1 or ddown is None else ddown.split_with_sizes(ranks)
@@ -283,7 +283,7 @@ class LowrankLinear(torch.autograd.Function):
         if x.is_cpu and call.up_scale == 1.0 and not terms:  # BLAS wants one dtype: cast once for both passes
             downs, ups = [as_dtype(t, x.dtype) for t in downs], [as_dtype(t, x.dtype) for t in ups]
         with exact_products(device_type(x)):
-            ys, h, zs = forward(call, x, seed, Operands(weights, biases, downs, ups), terms)
+            ys, h, zs = forward(call, x, seed, Operands(weights, biases, downs, ups), terms=terms)
         if call.onto:
             weights = (None,)
             if call.onto.in_place:
@@ -327,7 +327,7 @@ class LowrankLinear(torch.autograd.Function):
         if call.onto:
             need[0] = False  # base takes its gradient as it comes
         with exact_products(device_type(saved.downs[0])):
-            dx, *others = gradients(call, saved, [need_x, *need], dys, dh, extra)
+            dx, *others = gradients(call, saved, [need_x, *need], dys, dh, extra=extra)
         if call.onto:
             others[0] = grads[0]
         return (None, dx, None, *others)

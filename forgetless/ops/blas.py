@@ -9,12 +9,13 @@ tools that watch products see them, and none is changed that a tool may keep.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, linear_lowrank_of, mix, project_terms_of
-from .rows import More, add_pulled, started
+from .rows import add_pulled, started
 
 # Hash words made at a time: both scratch arrays stay in a core's cache.
 _CHUNK = 1 << 18
@@ -133,7 +134,7 @@ def outer(
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
     dtype: torch.dtype | None = None,
-    more: Sequence[More] = (),
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
 ) -> Tensor:  # (R, K), dtype given or that of x
     """g.T @ drop(x), summed over the M rows, and over those of ``more``"""
     if seed is not None and p > 0.0:
@@ -147,7 +148,7 @@ def project_outer(
     h: Tensor,  # (M, R), dtype of x
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
-    more: Sequence[More] = (),
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
     start: Tensor | None = None,  # (R, R)
 ) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
     """g = scale * (x @ down.T + h @ (start + start.T)) and out = h.T @ x, and that over the rows of ``more``.
@@ -170,7 +171,7 @@ def dx_and_ddown(
     *,
     need_dx: bool = True,
     dtype: torch.dtype | None = None,
-    more: Sequence[More] = (),
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
 ) -> tuple[Tensor | None, Tensor | None]:  # dx (M, K), dtype of g; ddown (sum of R_i, K), dtype given or that of x
     """dx = sum_i dy_i @ weight_i + drop(g @ down) and ddown = g.T @ drop(x), as ``outer``, with one mask
 

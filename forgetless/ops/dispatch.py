@@ -194,7 +194,7 @@ def runs_kernels(x: Tensor) -> bool:
 
 
 def in_pass(x: Tensor, up: Tensor, down: Tensor, asked: Any = None) -> bool:
-    """Whether a forward pass makes the products that penalties want: where BLAS runs, all layers' at once are faster."""
+    """Whether a forward pass makes the products that penalties want; where BLAS runs, ``fl.penalty`` does."""
     return choose_route("forward", x, up, down, asked).module is not blas
 
 

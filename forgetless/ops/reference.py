@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import More, Term, products, pulled, started
+from .rows import products, pulled, started
 
 # Multipliers of the two-round 32-bit integer hash "lowbias32" (C. Wellons, hash-prospector), as signed integers.
 MIX_1 = 0x7FEB352D
@@ -134,7 +134,7 @@ def outer(
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
     dtype: torch.dtype | None = None,
-    more: Sequence[More] = (),
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
 ) -> Tensor:  # (R, K), dtype given or that of x
     """g.T @ drop(x), summed over the M rows, and over those of ``more``: the gradients of both factors
 
@@ -154,7 +154,7 @@ def project_outer(
     h: Tensor,  # (M, R), dtype of x
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
-    more: Sequence[More] = (),
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
     start: Tensor | None = None,  # (R, R)
 ) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
     """g = scale * (x @ down.T + h @ (start + start.T)) and out = h.T @ x, and that over the rows of ``more``
@@ -176,7 +176,7 @@ def dx_and_ddown(
     *,
     need_dx: bool = True,
     dtype: torch.dtype | None = None,
-    more: Sequence[More] = (),
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
 ) -> tuple[Tensor | None, Tensor | None]:  # dx (M, K), dtype of g; ddown (sum of R_i, K), dtype given or that of x
     """dx = sum_i dy_i @ weight_i + drop(g @ down) and ddown = g.T @ drop(x), as ``outer``, with one mask"""
     ddown = None if x is None else outer(g, x, p, seed, dtype, more)
@@ -197,7 +197,7 @@ def project_terms_of(project: Callable[..., Tensor]) -> Callable[..., tuple[Tens
         x: Tensor,  # (M, K)
         downs: Sequence[Tensor],  # (R_i, K)
         ups: Sequence[Tensor],  # (N_i, R_i)
-        terms: Sequence[Term],
+        terms: Sequence[Any],  # ``Term``s of forgetless.ops.rows
         scale: float = 1.0,
         p: float = 0.0,
         seed: Tensor | None = None,  # (2,) int32

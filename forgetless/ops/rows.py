@@ -129,7 +129,9 @@ def products(term: Term, h: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return torch.cat(made)
 
 
-def extra_of(terms: Sequence[Term], dzs: Sequence[Tensor | None], downs: Sequence[Tensor], ups: Sequence[Tensor]) -> Extra:
+def extra_of(
+    terms: Sequence[Term], dzs: Sequence[Tensor | None], downs: Sequence[Tensor], ups: Sequence[Tensor]
+) -> Extra:
     """Where the gradients of the terms' products go."""
     extra = Extra([[] for _ in ups], [], [None] * len(ups))
     ranks = [up.shape[1] for up in ups]

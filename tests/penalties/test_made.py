@@ -56,7 +56,9 @@ class Twice(nn.Module):
         return x
 
 
-def build(*penalties: fl.penalties.Penalty, dropout: float = 0.0, rank: int = 4, dtype=torch.float64, **options) -> nn.Module:
+def build(
+    *penalties: fl.penalties.Penalty, dropout: float = 0.0, rank: int = 4, dtype=torch.float64, **options
+) -> nn.Module:
     torch.manual_seed(0)
     model = Twice(**options).to(dtype)
     fl.adapt(model, fl.LoRA(rank=rank, dropout=dropout, penalties=penalties))

@@ -91,8 +91,10 @@ def test_sums(kind, sweep, M, dim, k, R, monkeypatch):
     with tiles.forced("project", **TILE), tiles.forced("outer", **TILE), tiles.forced("project_outer", **TILE):
         g, out = fused.project_outer(x, down, h, 0.5, f32, more, start)
         dropped = fused.outer(h, x, 0.25, SEED, f32, more)
-    expected = reference.project_outer(x.double(), down.bfloat16().double(), h.double(), 0.5, None, truth, start.double())
-    for ours, value in zip((g, out, dropped), (*expected, reference.outer(h.double(), x.double(), 0.25, SEED, None, truth))):
+    wide_x, wide_h = x.double(), h.double()
+    both = reference.project_outer(wide_x, down.bfloat16().double(), wide_h, 0.5, None, truth, start.double())
+    expected = (*both, reference.outer(wide_h, wide_x, 0.25, SEED, None, truth))
+    for ours, value in zip((g, out, dropped), expected, strict=True):
         assert ours.shape == value.shape and error(ours, value) < (4e-3 if ours.dtype == dtype else 1e-5)
 
 
