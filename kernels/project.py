@@ -207,7 +207,7 @@ def _jobs(x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], terms: Sequ
                 grams.append((out, sum(ranks[: term.layer]), own))
             else:
                 factor = downs[term.layer] if rows.of == "down" else ups[term.layer].t()
-                jobs.append(product_job(rows, factor, out))
+                jobs.append(product_job(rows, factor, out, x.dtype))
     return zs, jobs, grams
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,10 +32,13 @@ def _values(rows: Any, factor: Tensor) -> tuple[Any, ...]:
     return (matrix, rows.weight, rows.columns), (0, 0) if matrix is None else matrix.stride()
 
 
-def product_job(rows: Any, factor: Tensor, out: Tensor) -> tuple[Any, ...]:
-    """For ``product``: out (k, R) float32 = V @ factor (R, dim).T"""
-    tensors, strides = _values(rows, factor)
-    return (*tensors, factor, out, out.shape[0], factor.shape[1], factor.shape[0], 0, *strides, *factor.stride())
+def product_job(rows: Any, factor: Tensor, out: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """For ``product``: out (k, R) float32 = V @ factor (R, dim).T, of activations in ``dtype``"""
+    (matrix, weight, _), strides = _values(rows, factor)
+    scaled = weight is not None and weight.is_floating_point()
+    wide = 1 if matrix is not None and (matrix.dtype != dtype or scaled) else None
+    sizes = out.shape[0], factor.shape[1], factor.shape[0], 0
+    return (*_values(rows, factor)[0], factor, out, *sizes, *strides, *factor.stride(), wide)
 
 
 def sum_job(more: Any) -> tuple[Any, ...]:
@@ -120,6 +124,17 @@ def product_blocks(job, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def _product_step(
+    acc, job, c, size, offs_m, k, factor_ptr, dtype: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
+    """acc + V @ factor.T, of the columns from k * STEP on"""
+    offs_k = k * STEP + tl.arange(0, STEP)
+    v = _tile(job, c, size, offs_m, offs_k, dtype)
+    factor = tl.load(factor_ptr + offs_k.to(tl.int64)[:, None] * job[12], mask=(offs_k < job[6])[:, None], other=0.0)
+    return dot_wide(v, factor, acc, dtype, PRECISION)
+
+
+@triton.jit
 def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     """A block of out = V @ factor.T"""
     factor_ptr, out_ptr, count, dim, R = job[3], job[4], job[5], job[6], job[7]
@@ -132,13 +147,14 @@ def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: t
         c = tl.load(job[2] + offs_m, mask=offs_m < count, other=0).to(tl.int32)
         size = _hadamard_sizes(c, dim)
     factor_ptr += (offs_r % R).to(tl.int64)[None, :] * job[11]
-    STEP: tl.constexpr = BLOCK_K // 2  # what is wider is in registers twice
     acc = tl.zeros((PRODUCT_ROWS, BLOCK_R), dtype=tl.float32)
-    for k in range(0, tl.cdiv(dim, STEP)):
-        offs_k = k * STEP + tl.arange(0, STEP)
-        v = _tile(job, c, size, offs_m, offs_k, dtype)
-        factor = tl.load(factor_ptr + offs_k.to(tl.int64)[:, None] * job[12], mask=(offs_k < dim)[:, None], other=0.0)
-        acc = dot_wide(v, factor, acc, dtype, PRECISION)
+    HALF: tl.constexpr = BLOCK_K // 2  # of whole blocks, those of three siblings spill
+    if job[13] is not None:  # wide: every number of it is in registers twice
+        for k in tl.range(0, tl.cdiv(dim, HALF), num_stages=2):
+            acc = _product_step(acc, job, c, size, offs_m, k, factor_ptr, dtype, PRECISION, HALF)
+    else:
+        for k in range(0, tl.cdiv(dim, HALF)):
+            acc = _product_step(acc, job, c, size, offs_m, k, factor_ptr, dtype, PRECISION, HALF)
     if job[2] is not None:
         acc *= tl.rsqrt(size.to(tl.float32))[:, None]
     mask = (offs_m < count)[:, None] & (offs_r < R)[None, :]
@@ -151,10 +167,8 @@ def sum_rows(
 ):  # fmt: skip
     """out = d.T @ V, at ranks offs_r of ``most`` and columns offs_k, float32"""
     d_ptr, again_ptr, count, dim, R = job[3], job[4], job[5], job[6], job[7]
-    mask_out = (offs_r < most)[:, None] & (offs_k < dim)[None, :]
-    out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * stride_r + offs_k.to(tl.int64)[None, :] * stride_k
-    offs_r = offs_r - job[8]
-    mask_r = (offs_r >= 0) & (offs_r < R)
+    own_r = offs_r - job[8]
+    mask_r = (own_r >= 0) & (own_r < R)
     acc = tl.zeros((offs_r.shape[0], offs_k.shape[0]), dtype=tl.float32)
     for m in tl.range(0, tl.cdiv(count, SUM_ROWS), num_stages=1):
         offs_m = m * SUM_ROWS + tl.arange(0, SUM_ROWS)
@@ -165,13 +179,14 @@ def sum_rows(
             size = _hadamard_sizes(c, dim)
         v = _tile(job, c, size, offs_m, offs_k, dtype)
         mask = (offs_m < count)[:, None] & mask_r[None, :]
-        d = tl.load(d_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
+        d = tl.load(d_ptr + offs_m.to(tl.int64)[:, None] * R + own_r[None, :], mask=mask, other=0.0)
         if again_ptr is not None:
-            d += tl.load(again_ptr + offs_r.to(tl.int64)[None, :] * R + offs_m[:, None], mask=mask, other=0.0)
+            d += tl.load(again_ptr + own_r.to(tl.int64)[None, :] * R + offs_m[:, None], mask=mask, other=0.0)
         if job[2] is not None:
             d *= tl.rsqrt(size.to(tl.float32))[:, None]
         acc = dot_wide(tl.trans(d), v, acc, dtype, PRECISION)
-    tl.store(out_ptrs, acc, mask=mask_out)
+    out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * stride_r + offs_k.to(tl.int64)[None, :] * stride_k
+    tl.store(out_ptrs, acc, mask=(offs_r < most)[:, None] & (offs_k < dim)[None, :])
 
 
 @triton.jit

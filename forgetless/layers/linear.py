@@ -110,7 +110,8 @@ class Trace:
     def after(self, earlier: Trace) -> Trace:
         """This call's trace behind those of the same pass's earlier calls."""
         pairs = ((earlier.x, self.x), (earlier.hidden, self.hidden))
-        return Trace(*(now if now is None or before is None else torch.cat((before, now)) for before, now in pairs))
+        x, h = (now if now is None or before is None else torch.cat((before, now)) for before, now in pairs)
+        return Trace(x, h)
 
 
 def _sample(x: Tensor) -> Tensor:  # (..., K) -> (tokens, K)
@@ -241,9 +242,8 @@ class AdaptedLinear(nn.Module):
                     *[tuple(chain(*parts)) for parts in zip(*[m.operands() for m in members], strict=True)]
                 )
                 return_h = any(member.needs_hidden for member in members)
-            terms, states = None, []
-            if self.training and torch.is_grad_enabled() and not compiling and runs_kernels(x):
-                terms, states = terms_of(members)
+            asked = self.training and torch.is_grad_enabled() and not compiling and runs_kernels(x)
+            terms, states = terms_of(members) if asked else (None, [])
             arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
             outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
             ys = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -202,7 +202,7 @@ def gradients(
     need_down = any(need_downs)
     need_g = need_x or need_down
     hs: Any = [h] if n == 1 or h is None else h.split_with_sizes(ranks, 1)
-    more_ups, more_downs, starts = extra or ([()] * n, (), [None] * n)
+    more_ups, more_downs, starts = extra or Extra([[]] * n, [], [None] * n)
     dx = ddown = None
     gs: list[Tensor] = []
     dups: list[Tensor | None] = [None] * n
