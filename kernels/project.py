@@ -55,7 +55,7 @@ def _project_block(
         rows = row_key(seed_ptr, offs_m)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     if d_ptr is not None:
-        acc = add_started(acc, start_ptr, offs_m, M, stride_sm, stride_sr, d_ptr, offs_r, R, PRECISION, BLOCK_R)
+        acc = add_started(acc, start_ptr, offs_m, M, stride_sm, stride_sr, d_ptr, offs_r, R)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
         if EVEN_K:
             x = tl.load(x_ptrs)

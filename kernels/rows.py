@@ -22,6 +22,8 @@ from .tl_utils import cast, dot, last_to_come, narrow, widen
 #: Rows of V that one program of project takes, and that one step of a sum takes.
 PRODUCT_ROWS = tl.constexpr(32)
 SUM_ROWS = tl.constexpr(16)
+#: Columns that it sums at a time: of 256, and 64 ranks, sm_90 spilt.
+SUM_COLUMNS = tl.constexpr(128)
 #: Blocks of rows whose Gram matrices are added up first.
 GRAM_GROUP = tl.constexpr(16)
 
@@ -163,47 +165,51 @@ def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: t
 
 @triton.jit
 def sum_rows(
-    job, out_ptr, stride_r, stride_k, offs_r, offs_k, most, dtype: tl.constexpr, PRECISION: tl.constexpr
+    job, out_ptr, stride_r, stride_k, offs_r, most, first_k, dtype: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = d.T @ V, at ranks offs_r of ``most`` and columns offs_k, float32"""
+    """out = d.T @ V, at ranks offs_r of ``most`` and BLOCK_K columns from first_k on, float32"""
     d_ptr, again_ptr, count, dim, R = job[3], job[4], job[5], job[6], job[7]
     own_r = offs_r - job[8]
     mask_r = (own_r >= 0) & (own_r < R)
-    acc = tl.zeros((offs_r.shape[0], offs_k.shape[0]), dtype=tl.float32)
-    for m in tl.range(0, tl.cdiv(count, SUM_ROWS), num_stages=1):
-        offs_m = m * SUM_ROWS + tl.arange(0, SUM_ROWS)
-        c = offs_m
-        size = offs_m
-        if job[2] is not None:
-            c = tl.load(job[2] + offs_m, mask=offs_m < count, other=0).to(tl.int32)
-            size = _hadamard_sizes(c, dim)
-        v = _tile(job, c, size, offs_m, offs_k, dtype)
-        mask = (offs_m < count)[:, None] & mask_r[None, :]
-        d = tl.load(d_ptr + offs_m.to(tl.int64)[:, None] * R + own_r[None, :], mask=mask, other=0.0)
-        if again_ptr is not None:
-            d += tl.load(again_ptr + own_r.to(tl.int64)[None, :] * R + offs_m[:, None], mask=mask, other=0.0)
-        if job[2] is not None:
-            d *= tl.rsqrt(size.to(tl.float32))[:, None]
-        acc = dot_wide(tl.trans(d), v, acc, dtype, PRECISION)
-    out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * stride_r + offs_k.to(tl.int64)[None, :] * stride_k
-    tl.store(out_ptrs, acc, mask=(offs_r < most)[:, None] & (offs_k < dim)[None, :])
+    WIDTH: tl.constexpr = BLOCK_K if BLOCK_K < SUM_COLUMNS else SUM_COLUMNS
+    for part in tl.range(0, BLOCK_K, WIDTH, num_stages=1):
+        offs_k = first_k + part + tl.arange(0, WIDTH)
+        acc = tl.zeros((offs_r.shape[0], WIDTH), dtype=tl.float32)
+        for m in tl.range(0, tl.cdiv(count, SUM_ROWS), num_stages=1):
+            offs_m = m * SUM_ROWS + tl.arange(0, SUM_ROWS)
+            c = offs_m
+            size = offs_m
+            if job[2] is not None:
+                c = tl.load(job[2] + offs_m, mask=offs_m < count, other=0).to(tl.int32)
+                size = _hadamard_sizes(c, dim)
+            v = _tile(job, c, size, offs_m, offs_k, dtype)
+            mask = (offs_m < count)[:, None] & mask_r[None, :]
+            d = tl.load(d_ptr + offs_m.to(tl.int64)[:, None] * R + own_r[None, :], mask=mask, other=0.0)
+            if again_ptr is not None:
+                d += tl.load(again_ptr + own_r.to(tl.int64)[None, :] * R + offs_m[:, None], mask=mask, other=0.0)
+            if job[2] is not None:
+                d *= tl.rsqrt(size.to(tl.float32))[:, None]
+            acc = dot_wide(tl.trans(d), v, acc, dtype, PRECISION)
+        out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * stride_r + offs_k.to(tl.int64)[None, :] * stride_k
+        tl.store(out_ptrs, acc, mask=(offs_r < most)[:, None] & (offs_k < dim)[None, :])
 
 
 @triton.jit
 def add_started(
     acc, h_ptr, offs_m, M, stride_hm, stride_hr, d_ptr, offs_r,
-    R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     """acc + (h (M, R) @ (d + d.T))[offs_m, offs_r]"""
     mask_r = (offs_r < R)[None, :]
-    for s in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_s = s + tl.arange(0, BLOCK_R)
+    for s in tl.range(0, R, SUM_ROWS, num_stages=1):  # few at a time: every warp holds all of d's rows
+        offs_s = s + tl.arange(0, SUM_ROWS)
         mask_s = offs_s < R
         h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm + offs_s.to(tl.int64)[None, :] * stride_hr
         h = tl.load(h_ptrs, mask=(offs_m < M)[:, None] & mask_s[None, :], other=0.0)
         d = tl.load(d_ptr + offs_s[:, None] * R + offs_r[None, :], mask=mask_s[:, None] & mask_r, other=0.0)
         d += tl.load(d_ptr + offs_r[None, :] * R + offs_s[:, None], mask=mask_s[:, None] & mask_r, other=0.0)
-        acc = dot_wide(h, d, acc, h_ptr.dtype.element_ty, PRECISION)
+        acc = dot(widen(h), d, acc, "ieee")  # not on tensor cores: sm_90 has no registers left for one wgmma more
     return acc
 
 

@@ -62,7 +62,9 @@ def _outer_kernel(
     for j in tl.static_range(len(jobs)):
         if strip == own + j:
             part = part_ptr + strip * (R * tl.cast(K, tl.int64))
-            sum_rows(jobs[j], part, K, 1, offs_r, offs_k, R, x_ptr.dtype.element_ty, PRECISION)
+            sum_rows(
+                jobs[j], part, K, 1, offs_r, R, pid_k * BLOCK_K, x_ptr.dtype.element_ty, PRECISION, BLOCK_K
+            )  # fmt: skip
             steps = 0
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for _ in range(0, steps):
@@ -182,7 +184,9 @@ def _project_outer_kernel(
     for j in tl.static_range(len(jobs)):
         if strip == own + j:
             part = out_part_ptr + strip * (K * tl.cast(R, tl.int64))
-            sum_rows(jobs[j], part, 1, R, offs_r, offs_k, R, x_ptr.dtype.element_ty, PRECISION)
+            sum_rows(
+                jobs[j], part, 1, R, offs_r, R, pid_k * BLOCK_K, x_ptr.dtype.element_ty, PRECISION, BLOCK_K
+            )  # fmt: skip
             rounds = 0
     for step in range(0, rounds):
         mask_m = offs_m < M
@@ -224,7 +228,7 @@ def _project_outer_kernel(
             for c in range(0, columns):
                 g += tl.load(g_part_ptr + c * size_g + offs_g, mask=mask_g, other=0.0, cache_modifier=".cg")
             if d_ptr is not None:
-                g = add_started(g, h_ptr, offs_m, M, stride_hm, stride_hr, d_ptr, offs_r, R, PRECISION, BLOCK_R)
+                g = add_started(g, h_ptr, offs_m, M, stride_hm, stride_hr, d_ptr, offs_r, R)
             tl.store(g_ptr + offs_g, narrow(g * scale, g_ptr.dtype.element_ty), mask=mask_g)
             offs_m += BLOCK_M
 
