@@ -303,13 +303,12 @@ def host_share(results: Results, name: str) -> float | None:
 
 
 def host_bench_text(results: Results) -> str:
-    launches, lines = {row["provider"]: f"{row['value']:.2f}" for row in select(results, metric="launches")}, []
+    rows, launches = [], {row["provider"]: row["value"] for row in select(results, metric="launches")}
     for name, over in host_overheads(results).items():
-        cells = [number(over[phase] * 1e6, 0) for phase in ("forward", "backward", "both")]
-        lines.append([name, *cells, number(host_share(results, name)), launches.get(name, NONE)])
-    titles = ["µs over frozen", "forward", "backward", "both", "× PEFT", "Triton's launches"]
-    case = results["rows"][0]["case"]
-    return f"{case}. Per adapted layer, without a card: what the host does.\n\n" + table(titles, lines)
+        times = [number(over[phase] * 1e6, 0) for phase in ("forward", "backward", "both")]
+        rows.append([name, *times, number(host_share(results, name)), number(launches.get(name))])
+    text = f"{results['rows'][0]['case']}. Per adapted layer, without a card: what the host does.\n\n"
+    return text + table(["µs over frozen", "forward", "backward", "both", "× PEFT", "Triton's launches"], rows)
 
 
 def check_text(results: Results) -> str:

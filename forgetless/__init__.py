@@ -9,9 +9,10 @@ from . import methods, ops, penalties, training
 from .calibrate import calibrate
 from .checkpoint.io import export_lora, load, save
 from .consolidate import consolidate
+from .folding import merge
 from .layers import quantized as packed
 from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
-from .model import adapt, adapters, drift, explain, fuse_penalty, merge, penalty, record_drift, remove
+from .model import adapt, adapters, drift, explain, fuse_penalty, penalty, record_drift, remove
 from .peft.swap import swap_in, swap_out
 from .penalties import Decay, Laplace, NullSpace, OutputDeviation, SourceDeviation, WeightDeviation
 from .switch import disabled, scaled

@@ -146,7 +146,7 @@ class _Measured:
 
     def take(self, batch: Any, number: int) -> int:
         """Run the model on one batch, the ``number``-th; returns its sequences."""
-        window = Window(batch, next(iter(self.layers.values())).weight.device, self.model)
+        window = Window(batch, next(iter(self.layers.values())).device, self.model)
         value: Any = None
         try:
             with ExitStack() as hooks:

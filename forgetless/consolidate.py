@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import LossFunction, calibrate
+from .folding import check_foldable
 from .layers.linear import AdaptedLinear, site_of
 from .methods.curlora import CURLoRAAdapter, weight_hash
-from .model import check_foldable
 from .siblings import share_statistics
 
 

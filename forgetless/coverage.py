@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -82,8 +83,9 @@ def _matrices(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[st
         return
     seen.add(id(module))
     prefix = f"{name}." if name else ""
+    layer: Any = module
     if isinstance(module, AdaptedLinear) or kind_of(module) is not None:
-        yield f"{prefix}weight", module, int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+        yield f"{prefix}weight", module, layer.in_features * layer.out_features
         return
     for key, p in module._parameters.items():
         if p is not None and p.dim() > 1 and id(p) not in seen:

@@ -1,4 +1,4 @@
-"""Adapting a whole model: adapt, penalty, drift, explain, merge, remove."""
+"""Adapting a whole model: adapt, penalty, drift, explain, remove."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from .coverage import passed_over, uncalled, warn_passed_over, warn_uncalled
 from .layers.expert_factors import build_experts
 from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
 from .layers.linear import AdaptedLinear, form_groups, site_of
+from .layers.offload import check_here
 from .layers.passes import Passes
 from .layers.stack import Stack
-from .layers.wrapped import AdaptedPacked, AdaptedSharded, wrap
+from .layers.wrapped import wrap
 from .methods.base import Method
+from .names import wraps
 from .ops.autograd import exact_products
 from .penalties.base import Item
 from .report import LayerReport, Report
@@ -55,12 +57,34 @@ def adapt(
     """
     if not isinstance(method, Method):
         raise ValueError(f"method is {method!r}, wants an instance such as fl.LoRA(rank=16)")
+    adapt_layers(model, method, find_layers(model, targets, exclude), all_linear=targets == ALL_LINEAR)
+    if targets == ALL_LINEAR:
+        warn_passed_over(model, exclude)
+    return model
+
+
+def adapt_layers(
+    model: nn.Module,
+    method: Method,
+    layers: dict[str, nn.Module],
+    drawn_as: dict[str, str] | None = None,
+    all_linear: bool = False,
+) -> nn.Module:
+    """``adapt`` for these layers of the model, by name; random bases are drawn for the names in ``drawn_as``."""
     if adapters(model):
         raise ValueError("model is adapted already; fl.merge(model) or fl.remove(model) first")
-    layers = check_experts(find_layers(model, targets, exclude), method, targets == ALL_LINEAR)
-    built = {name: build(method, site_of(name, base), base) for name, base in layers.items()}
+    _check_no_peft(model)
+    layers = check_experts(layers, method, all_linear)
+    sites = {name: site_of((drawn_as or {}).get(name, name), base) for name, base in layers.items()}
+    for site in sites.values():
+        if site.weight.is_meta and any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise ValueError(
+                f"the weight of {site.name} is offloaded with the module around it, and cannot be adapted there; keep "
+                "experts on a device, and leave preload_module_classes out"
+            )
+    built = {name: build(method, site, layers[name]) for name, site in sites.items()}
     model.requires_grad_(False)
-    adapted = {name: wrap(layers[name], adapter, method, name) for name, adapter in built.items()}
+    adapted = {name: wrap(layers[name], adapter, method, sites[name].name) for name, adapter in built.items()}
     for name, layer in adapted.items():
         layer.train(layers[name].training)
         if isinstance(layer, AdaptedExperts):
@@ -71,9 +95,17 @@ def adapt(
     passes = Passes(model, list(adapted.values()), list(adapted.values()))
     for layer in adapted.values():
         layer.passes = passes
-    if targets == ALL_LINEAR:
-        warn_passed_over(model, exclude)
     return model
+
+
+def _check_no_peft(model: nn.Module) -> None:
+    """PEFT's own factors are linear layers, too, and would be adapted and frozen."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # without it there is no such layer
+    if peft is not None and any(isinstance(module, peft.BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "model has PEFT adapters: fl.swap_in(model) runs its LoRA layers on our op; to adapt the model that they "
+            "change, call its merge_and_unload() first"
+        )
 
 
 def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
@@ -102,7 +134,8 @@ def _collect(module: nn.Module, name: str, layers: dict[str, AdaptedLinear], see
         return
     for key, child in module._modules.items():
         if child is not None:
-            _collect(child, f"{name}.{key}" if name else key, layers, seen)
+            inner = name if wraps(module, key) else f"{name}.{key}" if name else key
+            _collect(child, inner, layers, seen)
 
 
 def running(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -155,27 +188,33 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     kinds: dict[tuple[Any, torch.device, bool], list[tuple[Item, Any]]] = {}
     for layer in result.values():
+        check_here(layer)
         hidden = None if layer.trace is None else layer.trace.hidden
-        made = None if layer.trace is None else layer.trace.made
         adapter = layer.adapter
         for state in adapter.penalty_states():
             if _calibrated(state):
-                product = made.get(state) if made and not (state.needs_hidden and token_weights is not None) else None
-                if product is not None and not product.holds(state, adapter):
-                    product = None
-                key = type(state), _device(layer, adapter), product is not None
-                kinds.setdefault(key, []).append((Item(state, adapter, hidden), product))
-    device = next(iter(result.values())).weight.device
+                z = _made(layer, state, token_weights)
+                key = type(state), _device(layer, adapter), z is not None
+                kinds.setdefault(key, []).append((Item(state, adapter, hidden), z))
+    device = next(iter(result.values())).device
     totals = []
     with exact_products(device.type):  # trainers add it within autocast, which would round it
-        for (kind, _, fused), pairs in kinds.items():
+        for (kind, _, made), pairs in kinds.items():
             items = [item for item, _ in pairs]
-            if fused:
-                total = kind.total_made(items, [product.z for _, product in pairs])
+            if made:
+                total = kind.total_made(items, [z for _, z in pairs])
             else:
                 total = kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)
             totals.append(total.to(device))
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
+
+
+def _made(layer: AdaptedLinear, state: Any, token_weights: Tensor | None) -> Tensor | None:
+    """What the last pass made for this penalty, if it still holds."""
+    made = (layer.trace.made or {}).get(state) if layer.trace is not None else None
+    if made is None or state.needs_hidden and token_weights is not None or not made.holds(state, layer.adapter):
+        return None
+    return made.z
 
 
 def _device(layer: AdaptedLinear, adapter: Adapter) -> torch.device:
@@ -183,7 +222,7 @@ def _device(layer: AdaptedLinear, adapter: Adapter) -> torch.device:
     for t in adapter._parameters.values():
         if t is not None:
             return t.device
-    return layer.weight.device
+    return layer.device
 
 
 def _calibrated(state: nn.Module) -> bool:
@@ -287,70 +326,6 @@ def explain(model: nn.Module) -> Report:
             layer.method.name, layer.in_features, layer.out_features, rank, trainable, path, reason
         )
     return report
-
-
-def merge(model: nn.Module, dequantise: bool = False) -> nn.Module:
-    """Fold every adapter into its frozen weight, in place; the layers are plain nn.Linear (or Conv1D) again.
-
-    The sum is taken in float32 and rounded once to the weight's dtype, so an update much smaller than the weight's
-    last bit is lost: merge into float32 weights where that matters.
-
-    Args:
-        model: an adapted model.
-        dequantise: make a layer that packs its weight an nn.Linear in the dtype it was packed from, where that is
-            known, else in the model's; that takes so much more memory. The model's own quantisation config still
-            says that it is quantised.
-
-    Raises:
-        ValueError: no adapters; an adapter holds NaN or Inf; a weight is shared with another module (a tied
-            embedding), which merging would change too; a weight is computed from others (weight norm, pruning); a
-            weight is packed and ``dequantise`` is False. Nothing is changed then.
-    """
-    result = check_foldable(model, "merged", dequantise)
-    warn_uncalled(result)
-    inside = {id(p) for layer in result.values() for p in layer.parameters()}
-    others = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in inside)
-    dtype = next(others, torch.float32)
-    for layer in result.values():
-        if isinstance(layer, AdaptedPacked):
-            _replace(model, layer, layer.dense(dtype))
-        else:
-            layer.fold()
-    return remove(model) if adapters(model) else model
-
-
-def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dict[str, AdaptedLinear]:
-    """The adapted layers, if all updates can go into their weights; ValueError otherwise (``done``: for its text)."""
-    result = _adapters(model)
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for p in module.parameters(recurse=False):
-            owners.setdefault(id(p), []).append(name)
-    for name, layer in result.items():
-        if not all(torch.isfinite(p).all() for p in layer.adapter.parameters()):
-            raise ValueError(f"the adapter of {name} holds NaN or Inf; nothing was {done}")
-        if isinstance(layer, AdaptedSharded) and done == "consolidated":
-            raise ValueError(
-                f"the weight of {name} is cut over processes: consolidate the model whole, before cutting it"
-            )
-        if isinstance(layer, AdaptedPacked):
-            if not dequantise:
-                raise ValueError(
-                    f"the weight of {name} is packed ({layer.kind.title}): nothing was {done}; fl.save the adapter and "
-                    "fl.load it onto the base model in full precision, or fl.merge(model, dequantise=True)"
-                )
-            continue
-        stack = isinstance(layer, AdaptedExperts)
-        if not stack and layer.base._parameters.get("weight") is None:
-            raise ValueError(
-                f"the weight of {name} is computed from others (weight norm, pruning, a parametrisation): nothing was "
-                f"{done}; make it a plain parameter first"
-            )
-        own = name.rpartition(".")[0] if stack else f"{name}.base"
-        others = [other for other in owners[id(layer.weight)] if other != own]
-        if others:
-            raise ValueError(f"the weight of {name} is also that of {others[0]}; untie them first; nothing was {done}")
-    return result
 
 
 def remove(model: nn.Module) -> nn.Module:

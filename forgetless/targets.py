@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from . import versions
 from .layers import tensor_parallel as shards
 from .layers.linear import AdaptedLinear, is_conv1d
 from .layers.quantized import KINDS, kind_of
 from .layers.stack import stacks
+from .names import bare_modules
 from .ops.check import FLOATS
 
 ALL_LINEAR = "all-linear"
@@ -59,7 +59,7 @@ def find_layers(
     """
     if any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__):
         raise ValueError("model is sharded by FSDP2 already: adapt it first, then fully_shard")
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    modules = {name: module for name, module in bare_modules(model).items() if name}
     experts = stacks(model)
     modules |= experts
     linear = {name: module for name, module in modules.items() if name in experts or supported(module)}
@@ -130,8 +130,6 @@ def ready(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     for name, module in layers.items():
         kind = kind_of(module)
         reason = (shards.refusal(module) or _no_arithmetic(module)) if kind is None else kind.wants(module)
-        if kind is not None and kind.package is not None:
-            versions.warn_untested(kind.package, f"fl.adapt on {kind.title} layers")
         if reason is not None:
             title = "" if kind is None else f" ({kind.title})"
             raise ValueError(f"targets: {name} cannot be adapted{title}: {reason}")

@@ -18,13 +18,17 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import versions
-from .model import drift, penalty, record_drift, running
+from .checkpoint.io import save
+from .checkpoint.restore import OURS, resume
+from .files import newest
+from .model import adapters, drift, penalty, record_drift, running
 
 #: What is asked of a Trainer.
 _ASKED = ("accelerator", "compute_loss_func", "current_gradient_accumulation_steps", "model_accepts_loss_kwargs")
@@ -38,6 +42,10 @@ class PenaltyMixin:
     gradients, each adds it, so it counts once there as well. Every log of a loss also has ``penalty`` and ``drift``
     (mean over layers, see ``fl.drift``); the logged loss is the task's alone only where ``task_loss`` is read.
 
+    A checkpoint holds the adapters as ``fl.save`` writes them, with what is trained beside them, and not the base
+    model; ``resume_from_checkpoint`` and ``load_best_model_at_end`` read them. DeepSpeed and FSDP resume from their own
+    files. A model whose weights are quantised trains once it is adapted.
+
     ``OutputDeviation`` leaves out what the batch's attention mask does. A batch with padding whose mask has not one
     entry for each token of a layer (images beside the text, an encoder and a decoder) is refused with that penalty.
     A model that has no adapters, such as one that is fully fine-tuned, trains as without the mixin.
@@ -47,6 +55,18 @@ class PenaltyMixin:
     task_loss: float = 0.0
     #: The penalty of the last optimiser step.
     penalty_value: float = 0.0
+
+    def __init__(self, *given: Any, **named: Any):
+        model: Any = named.get("model", given[0] if given else None)
+        marked = isinstance(model, nn.Module) and getattr(model, "is_quantized", False) and bool(adapters(model))
+        if marked:  # what transformers looks at: else it refuses to train quantised weights
+            model._hf_peft_config_loaded = True
+        try:
+            above: Any = super()
+            above.__init__(*given, **named)
+        finally:
+            if marked:
+                del model._hf_peft_config_loaded
 
     def compute_loss(
         self,
@@ -64,18 +84,19 @@ class PenaltyMixin:
         Raises:
             ValueError: as of ``fl.penalty``.
         """
+        trainer: Any = self
         if model.training and not self._recorded:
             self._check_trainer()
-            bare = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
+            bare = trainer.accelerator.unwrap_model(model)
             self._recorded = not adapted(bare) or record_drift(bare) is bare
-        result = super().compute_loss(model, inputs, True, num_items_in_batch, **others)  # type: ignore[misc]
-        loss, outputs = result
+        above: Any = super()
+        result = above.compute_loss(model, inputs, return_outputs, num_items_in_batch, **others)
+        loss, outputs = result if return_outputs else (result, None)
         if model.training:
             loss = self._with_penalty(model, loss, num_items_in_batch, attended(inputs))
         return (loss, outputs) if return_outputs else loss
 
     def _check_trainer(self) -> None:
-        versions.warn_untested("transformers", "PenaltyMixin")
         missing = next((name for name in _ASKED if not hasattr(self, name)), None)
         if missing is not None:
             raise versions.missing_error("transformers", "PenaltyMixin", f"Trainer.{missing}")
@@ -99,20 +120,59 @@ class PenaltyMixin:
         self.penalty_value = value.detach().float().item()
         return loss + parts * value.to(loss.device) if value.requires_grad else loss
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapters as ``fl.save`` does, and no base model; without adapters of ours, as the Trainer."""
+        trainer: Any = self
+        above: Any = super()
+        bare = trainer.accelerator.unwrap_model(trainer.model)
+        if not adapters(bare) or trainer.is_deepspeed_enabled:
+            above.save_model(output_dir, _internal_call)
+            return
+        if trainer.args.should_save or any(hasattr(p, "full_tensor") for p in bare.parameters()):  # sharded: all do
+            save(bare, output_dir or trainer.args.output_dir)
+        bare.save_pretrained = _write_nothing  # the Trainer's way of writing a model
+        try:
+            above.save_model(output_dir, _internal_call)
+        finally:
+            del bare.save_pretrained
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        above: Any = super()
+        if not self._resumed(resume_from_checkpoint, model):
+            above._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        above: Any = super()
+        if not self._resumed(trainer.state.best_model_checkpoint, None):
+            above._load_best_model()
+
+    def _resumed(self, folder: str, model: nn.Module | None) -> bool:
+        """Whether the folder has adapters that the model has, too; then they are read."""
+        trainer: Any = self
+        bare = trainer.accelerator.unwrap_model(model or trainer.model)
+        ours = newest(Path(folder), OURS).exists() and adapters(bare) and not trainer.is_fsdp_enabled
+        if ours:
+            resume(bare, Path(folder))
+        return bool(ours)
+
     _opens = True
     _recorded = False  # whether the model has been asked to record the drift
 
     def log(self, logs: dict[str, float], *others: Any, **named: Any) -> None:
         """Adds ``penalty`` and ``drift`` to what is logged beside a loss."""
-        bare = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        trainer: Any = self
+        bare = trainer.accelerator.unwrap_model(trainer.model)
         if "loss" in logs and adapted(bare):
             logs["penalty"] = self.penalty_value
             seen = mean_drift(bare)
             if math.isfinite(seen):
                 logs["drift"] = seen
-        super().log(logs, *others, **named)  # type: ignore[misc]
+        above: Any = super()
+        above.log(logs, *others, **named)
 
 
+def _write_nothing(*given: Any, **named: Any) -> None: ...
 def attended(batch: Any) -> Tensor | None:
     """The batch's attention mask (sequences, tokens), if it is a mapping with one that leaves any token out."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -149,8 +209,6 @@ class _LightningPenalty:
     _value: Tensor | None = None  # of the step under way
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if versions.installed("lightning") != "unknown":
-            versions.warn_untested("lightning", "PenaltyCallback")
         if not adapted(pl_module):
             raise ValueError("the module has no adapters; call fl.adapt(model, method) on its model first")
         if not pl_module.automatic_optimization:
@@ -174,7 +232,7 @@ class _LightningPenalty:
             total = loss + trainer.accumulate_grad_batches * value.to(loss.device)
             return {**output, "loss": total} if isinstance(output, dict) else total
 
-        training_step.held = current  # type: ignore[attr-defined]
+        vars(training_step)["held"] = current
         pl_module.training_step = training_step
 
     _steps = True  # this micro-batch is the last one of an optimiser step

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import re
-import warnings
 from importlib import metadata
 
 #: Package -> lowest and highest version, (major, minor), that tests have been run with; what is between was not.
@@ -29,16 +26,6 @@ def tested(package: str) -> str:
     """ "peft 0.19 to 0.21"."""
     low, high = (".".join(map(str, version)) for version in TESTED[package])
     return f"{package} {low}" if low == high else f"{package} {low} to {high}"
-
-
-@functools.cache
-def warn_untested(package: str, what: str) -> None:
-    """Warn once if ``what`` was not tested with the installed version."""
-    version = installed(package)
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    low, high = TESTED[package]
-    if numbers and not low <= (int(numbers[1]), int(numbers[2])) <= high:
-        warnings.warn(f"{what} was tested with {tested(package)}; {version} is installed", stacklevel=3)
 
 
 def missing_error(package: str, what: str, missing: str) -> RuntimeError:

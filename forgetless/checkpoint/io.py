@@ -2,7 +2,8 @@
 
 A folder holds
 
-    adapter_model.safetensors   the adapter's parameters; PEFT's key names for LoRA-shaped methods
+    adapter_model.safetensors   the adapter's parameters, what is trained beside it; PEFT's key names for LoRA-shaped
+                                methods
     adapter_config.json         PEFT's config for LoRA-shaped methods, so that ``peft.PeftModel`` loads the folder
     forgetless.json             method, penalties, layers, and hashes of what must fit together
     forgetless_state.safetensors   statistics of the penalties (curvature, covariance), if there are any
@@ -13,7 +14,6 @@ LoRA-shaped folders written by PEFT itself load too.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,23 +24,22 @@ from torch import Tensor, nn
 
 from ..adapter import whole
 from ..coverage import warn_uncalled
-from ..files import newest, read_json, write_together
+from ..files import newest, write_together
 from ..layers.linear import AdaptedLinear, site_of
 from ..layers.quantized import weight_mark
 from ..layers.stack import stacks
 from ..methods import Method
-from ..methods.curlora import CURLoRAAdapter, weight_hash
+from ..methods.curlora import weight_hash
 from ..methods.lora import LoRAAdapter
-from ..model import adapt, adapters, remove
-from ..siblings import share_statistics
+from ..model import adapt_layers, adapters, remove
+from ..names import bare_modules
 from ..targets import find_layers
 from . import peft_format
+from .beside import Beside, trained_beside, warn_of_lost
+from .description import FORMAT, OURS, json_bytes
 from .experts_format import flattened, stacked
-from .peft_format import CONFIG, WEIGHTS, read_tensors, tensor_bytes
-
-FORMAT = 1
-OURS = "forgetless.json"
-STATE = "forgetless_state.safetensors"
+from .peft_format import CONFIG, PREFIX, WEIGHTS, tensor_bytes
+from .restore import STATE, Saved, facts_of, fill, folded_keys, own_tensors, read_saved, restore
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -49,20 +48,25 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Every file is written beside its place and then renamed, so a reader never sees half of one; killed at any moment,
     it leaves the old adapter or the new one for ``fl.load``. Where parameters are sharded over processes (FSDP2), every
     process must call this; the first one writes, and all return when it has.
-    Parameters keep their dtype; PEFT loads the folders of LoRA, CLoRA and LaLoRA.
+    Parameters keep their dtype; PEFT loads the folders of LoRA, CLoRA and LaLoRA. What is trained beside the adapters
+    is written, too, with the other tensors of its module: PEFT's ``modules_to_save``. A warning names what of it PEFT
+    does not read.
 
     Args:
         model: an adapted model.
         folder: is made if it is not there; files of an earlier adapter in it are replaced.
 
     Raises:
-        ValueError: the model has no adapters, or they are of several methods.
+        ValueError: the model has no adapters, they are of several methods, or their numbers are not here (offloaded,
+            flattened).
         OSError: the folder cannot be written.
     """
+    model = bare_modules(model)[""]
     layers, method = _of_one_method(model)
     warn_uncalled(layers)
     first = next(iter(layers.values()))
-    facts = {name: _facts(layer) for name, layer in layers.items()}
+    beside = trained_beside(model)
+    facts = {name: facts_of(name, layer) for name, layer in layers.items()}
     tensors = {key: tensor for name, layer in layers.items() for key, tensor in _saved_tensors(name, layer).items()}
     state = {
         f"{name}.{index}.{key}": tensor
@@ -71,10 +75,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for key, tensor in penalty.state_dict().items()
     }
     if isinstance(first.adapter, LoRAAdapter):
-        config = peft_format.config_of(model, layers, method)
+        config = _peft_config(model, layers, method, beside)
     else:
         config = {"peft_type": method.name.upper(), "base_model_name_or_path": peft_format.base_name(model)}
-    files = {WEIGHTS: tensor_bytes(flattened(model, tensors))}
+    files = {WEIGHTS: tensor_bytes(flattened(model, tensors) | _besides(beside))}
     if state:
         files[STATE] = tensor_bytes(state)
     ours = {
@@ -82,9 +86,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "method": method.to_json(),
         "layers": facts,
         "consolidated": len(first.folded),
+        "trained": {key: key in beside.trained for key in beside.tensors},
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
-    files |= {CONFIG: _json(config), OURS: _json(ours)}  # last: it has the hashes of the others
+    files |= {CONFIG: json_bytes(config), OURS: json_bytes(ours)}  # last: it has the hashes of the others
     _write_once(Path(folder), files, layers)
 
 
@@ -104,15 +109,17 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             ``fl.save``, which this one would not fit.
         OSError: the folder cannot be written.
     """
+    model = bare_modules(model)[""]
     layers, method = _of_one_method(model)
     if newest(Path(folder), OURS).exists():
         raise ValueError(f"folder {folder} holds a checkpoint of fl.save ({OURS}); export into another one")
+    beside = trained_beside(model)
     tensors = {}
     for name, layer in layers.items():
         tensors.update(peft_format.tensors_of(name, layer))
     files = {
-        WEIGHTS: tensor_bytes(flattened(model, tensors)),
-        CONFIG: _json(peft_format.config_of(model, layers, method)),
+        WEIGHTS: tensor_bytes(flattened(model, tensors) | _besides(beside)),
+        CONFIG: json_bytes(_peft_config(model, layers, method, beside)),
     }
     _write_once(Path(folder), files, layers)
 
@@ -122,7 +129,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         model: the base model, without adapters.
-        folder: written by ``fl.save``, or a LoRA checkpoint written by PEFT.
+        folder: written by ``fl.save``, or a LoRA checkpoint written by PEFT, its ``modules_to_save`` included.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -135,22 +142,17 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     path = newest(folder, OURS)
     if not path.exists():
         return _load_peft(model, folder)
-    ours = _checked(read_json(path), folder / OURS)
-    facts, digests, count = ours["layers"], ours["sha256"], ours.get("consolidated", 0)
-    method = Method.from_json(ours["method"])
-    tensors = stacked(model, facts, read_tensors(newest(folder, WEIGHTS), digests[WEIGHTS]), folder)
-    state = read_tensors(newest(folder, STATE), digests[STATE]) if STATE in digests else {}
-    if count > max([len(tensors), *(size for t in tensors.values() for size in t.shape)]):
-        raise ValueError(f"{folder / OURS}: consolidated is {count}, more than {WEIGHTS} holds")
-    _check_layers(model, facts, method, folder)
+    saved = read_saved(model, folder)
+    layers = _check_layers(model, saved.facts, saved.method, folder)
     try:
-        adapt(model, method, list(facts))
+        drawn_as = {name: facts.get("drawn_as", name) for name, facts in saved.facts.items()}
+        adapt_layers(model, saved.method, layers, drawn_as)
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, MemoryError, RuntimeError, TypeError) as error:  # a number beyond all bounds
-        raise ValueError(f"{folder / OURS}: no adapter can be made of {method}: {error}") from None
+        raise ValueError(f"{folder / OURS}: no adapter can be made of {saved.method}: {error}") from None
     try:
-        _restore(model, facts, tensors, state, count)
+        restore(model, saved)
     except Exception:
         remove(model)
         raise
@@ -159,11 +161,14 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
     """Load a LoRA checkpoint that PEFT wrote."""
-    method, names, tensors = peft_format.read(model, folder)
-    _find(model, names, folder)
-    adapt(model, method, names)
+    method, names, tensors, beside = peft_format.read(model, folder)
+    widest = max((max(t.shape, default=0) for t in tensors.values()), default=0)
+    if method.rank > widest:  # else that much memory would be asked for
+        raise ValueError(f"{folder / CONFIG}: the rank is {method.rank}, but no tensor in {WEIGHTS} is as wide")
+    adapt_layers(model, method, _find(model, names, folder))
     try:
-        _fill(model, stacked(model, names, tensors, folder), {})
+        tensors = stacked(model, names, tensors, folder)
+        fill(model, Saved(method, {}, tensors, {}, 0, dict.fromkeys(beside, True)))
     except Exception:
         remove(model)
         raise
@@ -180,36 +185,32 @@ def _of_one_method(model: nn.Module) -> tuple[dict[str, AdaptedLinear], Method]:
     method = next(iter(layers.values())).method
     if any(layer.method != method for layer in layers.values()):
         raise ValueError("model holds adapters of several methods; save wants one")
+    for name, layer in layers.items():
+        if any(p.is_meta for p in layer.adapter.parameters()):
+            raise ValueError(f"the adapter of {name} has no numbers: it is offloaded, or was never filled")
+        if layer.weight.dim() < 2:
+            raise ValueError(f"the weight of {name} is flattened (FSDP1, ZeRO-3): gather all parameters first")
     return layers, method
 
 
-def _facts(layer: AdaptedLinear) -> dict[str, Any]:
-    """What the base model's layer must be for this adapter."""
-    facts: dict[str, Any] = {"in_features": layer.in_features, "out_features": layer.out_features}
-    if isinstance(layer.adapter, CURLoRAAdapter):
-        facts["weight_sha256"] = layer.adapter.weight_sha256 or weight_hash(weight_mark(layer.base))
-    return facts
+def _peft_config(model: nn.Module, layers: dict[str, AdaptedLinear], method: Method, beside: Beside) -> dict[str, Any]:
+    """adapter_config.json for PEFT, with a warning of what PEFT will not read."""
+    config = peft_format.config_of(model, layers, method) | {"modules_to_save": beside.modules or None}
+    warn_of_lost(beside)
+    return config
+
+
+def _besides(beside: Beside) -> dict[str, Tensor]:
+    return {PREFIX + key: whole(tensor.detach()) for key, tensor in beside.tensors.items()}
 
 
 def _saved_tensors(name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
     if isinstance(layer.adapter, LoRAAdapter):
         return peft_format.tensors_of(name, layer)
-    tensors = {f"{name}.{key}": whole(tensor) for key, tensor in _own_tensors(layer).items()}
+    tensors = {f"{name}.{key}": whole(tensor) for key, tensor in own_tensors(layer).items()}
     for index, factors in enumerate(layer.folded):
-        tensors.update(zip(_folded_keys(name, index), factors, strict=True))
+        tensors.update(zip(folded_keys(name, index), factors, strict=True))
     return tensors
-
-
-def _own_tensors(layer: AdaptedLinear) -> dict[str, Tensor]:
-    return {key: value for key, value in layer.adapter.state_dict().items() if not key.startswith("penalties.")}
-
-
-def _folded_keys(name: str, index: int) -> tuple[str, str]:
-    return f"{name}.folded.{index}.down", f"{name}.folded.{index}.up"
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _write_once(folder: Path, files: dict[str, bytes], layers: dict[str, AdaptedLinear]) -> None:
@@ -226,28 +227,9 @@ def _write_once(folder: Path, files: dict[str, bytes], layers: dict[str, Adapted
 # ----------------------------------------------------------------------------------------- reading
 
 
-def _checked(ours: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content of forgetless.json, if it has the entries that ``load`` reads."""
-    if ours.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {ours.get('format')!r}, this version reads {FORMAT}")
-    layers, digests, count = ours.get("layers"), ours.get("sha256"), ours.get("consolidated", 0)
-    if not (
-        isinstance(layers, dict)
-        and layers
-        and all(isinstance(facts, dict) for facts in layers.values())
-        and isinstance(digests, dict)
-        and isinstance(digests.get(WEIGHTS), str)
-        and isinstance(ours.get("method"), dict)
-    ):
-        raise ValueError(f"{path}: damaged, wants method, layers and sha256")
-    if type(count) is not int or count < 0:
-        raise ValueError(f"{path}: consolidated is {count!r}, wants a count")
-    return ours
-
-
 def _find(model: nn.Module, names: Iterable[str], folder: Path) -> dict[str, nn.Module]:
     names = list(names)
-    present = dict(model.named_modules()) | stacks(model)
+    present = bare_modules(model) | stacks(model)
     for name in names:
         if name not in present:
             raise ValueError(f"{folder}: the adapter has a layer {name}, this {type(model).__name__} has none")
@@ -255,9 +237,10 @@ def _find(model: nn.Module, names: Iterable[str], folder: Path) -> dict[str, nn.
     return {name: layers[name] for name in names}
 
 
-def _check_layers(model: nn.Module, facts: dict[str, Any], method: Method, folder: Path) -> None:
+def _check_layers(model: nn.Module, facts: dict[str, Any], method: Method, folder: Path) -> dict[str, nn.Module]:
     """The base model has these layers, of these sizes and, where that is saved, with these weights."""
-    for name, layer in _find(model, facts, folder).items():
+    layers = _find(model, facts, folder)
+    for name, layer in layers.items():
         saved, shape = facts[name], tuple(site_of(name, layer).weight.shape[-2:])
         if (saved.get("out_features"), saved.get("in_features")) != shape:
             raise ValueError(
@@ -269,76 +252,4 @@ def _check_layers(model: nn.Module, facts: dict[str, Any], method: Method, folde
                 f"{folder}: the weight of {name} is not the one this {method.name} adapter was made on; "
                 "load it onto the same base model, in the same dtype"
             )
-
-
-def _restore(
-    model: nn.Module, facts: dict[str, Any], tensors: dict[str, Tensor], state: dict[str, Tensor], count: int
-) -> None:
-    """Copy what was saved into the adapters, and fold the ``count`` consolidated tasks into the weights."""
-    layers = adapters(model)
-    folded = {name: _take_folded(tensors, layer, count) for name, layer in layers.items()}
-    _fill(model, tensors, state)
-    for name, layer in layers.items():
-        if isinstance(layer.adapter, CURLoRAAdapter):
-            layer.adapter.gather(site_of(layer.name, layer.base, values=True).weight)
-            layer.adapter.weight_sha256 = facts[name].get("weight_sha256")
-        for factors in folded[name]:
-            layer.fold(factors)
-    share_statistics(model)
-
-
-def _take_folded(tensors: dict[str, Tensor], layer: AdaptedLinear, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Remove the factors of ``count`` consolidated tasks from ``tensors``, checked against the layer."""
-    N, K = layer.out_features, layer.in_features
-    device = layer.weight.device
-    if isinstance(layer.adapter, LoRAAdapter):
-        *experts, R, _ = layer.adapter.down.shape
-        a, b = peft_format.keys(layer.name).values()
-        shapes = {a: torch.empty(*experts, (1 + count) * R, K), b: torch.empty(*experts, N, (1 + count) * R)}
-        (_, down), (_, up) = _take(tensors, shapes, WEIGHTS)
-        downs, ups = down.split(R, dim=-2), [part.contiguous() for part in up.split(R, dim=-1)]
-        tensors[a], tensors[b] = downs[0], ups[0]
-        return [(d.to(device), u.to(device)) for d, u in zip(downs[1:], ups[1:], strict=True)]
-    factors = []
-    for index in range(count):
-        R = layer.adapter.factors()[0].shape[0]
-        shapes = dict(zip(_folded_keys(layer.name, index), (torch.empty(R, K), torch.empty(N, R)), strict=True))
-        (_, down), (_, up) = _take(tensors, shapes, WEIGHTS)
-        factors.append((down.to(device), up.to(device)))
-    return factors
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Copy the saved tensors into the model. All are checked before any is copied."""
-    pairs = []
-    tensors, state = dict(tensors), dict(state)
-    for name, layer in adapters(model).items():
-        if isinstance(layer.adapter, LoRAAdapter):
-            targets = {key: getattr(layer.adapter, factor).data for factor, key in peft_format.keys(name).items()}
-        else:
-            targets = {f"{name}.{key}": tensor for key, tensor in _own_tensors(layer).items()}
-        pairs += _take(tensors, targets, WEIGHTS)
-        for index, penalty in enumerate(layer.adapter.penalty_states()):
-            targets = {f"{name}.{index}.{key}": tensor for key, tensor in penalty.state_dict().items()}
-            pairs += _take(state, targets, STATE)
-    for file, left in ((WEIGHTS, tensors), (STATE, state)):
-        if left:
-            raise ValueError(f"{file} holds {min(left)}, which this model has no place for")
-    for target, tensor in pairs:
-        target.copy_(tensor)
-
-
-def _take(tensors: dict[str, Tensor], targets: dict[str, Tensor], file: str) -> list[tuple[Tensor, Tensor]]:
-    """Remove the tensors of these keys from ``tensors``; pairs (target, tensor) of equal shape and kind of dtype."""
-    pairs = []
-    for key, target in targets.items():
-        if key not in tensors:
-            raise ValueError(f"{file} lacks {key}")
-        tensor = tensors.pop(key)
-        if tensor.shape != target.shape:
-            raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, wants {tuple(target.shape)}")
-        if tensor.is_floating_point() != target.is_floating_point():
-            raise ValueError(f"{file}: {key} has dtype {tensor.dtype}, wants {target.dtype}")
-        pairs.append((target, tensor))
-    return pairs
+    return layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,25 @@ from ..files import newest, read_json, sha256_of
 from ..layers.linear import AdaptedLinear
 from ..methods import LoRA, Method
 from ..methods.lora import LoRAAdapter
+from ..names import bare_modules
 from .experts_format import PREFIX, keys, named, split_targets
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-#: Entries of a config that change what the checkpoint computes and that LoRA here does not have.
+PICKLED = "adapter_model.bin"
+#: Entries of a config that are read here, and those that say nothing about what the checkpoint computes.
+KNOWN = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "init_lora_weights",
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size",
+    "ensure_weight_tying", "target_parameters",
+}  # fmt: skip
+#: Entries that change what the checkpoint computes, for people; any other that is set is refused by its name alone.
 UNSUPPORTED = {
     "use_dora": "DoRA",
-    "modules_to_save": "modules_to_save",
+    "bias": "trained biases",
+    "alora_invocation_tokens": "activated LoRA",
     "rank_pattern": "per-layer ranks",
     "alpha_pattern": "per-layer alphas",
     "lora_bias": "a bias in lora_B",
@@ -78,12 +89,12 @@ def config_of(model: nn.Module, layers: Mapping[str, AdaptedLinear], method: Met
 def _target_modules(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> list[str]:
     """The last parts of the names where they select the same layers, else the full names."""
     last = {name.rpartition(".")[2] for name in layers}
-    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    selected = {name for name in bare_modules(model) if name.rpartition(".")[2] in last}
     return sorted(last) if selected == set(layers) else sorted(layers)
 
 
-def read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor]]:
-    """Method, names of the layers in ``model`` and tensors of a LoRA checkpoint that PEFT wrote.
+def read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor], list[str]]:
+    """Method, names of the layers in ``model``, tensors, and names of those of ``modules_to_save``, that PEFT wrote.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -93,38 +104,65 @@ def read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str], dict[str, Ten
     config = read_json(newest(folder, CONFIG))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, wants 'LORA'")
-    for key, title in UNSUPPORTED.items():
-        if config.get(key):
-            raise ValueError(f"{path}: the checkpoint has {title} ({key}), which forgetless does not load")
+    for key, value in config.items():
+        if value and value != "none" and key not in KNOWN:
+            title = UNSUPPORTED.get(key, "an entry that is not known")
+            raise ValueError(f"{path}: the checkpoint has {title} ({key}={value!r}), which forgetless does not load")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
         raise ValueError(
             f"{path}: init_lora_weights is {start!r}, which changes the base weights as well; "
             "convert the checkpoint to plain LoRA with PEFT first"
         )
+    if not newest(folder, WEIGHTS).exists() and (folder / PICKLED).exists():
+        raise ValueError(
+            f"{folder / PICKLED}: a pickle, which can run code, is not read; "
+            "PEFT's save_pretrained(folder, safe_serialization=True) writes safetensors"
+        )
     tensors = read_tensors(newest(folder, WEIGHTS))
-    wrappers = list(dict.fromkeys(_layer_of(key, folder) for key in tensors))
+    beside = [
+        key.removeprefix(PREFIX)
+        for key in tensors
+        if ".lora_" not in key and _within(key.removeprefix(PREFIX), config.get("modules_to_save") or ())
+    ]
+    saved = {PREFIX + key for key in beside}
+    wrappers = list(dict.fromkeys(_layer_of(key, folder) for key in tensors if key not in saved))
     names = named(model, wrappers, config.get("target_parameters") or (), folder)
     if not wrappers:
         raise ValueError(f"{folder / WEIGHTS}: holds no tensors")
-    method = LoRA(
-        rank=config.get("r"),  # type: ignore[arg-type]
-        alpha=config.get("lora_alpha"),  # type: ignore[arg-type]
-        dropout=config.get("lora_dropout") or 0.0,
-        rslora=bool(config.get("use_rslora")),
-    )
-    return method, names, tensors
+    sizes: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
+    method = LoRA(**sizes, dropout=config.get("lora_dropout") or 0.0, rslora=bool(config.get("use_rslora")))
+    return method, names, tensors, beside
+
+
+def _within(key: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor of that name is one of a module that ends like one of ``modules``, as PEFT has it."""
+    parts = key.split(".")
+    owners = [".".join(parts[:end]) for end in range(1, len(parts))]
+    return any(owner.endswith(name) for owner in owners for name in modules)
 
 
 def _layer_of(key: str, folder: Path) -> str:
     for suffix in (".lora_A.weight", ".lora_B.weight"):
         if key.endswith(suffix):
             return key.removeprefix(PREFIX).removesuffix(suffix)
-    raise ValueError(f"{folder / WEIGHTS}: {key} is not a LoRA factor of a linear layer")
+    if ".lora_" in key:
+        raise ValueError(f"{folder / WEIGHTS}: {key} is not a LoRA factor of a linear layer")
+    raise ValueError(
+        f"{folder / WEIGHTS}: {key} is a weight of the base model and not of modules_to_save; PEFT writes those of "
+        "embeddings unless save_pretrained is given save_embedding_layers=False"
+    )
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file of these tensors."""
+    """A safetensors file of these tensors.
+
+    Raises:
+        ValueError: one has no numbers.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{key} is on the meta device, offloaded or never filled: there is nothing to save")
     plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     return serialise(plain, metadata={"format": "pt"})
 

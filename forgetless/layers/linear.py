@@ -14,16 +14,19 @@ from torch.nn import functional as F
 from .. import compat
 from ..adapter import Adapter, Site, whole
 from ..methods.base import Method
+from ..names import bare_modules
 from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
 from ..ops.dispatch import runs_kernels
 from .groups import Group, families
 from .made import Made, made_of, terms_of
+from .offload import check_here, execution_device, onloaded
 from .passes import Passes
 from .quantized import kind_of, stand_in
 from .seen import seen
 from .stack import Stack
+from .states import Standing
 from .tensor_parallel import cut_of
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
@@ -38,10 +41,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def form_groups(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
     """Let siblings run together inside a call of their parent, where stored factors allow it."""
+    modules = bare_modules(model)
     for names in families(list(layers)):
         members = [layers[name] for name in names if not layers[name].around and _stores_factors(layers[name].adapter)]
         if len(members) > 1 and len({m.in_features for m in members}) == 1:
-            group = Group(model.get_submodule(names[0].rpartition(".")[0]), members)
+            group = Group(modules[names[0].rpartition(".")[0]], members)
             for member in members:
                 member.group = group
 
@@ -82,21 +86,21 @@ def stored(base: Any) -> tuple[Tensor, Tensor | None]:
     return weight, table["bias"] if "bias" in table else base.bias
 
 
-def site_of(name: str, base: nn.Module, values: bool = False) -> Site:
-    """The layer as a method sees it; a weight that is packed or cut is a stand-in unless its ``values`` are wanted.
-
-    That of a stack of experts is (E, N, K).
-    """
+def site_of(name: str, base: Any, values: bool = False) -> Site:
+    """The layer as a method sees it; a weight that is packed, cut or offloaded is a stand-in but for its ``values``."""
     if isinstance(base, Stack):
-        return Site(name, base.matrices().detach())
-    kind = kind_of(base)
-    if kind is not None:
-        return Site(name, kind.unpack(base) if values else stand_in(base, kind.dtype(base)))
-    if cut_of(base) is not None:
-        return Site(name, whole(base.weight).detach() if values else stand_in(base, base.weight.dtype))  # type: ignore[arg-type]
-    transposed = is_conv1d(base)
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    return Site(name, weight.detach().T if transposed else weight.detach(), transposed)
+        return Site(name, base.matrices().detach())  # (E, N, K)
+    kind, transposed = kind_of(base), is_conv1d(base)
+    if values:
+        with onloaded(base):
+            weight = whole(base.weight).detach() if kind is None else kind.unpack(base)
+    elif kind is not None:
+        weight = stand_in(base, kind.dtype(base))
+    elif cut_of(base) is not None or execution_device(base) is not None:
+        weight = stand_in(base, base.weight.dtype)
+    else:
+        weight = base.weight.detach()
+    return Site(name, weight.T if transposed else weight, transposed)
 
 
 @dataclass
@@ -122,7 +126,7 @@ def _sample(x: Tensor) -> Tensor:  # (..., K) -> (tokens, K)
     return as_rows(x.detach())[::step].clone()
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(Standing):
     """y = base(x) + scale * (drop(x) @ down.T) @ up.T, as one op.
 
     ``weight`` and ``bias`` are the base layer's, for code that looks at them; the base is not changed until merged.
@@ -166,7 +170,7 @@ class AdaptedLinear(nn.Module):
     @property
     def frozen(self) -> Tensor:
         """The base's weight."""
-        return self.base.weight  # type: ignore[return-value]
+        return self.base.weight
 
     @property
     def weight(self) -> Tensor:
@@ -191,7 +195,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
+        return self.base.bias
 
     @property
     def in_features(self) -> int:
@@ -227,7 +231,8 @@ class AdaptedLinear(nn.Module):
                 self._check_whole(getattr(self.base, "weight", None))
             return self._around(x)
         adapter: Any = self._modules["adapter"]  # a module's attribute costs a microsecond
-        compiling, group = torch.compiler.is_compiling(), self.group
+        compiling = torch.compiler.is_compiling()
+        group: Any = self.group
         dropout = adapter.dropout if self.training else 0.0
         members, seed, result = [self], None, None
         if group is not None and not compiling and group.scope is not None:
@@ -255,7 +260,7 @@ class AdaptedLinear(nn.Module):
             else:
                 ranks = [up.shape[1] for up in layers.ups]
                 hs = [None] * count if h is None else h.split(ranks, dim=1)
-                result = group.share(self, x, dropout, list(zip(ys, hs, made, strict=False)))  # type: ignore[union-attr]
+                result = group.share(self, x, dropout, list(zip(ys[:count], hs, made, strict=True)))
         y, h, products = result
         self._record(x, h, products)
         return like_x(y, x)
@@ -280,6 +285,7 @@ class AdaptedLinear(nn.Module):
     def _around(self, x: Tensor) -> Tensor:
         """By the base's own forward, the low-rank product added to what it returns."""
         adapter, cut = self.adapter, self.cut
+        check_here(self)
         down, up = adapter.factors()
         if cut is not None:
             down, up = cut.local(down, up)
@@ -363,7 +369,7 @@ class AdaptedLinear(nn.Module):
 
     def delta(self) -> Tensor:  # (N, K) float32, or float64
         """scale * up @ down in at least float32, as ``fl.merge`` adds it."""
-        with exact_products(self.weight.device.type):  # factors may be products too
+        with exact_products(self.device.type):  # factors may be products too
             return self._delta(*self.adapter.factors())
 
     def _delta(self, down: Tensor, up: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import whole
+from .offload import execution_device, onloaded
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,28 @@ def kind_of(module: nn.Module) -> Kind | None:
 def weight_mark(base: Any) -> Tensor:
     """What is hashed to know a weight again: the weight itself, all of it, or unpacked. Collective where it is cut."""
     kind = kind_of(base)
-    return whole(base.weight) if kind is None else (kind.mark or kind.unpack)(base)
+    with onloaded(base):
+        return whole(base.weight) if kind is None else (kind.mark or kind.unpack)(base)
 
 
 def stand_in(base: Any, dtype: torch.dtype | None) -> Tensor:
-    """NaN in the shape and on the device of the weight, in no memory: who reads it learns that it must not."""
-    device = next(t.device for t in (*base.parameters(), *base.buffers()))
-    one = torch.full((1, 1), torch.nan, dtype=dtype or torch.float32, device=device)
-    return one.expand(base.out_features, base.in_features)
+    """NaN in the shape of the weight, where its layer executes, in no memory: who reads it learns that it must not."""
+    shape: Any = base.weight.shape if kind_of(base) is None else (base.out_features, base.in_features)
+    device = execution_device(base) or next(t.device for t in (*base.parameters(), *base.buffers()))
+    return torch.full((1, 1), torch.nan, dtype=dtype or torch.float32, device=device).expand(shape)
+
+
+@torch.no_grad()
+def unpacked(base: Any, dtype: torch.dtype, delta: Tensor | None = None) -> nn.Linear:
+    """The layer as an nn.Linear in its own dtype or in this, with ``delta`` added in delta's dtype and rounded once."""
+    kind: Any = kind_of(base)
+    weight, bias = kind.unpack(base), base.bias
+    N, K = weight.shape
+    made = nn.Linear(K, N, bias is not None, weight.device, kind.dtype(base) or dtype)
+    made.weight.copy_(weight if delta is None else weight.to(delta.dtype) + delta)
+    if bias is not None:
+        made.bias.copy_(bias)
+    return made.requires_grad_(False).train(base.training)
 
 
 def _full_name(cls: type) -> str:

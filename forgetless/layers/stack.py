@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..names import bare_name
+
 #: Our name in transformers' registry.
 IMPLEMENTATION = "forgetless"
 
@@ -78,7 +80,7 @@ def _is_stack(module: nn.Module, name: str, experts: int) -> bool:
 def stacks(model: nn.Module) -> dict[str, Stack]:
     """Name -> stack, of all experts modules of the model: "model.layers.0.mlp.experts.gate_up_proj"."""
     return {
-        f"{name}.{key}" if name else key: Stack(module, key)
+        f"{bare_name(model, name)}.{key}".removeprefix("."): Stack(module, key)
         for name, module in model.named_modules()
         for key in keys_of(module)
     }

@@ -44,19 +44,6 @@ class AdaptedPacked(AdaptedAround):
     def fold(self, factors: tuple[Tensor, Tensor] | None = None) -> float:
         raise ValueError(f"the weight of {self.name} is packed ({self.kind.title}): nothing can be added to it")
 
-    @torch.no_grad()
-    def dense(self, dtype: torch.dtype) -> nn.Linear:
-        """The layer unpacked, in its own dtype or in this, with the update added in float32 and rounded once."""
-        weight = self.kind.unpack(self.base)
-        dtype = self.kind.dtype(self.base) or dtype
-        bias = self.bias
-        made = nn.Linear(self.in_features, self.out_features, bias is not None, weight.device, dtype)
-        delta = self.delta()
-        made.weight.copy_(weight.to(delta.dtype) + delta)
-        if bias is not None:
-            made.bias.copy_(bias)
-        return made.requires_grad_(False).train(self.training)
-
 
 class AdaptedSharded(AdaptedAround):
     """Tensor parallel: ``weight`` is a DTensor, x or y this rank's columns."""

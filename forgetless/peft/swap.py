@@ -23,6 +23,7 @@ from ..layers.experts import call_with, experts_forward
 from ..layers.linear import AdaptedLinear, form_groups, runs_by
 from ..layers.passes import Passes
 from ..layers.stack import give_back, run_by
+from ..names import bare_name
 from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from .experts import ExpertsView, title
@@ -61,7 +62,6 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
             f"model is a {type(model).__name__} without PEFT LoRA layers; "
             "make it with peft.get_peft_model(model, peft.LoraConfig(...)), or use fl.adapt"
         )
-    versions.warn_untested("peft", "fl.swap_in")
     missing = next((name for name in _ASKED if not hasattr(next(iter(result.values())), name)), None)
     if missing is not None:
         raise versions.missing_error("peft", "fl.swap_in", f"LoraLayer.{missing}")
@@ -122,7 +122,7 @@ def views(model: nn.Module) -> dict[str, AdaptedLinear]:
             active = {view.adapter.key: view for view in taker.active()}
         elif isinstance(layer, OwnLayer):
             active = layer.active_layers()
-        own = title(name, layer)
+        own = title(bare_name(model, name), layer) if active else name
         for key, view in active.items():
             result[own if len(active) == 1 else f"{own}:{key}"] = view
     return result
@@ -322,7 +322,7 @@ def _form_groups(model: nn.Module) -> None:
         taker = taker_of(module)
         for view in [] if taker is None else taker.make_views():
             if base_reason(view.layer.base_layer) is None:
-                together.setdefault(view.adapter.key, {})[name] = view
+                together.setdefault(view.adapter.key, {})[bare_name(model, name)] = view
     for same in together.values():
         form_groups(model, same)
 

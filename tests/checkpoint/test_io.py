@@ -240,7 +240,7 @@ def test_there_and_back_again(tmp_path, peft):
     "options, message",
     [
         ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"alora_invocation_tokens": [4, 5]}, "activated LoRA"),
         ({"rank_pattern": {"q_proj": 2}}, "per-layer ranks"),
         ({"alpha_pattern": {"q_proj": 2}}, "per-layer alphas"),
         ({"bias": "lora_only"}, "bias"),
@@ -376,7 +376,10 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
         (lambda t: without(t, KEY.format("B")), "lacks .*q_proj.lora_B"),
         (lambda t: {**t, KEY.format("A"): torch.zeros(4, 15)}, r"lora_A.weight has shape \(4, 15\), wants \(4, 16\)"),
         (lambda t: {**t, KEY.format("A"): torch.zeros(4, 16).int()}, "lora_A.weight has dtype torch.int32, wants"),
-        (lambda t: {**t, "base_model.model.lm_head.weight": torch.zeros(2)}, "lm_head.weight is not a LoRA factor"),
+        (
+            lambda t: {**t, "base_model.model.lm_head.weight": torch.zeros(2)},
+            "lm_head.weight is a weight of the base model",
+        ),
         (lambda t: {**t, KEY.replace("q_proj", "z_proj").format("A"): torch.zeros(4, 16)}, "z_proj.*has none"),
         (lambda t: {}, "holds no tensors"),
     ],

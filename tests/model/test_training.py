@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -65,6 +65,29 @@ def test_the_penalty_counts_once_whatever_the_accumulation(tmp_path: Path) -> No
         assert extra.norm() > 0
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-6)
+
+
+def test_outputs_are_asked_for_only_where_the_trainer_asks(tmp_path: Path) -> None:
+    """A trainer may do more for outputs: TRL's runs the model once more."""
+
+    class Asking(Trainer):
+        asked: ClassVar[list[bool]] = []
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *others: Any) -> Any:
+            self.asked.append(return_outputs)
+            return super().compute_loss(model, inputs, return_outputs, *others)
+
+    class Mixed(PenaltyMixin, Asking):
+        pass
+
+    model = adapted_model(CLORA)
+    calls: list[Any] = []
+    model.register_forward_hook(lambda *given: calls.append(1))
+    run = trainer(model, tmp_path)
+    run = Mixed(model=model, args=run.args, train_dataset=ROWS)
+    run.train()
+    assert Mixed.asked == [False] * 4 and len(calls) == 4
+    assert run.compute_loss(model, run.data_collator(ROWS[:2]), return_outputs=True)[1].logits.shape[0] == 2
 
 
 def test_padding_does_not_count_in_the_penalty(tmp_path: Path) -> None:

@@ -191,9 +191,7 @@ def test_bases_draw_nothing_from_the_global_generator():
 @pytest.mark.parametrize("basis", ["orthogonal", "hadamard"])
 def test_bases_are_not_in_the_state_dict(basis):
     model = network(fl.NullSpace(k=6, basis=basis))
-    assert set(model.state_dict()) == {
-        f"layer.{key}" for key in ("base.weight", "base.bias", "adapter.down", "adapter.up")
-    }
+    assert set(model.state_dict()) == {f"layer.{key}" for key in ("weight", "bias", "adapter.down", "adapter.up")}
 
 
 def test_bases_follow_the_weight_s_dtype_and_stay_orthonormal_in_half():

@@ -146,6 +146,27 @@ def tune(card: phantom.Trace) -> None:
         assert set(row["ms"]) == set(dispatch.PLANS), f"plans were left out: {row['ms']}"
 
 
+def token_counts(card: phantom.Trace) -> None:
+    """A shape has few kernels: by whether rows are aligned and sums are of one strip, not one for each token count."""
+    model = fl.adapt(llama(), fl.LoRA(RANK))
+    for tokens in (2, 32, 510, 512, 4096, 4098):
+        train(model, tokens)
+    card.clear()
+    for tokens in (4, 34, 96, 480, 600, 1024, 2048, 2050, 8192):
+        train(model, tokens)
+    assert not card.compiled, f"compiled again for other token counts: {card.compiled}"
+
+
+def tf32(card: phantom.Trace) -> None:
+    """As transformers sets it for TrainingArguments(tf32=True)."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        steady(card, partial(train, fl.adapt(llama().float(), fl.LoRA(RANK))))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def layer(card: phantom.Trace) -> None:
     """The kernels of a step by themselves: every card."""
     steady(card, partial(pass_through, adapted_layer(torch.bfloat16), torch.bfloat16))
@@ -192,6 +213,8 @@ SCENARIOS: dict[str, Callable[[phantom.Trace], None]] = {
     "first use": first_use,
     "tune": tune,
     "autocast": autocast,
+    "token counts": token_counts,
+    "tf32": tf32,
 }
 
 
