@@ -12,10 +12,10 @@ from .consolidate import consolidate
 from .folding import merge
 from .layers import quantized as packed
 from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
-from .model import adapt, adapters, drift, explain, fuse_penalty, penalty, record_drift, remove
+from .model import adapt, adapters, drift, explain, penalty, record_drift, remove
 from .peft.swap import swap_in, swap_out
 from .penalties import Decay, Laplace, NullSpace, OutputDeviation, SourceDeviation, WeightDeviation
-from .switch import disabled, scaled
+from .switch import disabled, fuse_penalty, scaled
 
 __version__ = "0.1.0"
 

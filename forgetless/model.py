@@ -269,30 +269,6 @@ def record_drift(model: nn.Module, enabled: bool = True) -> nn.Module:
     return model
 
 
-def fuse_penalty(model: nn.Module, enabled: bool = True) -> nn.Module:
-    """Whether forward passes on the fused kernels make what ``fl.penalty`` needs; they do unless they are told not to.
-
-    With it, a training pass makes the products of the factors with the penalties' rows in the launches that it makes
-    anyway, and ``fl.penalty`` adds up what they made: it shares the graph of that pass, so that backward is called
-    once, on the loss with the penalty. Without it, or where the factors have changed since the pass, they are made by
-    ``fl.penalty``, for all layers at once. With gradient accumulation, switch it off for the micro-batches that no
-    penalty is added to: each would pay for its rows, about k / M of the low-rank path for k rows and M tokens.
-
-    Args:
-        model: an adapted model, or one with PEFT's layers swapped in.
-        enabled: False to stop.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: the model has no adapters.
-    """
-    for layer in _running(model).values():
-        layer.makes_products = enabled
-    return model
-
-
 def explain(model: nn.Module) -> Report:
     """Per layer: method, shape, rank, the path its op takes here, and why. ``print`` it for a table.
 

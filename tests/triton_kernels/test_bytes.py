@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from kernel_plans import PLANS, TILE, fitted, on_kernels
-from meter import meter  # noqa: F401 - a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from forgetless.ops.autograd import lowrank_linear
 from forgetless_bench import static as traffic
-from forgetless_kernels import fused, sums, tiles, tl_utils
+from forgetless_kernels import fused, sums, tiles
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
 SKINNY = fitted("project", **TILE)

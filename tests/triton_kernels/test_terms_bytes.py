@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 from kernel_plans import TILE, fitted
-from meter import meter  # noqa: F401 - a fixture
 from torch import Tensor
 
 from forgetless.ops.rows import More, Rows, Term
@@ -57,7 +56,7 @@ def joined(parts: dict[str, int], names: dict[str, str]) -> dict[str, int]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("of", ["down", "up"])
 @pytest.mark.parametrize("s", SIZES, ids=str)
-def test_products(s, of, kind, meter):  # noqa: F811
+def test_products(s, of, kind, meter):
     given, model, tensors = kinds(kind, of, s)
     x, down, up = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K), torch.ones(s.N, s.R)
     with tiles.forced("project", **PROJECT):
@@ -72,7 +71,7 @@ def test_products(s, of, kind, meter):  # noqa: F811
 
 
 @pytest.mark.parametrize("s", SIZES[:2], ids=str)
-def test_grams(s, meter):  # noqa: F811
+def test_grams(s, meter):
     x, down, up = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K), torch.ones(s.N, s.R)
     with tiles.forced("project", **PROJECT):
         fused.project_terms(x, [down], [up], [Term(0, (Rows("hidden"),))])
@@ -86,7 +85,7 @@ def test_grams(s, meter):  # noqa: F811
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("s", SIZES, ids=str)
-def test_strips_of_outer(s, kind, meter):  # noqa: F811
+def test_strips_of_outer(s, kind, meter):
     given, model, tensors = kinds(kind, "down", s)
     g, x, down = torch.ones(s.M, s.R, dtype=BF16), torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K)
     d = torch.ones(given.length(s.R), s.R)
@@ -102,7 +101,7 @@ def test_strips_of_outer(s, kind, meter):  # noqa: F811
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("s", SIZES[:2], ids=str)
-def test_strips_of_the_sweep(s, start, kind, meter, monkeypatch):  # noqa: F811
+def test_strips_of_the_sweep(s, start, kind, meter, monkeypatch):
     monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
     given, model, tensors = kinds(kind, "down", s)
     x, down, h = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K), torch.ones(s.M, s.R, dtype=BF16)
