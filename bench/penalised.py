@@ -1,4 +1,4 @@
-"""What penalties add to the kernels of a layer: bytes in closed form, and a time PREDICTED from them. See ``static``."""
+"""What penalties add to a layer's kernels: bytes in closed form, and a time PREDICTED from them, as in ``static``."""
 
 from __future__ import annotations
 
@@ -212,10 +212,8 @@ PENALTIES = (
 def text() -> str:
     """The table, in Markdown"""
     step = lora_seconds()
-    lines = [
-        f"| penalty, {LAYERS * len(SHAPES)} layers | held | torch operations | GB moved | GFLOP | predicted ms | of the step |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = f"penalty, {LAYERS * len(SHAPES)} layers", "held", "torch operations", "GB", "GFLOP", "ms", "of the step"
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for penalty in PENALTIES:
         items = items_of(penalty)
         fields = [f"{f.name}={getattr(penalty, f.name)}" for f in dataclasses.fields(penalty)[1:3]]
