@@ -180,7 +180,11 @@ class AdaptedLinear(Standing):
         return self.applied() if torch.compiler.is_compiling() else seen(self)
 
     def applied(self) -> Tensor:
-        """The frozen weight with the update, as it is stored, rounded once; differentiable in the update."""
+        """The frozen weight with the update, as it is stored, rounded once; differentiable in the update.
+
+        Raises:
+            ValueError: a penalty needs what the layer is given, which nobody sees.
+        """
         if self.needs_hidden:
             raise ValueError(
                 f"OutputDeviation cannot see what {self.name} does: its parent reads its weight instead of calling it; "

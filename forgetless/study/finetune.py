@@ -30,7 +30,6 @@ from .options import (
     check_numbers,
     parse_method,
     positive,
-    writable,
 )
 from .session import calibrates, check_distinct, check_fit, source_rows, take_tokens
 from .tables import Table, figure
@@ -84,7 +83,7 @@ def prepare(options: FinetuneOptions) -> Work:
     """Everything that can go wrong before training goes wrong here."""
     plan = check(options)
     if not options.dry_run:
-        writable(options.out)
+        book.writable(options.out)
     domain = load_domain(options.data)
     source_texts = [load_domain(spec) for spec in options.source] if calibrates(plan) else []
     if calibrates(plan) and not source_texts:

@@ -30,8 +30,8 @@ from .options import (
     check_numbers,
     parse_method,
     positive,
-    writable,
 )
+from .results import writable
 from .train import TrainConfig
 
 
