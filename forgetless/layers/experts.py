@@ -22,8 +22,9 @@ from ..ops.autograd import exact_products, lowrank_linear
 from ..ops.grouped import Factors, Rows, grouped_lowrank, sort_rows
 from .expert_factors import parts
 from .frozen import hooked
-from .linear import DRIFT_TOKENS, AdaptedLinear, Trace
+from .linear import AdaptedLinear
 from .stack import Stack, give_back, run_by, verify, verify_once
+from .trace import DRIFT_TOKENS, Trace
 
 
 def check_experts(layers: dict[str, nn.Module], method: Method, all_linear: bool) -> dict[str, nn.Module]:

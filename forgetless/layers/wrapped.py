@@ -15,10 +15,11 @@ from ..adapter import Adapter
 from ..methods.base import Method
 from .experts import AdaptedExperts
 from .frozen import hooked, is_plain
-from .linear import AdaptedLinear, Trace
+from .linear import AdaptedLinear
 from .quantized import Kind, kind_of, stand_in
 from .stack import Stack
 from .tensor_parallel import Cut, broadcast_parameters, cut_of, gathered_columns
+from .trace import Trace
 
 
 class AdaptedAround(AdaptedLinear):

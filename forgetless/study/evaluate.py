@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.layers.frozen import is_conv1d
-from forgetless.layers.linear import DRIFT_TOKENS, AdaptedLinear
+from forgetless.layers.linear import AdaptedLinear
+from forgetless.layers.trace import DRIFT_TOKENS
 from forgetless.targets import find_layers
 
 from .data import Collator, padding_id

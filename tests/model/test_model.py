@@ -15,7 +15,8 @@ from helpers import assert_as_good_as_eager, stir, tiny_gpt2, tiny_llama, token_
 from torch import Tensor, nn
 
 import forgetless as fl
-from forgetless.layers.linear import DRIFT_TOKENS, AdaptedLinear
+from forgetless.layers.linear import AdaptedLinear
+from forgetless.layers.trace import DRIFT_TOKENS
 from forgetless.methods import LoRA, Method
 from forgetless.methods.lora import LoRAAdapter
 from forgetless.ops import dispatch as ops
