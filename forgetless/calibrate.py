@@ -141,7 +141,8 @@ class _Measured:
         name = next((name for name, layer in self.layers.items() if layer.read), None)
         if name is not None:
             raise ValueError(
-                f"the parent of {name} reads its weight instead of calling it: nothing can be measured there"
+                f"the parent of {name} reads its weight instead of calling it: nothing can be measured there; leave it "
+                "out with fl.adapt(model, method, exclude=[..])"
             )
 
     def take(self, batch: Any, number: int) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .calibrate import LossFunction, calibrate
 from .folding import check_foldable
-from .layers.linear import AdaptedLinear, site_of
+from .layers.frozen import site_of
+from .layers.linear import AdaptedLinear
 from .methods.curlora import CURLoRAAdapter, weight_hash
 from .siblings import share_statistics
 

@@ -73,7 +73,7 @@ def _packs(module: nn.Module) -> bool:
     """Whether a layer packs its weight, in a way that is known or not."""
     weight = getattr(module, "weight", None)
     dense = isinstance(weight, Tensor) and weight.is_floating_point()
-    return kind_of(module) is not None or (refusal(module) is not None and not dense)
+    return kind_of(module) is not None or (not dense and refusal(module) is not None)
 
 
 def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dict[str, AdaptedLinear]:

@@ -15,7 +15,8 @@ from .adapter import Adapter, Site
 from .coverage import passed_over, uncalled, warn_passed_over, warn_uncalled
 from .layers.expert_factors import build_experts
 from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
-from .layers.linear import AdaptedLinear, form_groups, site_of
+from .layers.frozen import site_of
+from .layers.linear import AdaptedLinear, form_groups
 from .layers.offload import check_here
 from .layers.passes import Passes
 from .layers.stack import Stack

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from .layers import tensor_parallel as shards
-from .layers.linear import AdaptedLinear, is_conv1d
+from .layers.frozen import is_plain, runs_as_linear
+from .layers.linear import AdaptedLinear
 from .layers.quantized import KINDS, kind_of
 from .layers.stack import stacks
 from .names import bare_modules
@@ -24,22 +25,27 @@ _HEADS = {"lm_head", "embed_out", "score", "classifier", "head"}
 
 
 def supported(module: nn.Module) -> bool:
-    """nn.Linear, transformers' Conv1D, known packed layers. By exact type: a subclass may compute something else."""
-    return type(module) is nn.Linear or is_conv1d(module) or kind_of(module) is not None
+    """nn.Linear and its subclasses that compute the same, transformers' Conv1D, known packed layers."""
+    if _read_by_parent(module):
+        return False
+    return is_plain(module) or kind_of(module) is not None or runs_as_linear(module)
+
+
+def _read_by_parent(module: nn.Module) -> bool:
+    return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 
 def refusal(module: nn.Module) -> str | None:
     """Why a layer that looks linear cannot be adapted, and what to do; None for any other layer."""
-    cls = type(module)
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if supported(module) or isinstance(module, AdaptedLinear) or not all(isinstance(n, int) for n in sizes):
         return None
-    if cls.__name__ == "NonDynamicallyQuantizableLinear":
+    if _read_by_parent(module):
         return "MultiheadAttention reads its weight without calling it"
     if any(True for _ in module.children()):
         return None  # a wrapper, such as PEFT's: what it wraps is looked at by itself
     if isinstance(module, nn.Linear) and module.weight.is_floating_point():
-        return "a subclass of nn.Linear may compute something else; fl.packed.register(cls, ...) if it is linear in x"
+        return "it gives something else than x Wᵀ + b, or stores more than weight and bias"
     return "how it packs its weight is not known; fl.packed.register(cls, unpack, dtype) says so"
 
 

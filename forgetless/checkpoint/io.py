@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ..adapter import whole
 from ..coverage import warn_uncalled
 from ..files import newest, write_together
-from ..layers.linear import AdaptedLinear, site_of
+from ..layers.frozen import site_of
+from ..layers.linear import AdaptedLinear
 from ..layers.quantized import weight_mark
 from ..layers.stack import stacks
 from ..methods import Method

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..files import newest
 from ..folding import check_foldable
-from ..layers.linear import AdaptedLinear, site_of
+from ..layers.frozen import site_of
+from ..layers.linear import AdaptedLinear
 from ..layers.quantized import weight_mark
 from ..methods import Method
 from ..methods.curlora import CURLoRAAdapter, weight_hash

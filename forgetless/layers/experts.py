@@ -21,7 +21,8 @@ from ..methods.base import Method
 from ..ops.autograd import exact_products, lowrank_linear
 from ..ops.grouped import Factors, Rows, grouped_lowrank, sort_rows
 from .expert_factors import parts
-from .linear import DRIFT_TOKENS, AdaptedLinear, Trace, hooked
+from .frozen import hooked
+from .linear import DRIFT_TOKENS, AdaptedLinear, Trace
 from .stack import Stack, give_back, run_by, verify, verify_once
 
 

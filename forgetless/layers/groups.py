@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.autograd import autocasts, draw_seed
+from .passes import alive
 
 #: y (..., N) of one sibling, h (M, R) if it is wanted, and what was made for its penalties
 Result = tuple[Tensor, Tensor | None, Any]
@@ -141,7 +142,8 @@ class Group:
         return scope.seed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_local"}
+        return {**kept, "handles": alive(self.handles)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _local=threading.local())

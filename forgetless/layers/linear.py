@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,31 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import compat
-from ..adapter import Adapter, Site, whole
+from ..adapter import Adapter
 from ..methods.base import Method
 from ..names import bare_modules
 from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
 from ..ops.dispatch import runs_kernels
+from .frozen import hooked, is_conv1d, is_plain, runs_by, stored
 from .groups import Group, families
 from .made import Made, made_of, terms_of
-from .offload import check_here, execution_device, onloaded
+from .offload import check_here
 from .passes import Passes
-from .quantized import kind_of, stand_in
 from .seen import seen
-from .stack import Stack
 from .states import Standing
-from .tensor_parallel import cut_of
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.
 DRIFT_TOKENS = 32
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): weight (in_features, out_features). Told by its type, never by its shape."""
-    cls = type(module)
-    return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
 
 
 def form_groups(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
@@ -50,57 +41,10 @@ def form_groups(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
                 member.group = group
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def runs_by(base: Any) -> tuple[Callable[[Tensor], Tensor], bool]:
-    """What computes a base that runs itself, and whether its result may be written in place.
-
-    Then it is the forward alone, without the module's call: no hook of all modules may see that memory.
-    """
-    kind = kind_of(base)
-    fresh = kind is not None and kind.fresh and not hooked(base)
-    return (base.forward if fresh else base), fresh
-
-
 def _stores_factors(adapter: Adapter) -> bool:
     """Whether the factors are parameters or buffers: siblings' backward passes could not run apart through products."""
     with torch.enable_grad():
         return all(factor.is_leaf for factor in adapter.factors())
-
-
-def stored(base: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer, out of its table: a module's attribute costs a microsecond."""
-    table = base._parameters
-    weight = table.get("weight")
-    if weight is None:  # parametrised, or packed
-        return base.weight, base.bias
-    return weight, table["bias"] if "bias" in table else base.bias
-
-
-def site_of(name: str, base: Any, values: bool = False) -> Site:
-    """The layer as a method sees it; a weight that is packed, cut or offloaded is a stand-in but for its ``values``."""
-    if isinstance(base, Stack):
-        return Site(name, base.matrices().detach())  # (E, N, K)
-    kind, transposed = kind_of(base), is_conv1d(base)
-    if values:
-        with onloaded(base):
-            weight = whole(base.weight).detach() if kind is None else kind.unpack(base)
-    elif kind is not None:
-        weight = stand_in(base, kind.dtype(base))
-    elif cut_of(base) is not None or execution_device(base) is not None:
-        weight = stand_in(base, base.weight.dtype)
-    else:
-        weight = base.weight.detach()
-    return Site(name, weight.T if transposed else weight, transposed)
 
 
 @dataclass
@@ -141,8 +85,6 @@ class AdaptedLinear(Standing):
 
     #: The base runs itself, and the update is added onto what it returns: see ``forgetless.layers.wrapped``.
     around: bool = False
-    #: Why the base runs itself, where it does.
-    reason = "the frozen layer has hooks and runs itself"
     #: ``fl.drift`` may be asked after training passes, too.
     records_drift = False
     #: Its dropout mask may be that of its siblings.
@@ -219,10 +161,17 @@ class AdaptedLinear(Standing):
             return "onto", f"{self.reason}, the low-rank product is added to its result"
         return explain_path(self.weight.device, self.weight.dtype, self.out_features, self.in_features, rank)
 
+    @property
+    def reason(self) -> str:
+        """Why the base runs itself, where it does."""
+        if hooked(self.base):
+            return "the frozen layer has hooks and runs itself"
+        return f"{type(self.base).__name__} makes x W^T itself"
+
     def runs_base(self) -> bool:
         """Whether the base runs itself in the next call: it has hooks, or is not a plain linear layer any more."""
         base: Any = self._modules["base"]
-        return hooked(base) or not (type(base) is nn.Linear or is_conv1d(base))
+        return hooked(base) or not is_plain(base)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         self.enter()

@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import compat
+
+
+def alive(handles: list[RemovableHandle]) -> list[RemovableHandle]:
+    """Those of modules that there still are: torch cannot unpickle the others."""
+    return [handle for handle in handles if handle.hooks_dict_ref() is not None]
 
 
 class Passes:
@@ -44,6 +50,9 @@ class Passes:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handles": alive(self.handles)}
 
     def open(self, level: int, module: nn.Module, args: Any) -> None:
         """Begin a pass, unless one of an outer module is under way; one that was interrupted is over."""

@@ -1,7 +1,7 @@
 """Adapted layers whose base runs itself, the low-rank product added onto what it returns.
 
 For weights that cannot be read as a matrix here: packed ones (``forgetless.layers.quantized``), those cut over
-processes (``forgetless.layers.tensor_parallel``), and layers with hooks, which do more than multiply.
+processes (``forgetless.layers.tensor_parallel``), and layers with hooks or a forward of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..methods.base import Method
 from .experts import AdaptedExperts
-from .linear import AdaptedLinear, Trace, hooked
+from .frozen import hooked, is_plain
+from .linear import AdaptedLinear, Trace
 from .quantized import Kind, kind_of, stand_in
 from .stack import Stack
 from .tensor_parallel import Cut, broadcast_parameters, cut_of, gathered_columns
@@ -35,7 +36,10 @@ class AdaptedPacked(AdaptedAround):
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str, kind: Kind):
         super().__init__(base, adapter, method, name)
         self.kind = kind
-        self.reason = f"{self.kind.title} makes x W^T itself"
+
+    @property
+    def reason(self) -> str:
+        return f"{self.kind.title} makes x W^T itself"
 
     @property
     def frozen(self) -> Tensor:
@@ -54,8 +58,11 @@ class AdaptedSharded(AdaptedAround):
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str, cut: Cut):
         super().__init__(base, adapter, method, name)
         self.cut = cut
-        self.reason = f"its weight is cut {'row' if cut.dim else 'column'}-wise over {cut.mesh.size()} processes"
         broadcast_parameters(adapter, cut)
+
+    @property
+    def reason(self) -> str:
+        return f"its weight is cut {'row' if self.cut.dim else 'column'}-wise over {self.cut.mesh.size()} processes"
 
     def drift(self) -> float | None:
         """As of AdaptedLinear; a collective call where the weight is cut row-wise."""
@@ -87,4 +94,4 @@ def wrap(base: nn.Module, adapter: Adapter, method: Method, name: str) -> Adapte
         return AdaptedPacked(base, adapter, method, name, kind)
     if cut is not None:
         return AdaptedSharded(base, adapter, method, name, cut)
-    return (AdaptedAround if hooked(base) else AdaptedLinear)(base, adapter, method, name)
+    return (AdaptedAround if hooked(base) or not is_plain(base) else AdaptedLinear)(base, adapter, method, name)

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import versions
-from ..layers.linear import AdaptedLinear, is_conv1d, site_of
+from ..layers.frozen import is_conv1d, site_of
+from ..layers.linear import AdaptedLinear
 from ..layers.quantized import kind_of
 from ..layers.wrapped import wrap
 from ..methods import CLoRA, CURLoRA, LaLoRA, Method
 from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..report import LayerReport
+from ..targets import supported
 from .routes import state_reason
-from .swap import PENALTIES, take_over
-from .views import OwnLayer
+from .swap import take_over
+from .views import PENALTIES, OwnLayer
 
 _peft: Any = importlib.import_module("peft")
 _tuners: Any = importlib.import_module("peft.tuners.tuners_utils")
@@ -273,7 +275,7 @@ class CURLoRAModel(_BaseTuner):
         if isinstance(target, CURLoRALayer):
             target.update_layer(adapter_name, config)
             return
-        if not (type(target) is nn.Linear or is_conv1d(target) or kind_of(target) is not None):
+        if not supported(target):
             raise ValueError(f"Target module {current_key} is not supported: {type(target).__name__}")
         layer = CURLoRALayer(target, current_key, adapter_name, config)
         if adapter_name not in self.active_adapters:

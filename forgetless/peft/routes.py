@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
-from ..layers.linear import hooked, is_conv1d
+from ..layers.frozen import hooked, is_conv1d, is_plain
 from ..layers.stack import Stack, keys_of
 from ..names import bare_name
 from ..ops.check import FLOATS, dtype_name
@@ -81,7 +81,7 @@ def adapter_reason(layer: Any, key: str, meta: bool = False) -> str | None:
 
 def base_reason(base: Any) -> str | None:
     """Why the frozen layer's own forward must make x @ W.T; None if the op can read its weight."""
-    if type(base) is not nn.Linear and not is_conv1d(base):
+    if not is_plain(base):
         return f"{type(base).__name__} makes x W^T itself"
     if not _plain(base.weight):
         return f"the weight is a {type(base.weight).__name__} and its layer makes x W^T itself"

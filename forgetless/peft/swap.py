@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .. import versions
 from ..layers.experts import call_with, experts_forward
-from ..layers.linear import AdaptedLinear, form_groups, runs_by
+from ..layers.frozen import runs_by
+from ..layers.linear import AdaptedLinear, form_groups
 from ..layers.passes import Passes
 from ..layers.stack import give_back, run_by
 from ..names import bare_name
@@ -28,7 +29,7 @@ from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from .experts import ExpertsView, title
 from .routes import adapter_reason, base_reason, kind_reason, lora_layers, onto_base, runs_experts, stack_of, taker_of
-from .views import OwnLayer, View
+from .views import PENALTIES, HidesPenalties, OwnLayer, Theirs, View
 
 #: What is asked of a PEFT layer.
 _ASKED = (
@@ -100,10 +101,8 @@ def swap_out(model: nn.Module) -> nn.Module:
     swapped = _swapped(model)
     if not swapped:
         raise ValueError("no layer of model is swapped in; call fl.swap_in(model) first")
-    _detach_groups(swapped)
+    _detach(swapped)
     for taker in swapped:
-        if taker.passes is not None:
-            taker.passes.detach()
         taker.remove()
     for module in model.modules():
         own = vars(type(module)).get("_forgetless_base")
@@ -145,11 +144,8 @@ def _swapped(model: nn.Module) -> list[_Taker]:
 
 # -------------------------------------------------------------------------------------- the layers
 
-#: What stands behind these classes in the bases: one of PEFT's.
-_Theirs: Any = object
 
-
-class _SwappedLayer(_Theirs):
+class _SwappedLayer(HidesPenalties):
     """Goes before PEFT's class in the bases of a taken-over layer."""
 
     _forgetless: _Taker | None = None  # None: swapped out, and PEFT's through and through
@@ -176,7 +172,7 @@ class _SwappedLayer(_Theirs):
 _IDLE = {"adapter_names", "alora_offsets"}
 
 
-class _SwappedTuner(_Theirs):
+class _SwappedTuner(Theirs):
     """Goes before PEFT's tuner: what it adds later is taken over as well."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -184,6 +180,18 @@ class _SwappedTuner(_Theirs):
         current = _swapped(model)
         if current:  # not swapped out since
             take_over(model, {}, current[0].specs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        return self._leave(super().merge_and_unload, *args, **kwargs)
+
+    def unload(self) -> Any:
+        return self._leave(super().unload)
+
+    def _leave(self, unload: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model without PEFT's layers is without our hooks, too."""
+        swapped, model = _swapped(self.model), unload(*args, **kwargs)
+        _detach(swapped)
+        return model
 
 
 def take_over(model: nn.Module, own: dict[str, tuple[Penalty, ...]], specs: tuple[Penalty, ...] = ()) -> None:
@@ -226,10 +234,6 @@ def _put_before(mixin: type, module: Any) -> None:
 def _blank(mixin: type, cls: type) -> Any:
     made = _subclass(mixin, cls)
     return made.__new__(made)
-
-
-#: Name of the submodule that holds the states of attached penalties; there is none without penalties.
-PENALTIES = "forgetless_penalties"
 
 
 class _Taker:
@@ -316,7 +320,7 @@ class _Taker:
 
 
 def _form_groups(model: nn.Module) -> None:
-    _detach_groups(_swapped(model))
+    _detach(_swapped(model))
     together: dict[str, dict[str, AdaptedLinear]] = {}
     for name, module in model.named_modules():
         taker = taker_of(module)
@@ -329,9 +333,6 @@ def _form_groups(model: nn.Module) -> None:
 
 def _mark_passes(model: nn.Module) -> None:
     swapped = _swapped(model)
-    for taker in swapped:
-        if taker.passes is not None:
-            taker.passes.detach()
     passes = Passes(model, [taker.layer for taker in swapped], swapped)
     for taker in swapped:
         taker.passes = passes
@@ -339,8 +340,11 @@ def _mark_passes(model: nn.Module) -> None:
             view.passes = passes
 
 
-def _detach_groups(takers: list[_Taker]) -> None:
+def _detach(takers: list[_Taker]) -> None:
+    """Take all hooks off."""
     for taker in takers:
+        if taker.passes is not None:
+            taker.passes.detach()
         for view in taker.views.values():
             if view.group is not None:
                 view.group.detach()

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site
-from ..layers.linear import AdaptedLinear, hooked, stored
+from ..layers.frozen import hooked, stored
+from ..layers.linear import AdaptedLinear
 from ..methods import LoRA
 from ..ops.add_lowrank import Term
 from ..penalties import Penalty
 from ..report import LayerReport
 from .routes import adapter_reason, base_reason, state_reason
+
+#: Name of the submodule that holds the states of attached penalties; there is none without penalties.
+PENALTIES = "forgetless_penalties"
+
+#: What stands behind a class that goes before one of PEFT's: that one.
+Theirs: Any = object
+
+
+class HidesPenalties(Theirs):
+    """A tuner layer whose penalties PEFT saves only if they are an adapter's own: it saves what children it is told."""
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        hidden = () if PENALTIES in self.adapter_layer_names else (PENALTIES,)
+        return ((name, child) for name, child in super().named_children() if name not in hidden)
+
+    def children(self) -> Iterator[nn.Module]:
+        """All of them: what moves a layer moves its penalties."""
+        return (child for _, child in super().named_children())
 
 
 class OwnLayer:

@@ -37,16 +37,27 @@ class Decay(Penalty):
 
 class _Decay(PenaltyState):
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        squares = [wide(whole(p)).square().sum() for p in adapter.parameters(recurse=False) if p.requires_grad]
-        return 0.5 * self.spec.weight * torch.stack(squares).sum()
+        squares = [wide(p).square().sum() for p in _trained(adapter)]
+        return 0.5 * self.spec.weight * torch.stack(squares).sum() if squares else _nothing(adapter)
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        rows = [(s.spec.weight, p) for s, a, _ in items for p in a.parameters(recurse=False) if p.requires_grad]
+        rows = [(s.spec.weight, p) for s, a, _ in items for p in _trained(a)]
+        if not rows:
+            return _nothing(items[0].adapter)
         weights = [weight for weight, _ in rows]
 
         def form(group: list[int], stack: Tensor) -> tuple[Tensor, Tensor]:
             weight = weights[group[0]]
             return 0.5 * weight * torch.dot(stack.flatten(), stack.flatten()), stack.mul_(weight)
 
-        return grouped([(whole(p),) for _, p in rows], weights, form)
+        return grouped([(p,) for _, p in rows], weights, form)
+
+
+def _trained(adapter: Adapter) -> list[Tensor]:
+    return [whole(p) for p in adapter.parameters(recurse=False) if p.requires_grad]
+
+
+def _nothing(adapter: Adapter) -> Tensor:
+    """The value where every parameter is frozen."""
+    return wide(whole(adapter.factors()[0])).new_zeros(())

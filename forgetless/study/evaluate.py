@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetless.layers.linear import DRIFT_TOKENS, AdaptedLinear, is_conv1d
+from forgetless.layers.frozen import is_conv1d
+from forgetless.layers.linear import DRIFT_TOKENS, AdaptedLinear
 from forgetless.targets import find_layers
 
 from .data import Collator, padding_id

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from helpers import stir
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import forgetless as fl
 
@@ -155,3 +157,25 @@ def test_compiled_in_one_graph_whatever_the_scale(dynamic):
         model, x = adapted(fl.LoRA(rank, alpha))
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blas", "triton"])
+def test_a_checkpoint_that_ends_in_siblings_may_stop_early(backend):
+    """What stops it is an exception of torch's, no failing kernel."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            return self.q_proj(x) + self.k_proj(x) + self.v_proj(x)
+
+    model, x = stir(fl.adapt(Heads(), fl.LoRA(4))), torch.randn(4, 16, requires_grad=True)
+    with fl.ops.backend(backend):
+        model(x).square().sum().backward()
+        expected, x.grad = x.grad, None
+        checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)

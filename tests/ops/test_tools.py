@@ -111,3 +111,47 @@ def test_a_large_scale_leaves_float16_finite(targets, backend):
         grads = torch.autograd.grad(model(x).float().mean(), [x, *trained(model)])
     torch.testing.assert_close(y.double(), exact, rtol=2e-3, atol=2e-3)
     assert all(grad.isfinite().all() and grad.any() for grad in grads)
+
+
+def freed(a: Tensor, gate: Tensor, x: Tensor) -> None:
+    x.sum().backward()  # an auxiliary loss on the activations
+
+
+def zeroed(a: Tensor, gate: Tensor, x: Tensor) -> None:
+    with torch.no_grad():
+        gate.zero_()
+
+
+def clamped(a: Tensor, gate: Tensor, x: Tensor) -> None:
+    x.data.clamp_(-0.5, 0.5)
+
+
+def replaced(a: Tensor, gate: Tensor, x: Tensor) -> None:
+    x.data = (x.data * 4).round() / 4
+
+
+def written_by_numpy(a: Tensor, gate: Tensor, x: Tensor) -> None:
+    x.detach().numpy().__imul__(0.5)
+
+
+@pytest.mark.parametrize("change", [freed, zeroed, clamped, replaced, written_by_numpy])
+def test_gradients_of_the_factors_are_of_the_input_as_it_is_saved(change):
+    """The product that made the input may have been given up or changed since, or the input past its version."""
+    weight, grads = torch.randn(24, 64), []
+
+    def plain(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return x @ weight.T + x @ down.T @ up.T
+
+    for layer in (plain, fl.ops.lowrank_linear):
+        torch.manual_seed(1)
+        down, up, a, b = (torch.randn(n, k, requires_grad=True) for n, k in ((4, 64), (24, 4), (256, 64), (256, 64)))
+        gate = b.exp()
+        x = a.tanh() * gate
+        if change in (freed, zeroed):  # after the layer
+            y = layer(x, weight, down, up)
+            change(a, gate, x)
+        else:
+            change(a, gate, x)
+            y = layer(x, weight, down, up)
+        grads.append(torch.autograd.grad(y.sum(), [down, up]))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-3)

@@ -63,6 +63,19 @@ def per_layer(model):
 
 @pytest.mark.parametrize("method", [fl.LoRA, fl.CURLoRA])
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
+def test_frozen_adapters_have_a_penalty_without_gradient(penalty, method):
+    model, trained = moved(method(4, penalties=(penalty,)), isinstance(penalty, (fl.Laplace, fl.SourceDeviation)))
+    for p in trained:
+        p.requires_grad_(False)
+    model(torch.randn(6, 24, dtype=torch.float64))
+    grouped = fl.penalty(model)
+    torch.testing.assert_close(grouped, per_layer(model), rtol=1e-13, atol=0)
+    assert grouped.shape == () and not grouped.requires_grad
+    assert (grouped == 0) == isinstance(penalty, fl.Decay)  # of what is trained
+
+
+@pytest.mark.parametrize("method", [fl.LoRA, fl.CURLoRA])
+@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 def test_grouped_equals_the_sum_over_layers(penalty, method):
     model, trained = moved(method(4, penalties=(penalty,)), isinstance(penalty, (fl.Laplace, fl.SourceDeviation)))
     grouped, plain = fl.penalty(model), per_layer(model)

@@ -1,8 +1,10 @@
 """PEFT's LoRA layers on our op: same numbers, all of PEFT still works, and what is not on the op is named."""
 
 import copy
+import gc
 import io
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -603,3 +605,32 @@ def test_penalties_over_a_quantised_base():
     for a, b in zip(*values, strict=True):
         torch.testing.assert_close(a, b)
     assert fl.drift(plain) == pytest.approx(fl.drift(model))
+
+
+def test_peft_saves_no_statistics_of_swapped_in_layers(tmp_path):
+    model = fl.swap_in(make(), penalties=(fl.NullSpace(k=5), fl.SourceDeviation(0.1)))
+    fl.calibrate(model, [token_batch()])
+    model.save_pretrained(tmp_path)
+    fl.swap_out(copy.deepcopy(model)).save_pretrained(tmp_path / "peft")
+    ours, theirs = (folder / "adapter_model.safetensors" for folder in (tmp_path, tmp_path / "peft"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert any("forgetless_penalties" in key for key in model.state_dict())
+    model.double()  # moves them
+    assert all(
+        t.dtype == torch.float64 for key, t in model.state_dict().items() if "penalties" in key and "rest" in key
+    )
+
+
+@pytest.mark.parametrize("leave", ["merge_and_unload", "unload"])
+def test_an_unloaded_model_is_plain_again(leave):
+    model = getattr(fl.swap_in(make()), leave)()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    batch = token_batch()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(**batch).logits, model(**batch).logits)
+
+
+def test_a_copy_of_the_inner_model_is_pickled_after_the_original_is_gone():
+    inner = copy.deepcopy(fl.swap_in(make()).base_model.model)
+    gc.collect()
+    batch = token_batch()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(inner))(**batch).logits, inner(**batch).logits)
