@@ -120,7 +120,11 @@ def add_finetune(to: Parser) -> None:
     to.value("--template", "Prompts and chats through the chat template: auto (if there is one), chat or none.")
     to.value("--calibration", "Sequences to calibrate on. Default: 32.", int)
     to.value("--seed", "Of the adapter's start and the order of the data. Default: 0.", int)
-    to.switch("--overwrite", "Replace an adapter in --out.")
+    to.switch("--load-in-4bit", "Pack the base model's weights into 4 bits (NF4 of bitsandbytes).")
+    to.switch("--gradient-checkpointing", "Recompute activations in the backward pass: less memory, more time.")
+    to.value("--save-every", "Steps between checkpoints; a stopped run goes on by the same command. Default: 100.", int)
+    to.value("--report", "Also report to tensorboard or wandb. Default: none.")
+    to.switch("--overwrite", "Replace what is in --out, a finished adapter or a stopped run of other options.")
     to.switch("--dry-run", "Load and check everything, show what would be trained, write nothing.")
 
 

@@ -74,7 +74,7 @@ def run(command: str, given: dict[str, Any], line: str) -> int:
     except Stopped as error:
         print(error, file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted before training: nothing was written", file=sys.stderr)
+        print("interrupted; the same command goes on from what has been written", file=sys.stderr)
     return 130
 
 

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +19,6 @@ from typing import Any
 
 import torch
 
-from forgetless.files import half_written
 from forgetless.methods import METHODS
 from forgetless.penalties import PENALTIES
 
@@ -116,6 +112,10 @@ class FinetuneOptions:
     seed: int = 0
     dtype: str = "bfloat16"
     device: str = "cpu"
+    load_in_4bit: bool = False
+    gradient_checkpointing: bool = False
+    save_every: int = 100
+    report: str = "none"
     overwrite: bool = False
     dry_run: bool = False
 
@@ -330,19 +330,6 @@ def positive(values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise BadInput(f"--{name} must be above zero, got {value}")
-
-
-def writable(folder: Path) -> Path:
-    """The folder, made, rid of what killed runs had half written, and proved writable, or ``BadInput``."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in half_written(folder):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".probe-{os.getpid()}-"):
-            pass
-    except OSError as error:
-        raise BadInput(f"cannot write into {folder}: {error.strerror or error}") from None
-    return folder
 
 
 def parse_targets(targets: list[str] | None) -> str | list[str]:

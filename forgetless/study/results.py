@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import half_written, write_json
 from .options import BadInput
 from .stats import mean, minus
 
@@ -16,6 +19,19 @@ from .stats import mean, minus
 SCHEMA = 1
 KIND = "forgetless.compare"
 FILE = "results.json"
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made, rid of what killed runs had half written, and proved writable, or ``BadInput``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in half_written(folder):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".probe-{os.getpid()}-"):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write into {folder}: {error.strerror or error}") from None
+    return folder
 
 
 def now() -> str:

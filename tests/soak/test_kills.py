@@ -20,7 +20,7 @@ from tiny_study import write_model, write_texts
 from forgetless.cli.main import main
 from forgetless.files import half_written, write_atomically
 from forgetless.study import finetune
-from forgetless.study.options import writable
+from forgetless.study.results import writable
 
 ROOT = Path(__file__).resolve().parents[2]
 

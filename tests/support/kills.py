@@ -372,6 +372,12 @@ def read_json(path: Path) -> None:
     json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_yaml(path: Path) -> None:
+    import yaml
+
+    yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 def read_tensors(path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -392,7 +398,7 @@ def read_png(path: Path) -> None:
 
 
 READERS: dict[str, Callable[[Path], None]] = {
-    ".json": read_json, ".safetensors": read_tensors, ".html": read_html, ".png": read_png,
+    ".json": read_json, ".safetensors": read_tensors, ".html": read_html, ".png": read_png, ".yaml": read_yaml,
 }  # fmt: skip
 
 
