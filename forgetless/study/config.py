@@ -11,6 +11,9 @@ import yaml
 from ..files import write_atomically
 from .options import BadInput, FinetuneOptions, near, number
 
+#: The file beside an adapter with the options of its run.
+CONFIG = "finetune.yaml"
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The options of finetune in a YAML file, by the names of their fields.

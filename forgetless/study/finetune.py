@@ -19,7 +19,7 @@ from ..cli.console import Ui
 from . import processes
 from . import results as book
 from .checkpoints import Checkpoints
-from .config import differing, essential, write_config
+from .config import CONFIG, differing, essential, write_config
 from .data import Collator, Domain, load_domain
 from .encoding import CHAT, IGNORED, Encoded, encode_domain, encode_for_training, template_for
 from .evaluate import facts, nll
@@ -43,8 +43,6 @@ from .train import DIVERGED, FINISHED, INTERRUPTED, TrainConfig, train, trainabl
 LOG = "training.json"
 #: A folder in the output folder, from the first step until the run has ended: it has the checkpoints.
 UNFINISHED = ".unfinished"
-#: The options of the run, for ``--config``.
-CONFIG = "finetune.yaml"
 #: What --report may say, and the packages of which one is needed.
 REPORTS = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 #: Of each text that is measured: enough to see the loss change; it is not a benchmark.

@@ -162,8 +162,6 @@ def _arguments(config: TrainConfig, device: torch.device, folder: Path, every: i
         logging_nan_inf_filter=False,
         save_strategy="steps" if every else "no",
         save_steps=every or 1,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         report_to=config.report,
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -193,6 +191,8 @@ def train(
     result, watch = TrainResult(), Watch(Snapshot(trainable(model)), config.snapshot_every)
     use_cache = getattr(model.config, "use_cache", None)
     peak = Peak(model.device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant wants inputs with a gradient
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(model, tokenizer, encoded, config, watch, checkpoints or Path(folder))
         if checkpoints is not None:
