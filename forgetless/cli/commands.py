@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def run(command: str, given: dict[str, Any], line: str) -> int:
     except Stopped as error:
         print(error, file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what has been written", file=sys.stderr)
+        print("interrupted; give the same command again", file=sys.stderr)
     return 130
 
 
@@ -194,8 +194,9 @@ def chat(device: str, folder: Path | None = None, max_tokens: int = 256, **given
     known = adapters.settings(folder, **given)
     model, tokenizer = adapters.load_adapted(folder, known, device, packed=True)
     talk = adapters.Chat(model, tokenizer, known.get("template", "auto"), max_tokens)
-    for text in adapters.lines("> " if sys.stdin.isatty() else ""):
-        talk.answer(text)
+    with suppress(KeyboardInterrupt):
+        for text in adapters.lines("> " if sys.stdin.isatty() else ""):
+            talk.answer(text)
     return 0
 
 

@@ -131,7 +131,7 @@ def prepare(options: FinetuneOptions) -> Work:
     origin = [essential(options), encoded, source, checksum(model), processes.count()]
     mark = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
     checkpoints = Checkpoints(options.out / UNFINISHED, options.save_every, mark)
-    checkpoints.start(options.overwrite)
+    checkpoints.start(options.overwrite or options.dry_run)
     return Work(plan, domain, model, tokenizer, source, measured, FACTS in options.keep, steps, template, checkpoints)
 
 
@@ -146,7 +146,10 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
         way = "through the chat template of the tokenizer" if work.template == CHAT else "as they are, no chat template"
         ui.say(f"prompts and completions: {way}")
     set_seed(options.seed)
-    fl.adapt(model, plan.seeded(options.seed), targets=options.targets)
+    try:
+        fl.adapt(model, plan.seeded(options.seed), targets=options.targets)
+    except ValueError as error:
+        raise BadInput(f"{plan.label}: {error}") from None
     config = TrainConfig.of(options, work.steps, plan.lr, options.seed)
     config = dataclasses.replace(config, template=work.template)
     if options.dry_run:
@@ -247,11 +250,12 @@ def advice(task: str, before: dict[str, float], after: dict[str, float]) -> str:
 
 def how_to_load(options: FinetuneOptions) -> str:
     """A few lines of Python that load what was saved, runnable as they are."""
+    packed = ", load_in_4bit=True" if options.load_in_4bit else ""
     text = f"""import torch
 import forgetless as fl
 from forgetless.study.models import load_model
 
-model, tokenizer = load_model({options.model!r}, torch.{options.dtype})
+model, tokenizer = load_model({options.model!r}, torch.{options.dtype}{packed})
 fl.load(model, {str(options.out)!r})"""
     if options.method.lower().startswith("curlora"):
         return text
@@ -259,5 +263,5 @@ fl.load(model, {str(options.out)!r})"""
 
 # or with PEFT, without forgetless.load:
 from peft import PeftModel
-base, tokenizer = load_model({options.model!r}, torch.{options.dtype})
+base, tokenizer = load_model({options.model!r}, torch.{options.dtype}{packed})
 model = PeftModel.from_pretrained(base, {str(options.out)!r})"""

@@ -188,6 +188,8 @@ def _load_gguf(gguf: Path, dtype: torch.dtype, packing: Packing) -> tuple[PreTra
                 return _pretrained(str(folder), dtype, local_files_only=True, **packing)
             except Exception as error:
                 fault = _first_line(error)
+                if packing:  # the dense model is whole
+                    raise ModelError(f"cannot load {gguf.name} in 4 bits: {fault}") from error
         warnings.warn(f"the cached model {folder} is damaged ({fault}); rebuilding it", stacklevel=3)
         shutil.rmtree(folder, ignore_errors=True)
     print(f"unpacking {gguf.name}, once (about half a minute) ...", file=sys.stderr, flush=True)
