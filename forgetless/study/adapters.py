@@ -71,14 +71,15 @@ class Chat:
         """The most likely answer, printed as it comes, and returned."""
         if self.templated:
             self.messages.append({"role": "user", "content": text})
-            inputs = self.tokenizer.apply_chat_template(
+            inputs: Any = self.tokenizer.apply_chat_template(
                 self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         else:
             inputs = self.tokenizer(text, return_tensors="pt")
         inputs = inputs.to(self.model.device)
         shown = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = self.model.generate(**inputs, max_new_tokens=self.tokens, do_sample=False, streamer=shown)
+        generate: Any = self.model.generate
+        output = generate(**inputs, max_new_tokens=self.tokens, do_sample=False, streamer=shown)
         said = str(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         self.messages.append({"role": "assistant", "content": said})
         return said

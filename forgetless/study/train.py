@@ -65,8 +65,8 @@ class TrainConfig:
         """The sizes that were asked for on the command line."""
         config = cls(steps, options.batch_size, options.accumulate, lr, max_length=options.max_length, seed=seed)
         if isinstance(options, FinetuneOptions):
-            own = {"gradient_checkpointing": options.gradient_checkpointing, "report": options.report}
-            config = dataclasses.replace(config, **own)
+            recompute = options.gradient_checkpointing
+            config = dataclasses.replace(config, gradient_checkpointing=recompute, report=options.report)
         return config
 
 
