@@ -24,6 +24,7 @@ OTHERS = {
     "gpu": "on a CUDA machine: check, then every benchmark, the most important first, in ten minutes",
     "targets": "compile every kernel for every card, without one; what fits, what spills",
     "static": "bytes, FLOPs and predicted times of every kernel",
+    "penalised": "bytes, FLOPs and predicted time of the penalties of a step of Llama-3-8B",
     "report": "write every table of README and docs from the JSON in bench/results",
 }
 

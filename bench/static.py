@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless_kernels import tiles
-from forgetless_kernels.project import strips_of
+from forgetless_kernels.sums import strips_of
 from forgetless_kernels.tl_utils import pad_rank, parts_of
 
 from .harness import RESULTS, Parser, Row, row, start, write_json

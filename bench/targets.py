@@ -32,7 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from forgetless_kernels import fused, launcher, matmul_lowrank, project, tiles
+from forgetless.ops.rows import More, Rows, Term
+from forgetless_kernels import fused, launcher, matmul_lowrank, sums, tiles
 
 from .harness import RESULTS, ROOT, Parser, Results, read, row, start, write_json
 
@@ -76,7 +77,7 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         (JITFunction, "run", warm),
         (tiles, "arch_of", lambda device: arch),
         (matmul_lowrank, "programs_of", lambda device: PROCESSORS[arch]),
-        (project, "sweep_pays", lambda *sizes: True),
+        (sums, "sweep_pays", lambda *sizes: True),
         (launcher, "KNOWN", False),  # every launch by the call that is patched here
         (driver, "_active", _NoDriver(arch)),
     ]
@@ -126,6 +127,7 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
             "matmul_lowrank_t",
             lambda: fused.dx_and_ddown([dy, small, small], [weight, narrow, narrow], on(M, 3 * R), [down] * 3, None),
         ),
+        **penalised(x, dy, h, down, up),
         "mask": ("mask", lambda: fused.keep_bits(seed, 0.1, M, K)),
         "outer": ("outer", lambda: fused.outer(h, x, dtype=factor)),
         "outer dropout": ("outer", lambda: fused.outer(h, x, 0.1, seed, factor)),
@@ -150,6 +152,53 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
     }  # fmt: skip
 
 
+def penalised(
+    x: torch.Tensor, dy: torch.Tensor, h: torch.Tensor, down: torch.Tensor, up: torch.Tensor
+) -> dict[str, tuple[str, Callable[[], object]]]:
+    """The skinny passes with what penalties want of a layer: by penalty, its rows of 256"""
+
+    def on(*shape: int, dtype: torch.dtype = x.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    factor, (N, R), K, k = torch.float32, up.shape, down.shape[1], 256
+    byte, index = torch.int8, torch.int64
+    terms = {
+        "null space": (Rows("down", on(K, k).T), Rows("up", on(N, k).T)),
+        "shared": (Rows("down", on(K, k).T, on(K, dtype=byte)), Rows("up", on(N, k).T, on(N, dtype=byte))),
+        "hadamard": tuple(
+            Rows(of, None, on(dim, dtype=byte), on(k, dtype=index)) for of, dim in (("down", K), ("up", N))
+        ),
+        "source": (
+            Rows("up"),
+            Rows("down", None, on(K, dtype=factor)),
+            Rows("down", on(K, 32, dtype=factor).T),
+        ),
+        "output": (Rows("up"), Rows("hidden")),
+    }
+    made: dict[str, tuple[str, Callable[[], object]]] = {}
+    for name, rows in terms.items():
+        d = [on(one.length(R), R, dtype=factor) for one in rows]
+        ups = [More(one, up.T, part) for one, part in zip(rows, d, strict=True) if one.of == "up"]
+        downs = [More(one, down, part) for one, part in zip(rows, d, strict=True) if one.of == "down"]
+        start = d[-1] if name == "output" else None
+        project = functools.partial(fused.project_terms, x, [down], [up], [Term(0, rows)])
+        made[f"project {name}"] = "project", project
+        made[f"sweep {name}"] = (
+            "project_outer",
+            functools.partial(fused.project_outer, dy, up.T, h, 1.0, factor, ups, start),
+        )
+        made[f"outer {name}"] = "outer", functools.partial(fused.outer, h, x, 0.0, None, factor, downs)
+    many = [Term(i, terms["null space"]) for i in range(3)]
+    made["project siblings"] = "project", functools.partial(fused.project_terms, x, [down] * 3, [up] * 3, many)
+    return made
+
+
+PENALISED = [
+    f"{kernel} {name}" for name in ("null space", "hadamard", "source", "output") for kernel in ("project", "sweep")
+]
+PENALISED += ["outer null space", "outer hadamard", "outer source", "project siblings", "project shared"]
+
+
 def subset() -> list[Case]:
     """What the tests compile on every card"""
     names = ("project dropout", "forward", "dx dropout", "dx siblings", "mask", "outer dropout", "sweep", "once")
@@ -161,6 +210,8 @@ def everything() -> list[Case]:
     hard = ["project dropout", "forward", "dx dropout", "outer dropout", "sweep", "full", "once"]
     ragged = ["project ragged", "forward ragged", "dx ragged"]
     cases = [Case(name, 16) for name in calls(16, torch.bfloat16)]
+    cases += [Case(name, R) for name in PENALISED for R in (64, 128)]
+    cases += [Case(name, 16, default_tile=True) for name in PENALISED if name != "project source"]
     cases += [Case("dx siblings", R) for R in (32, 40, 64)]
     cases += [Case(name, 64) for name in [*hard, *ragged, "dx", "once dropout", "full dx dropout"]]
     cases += [Case(name, 128) for name in [*hard[:4], *ragged, "dx"]]

@@ -15,7 +15,7 @@ from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
 from .model import adapt, adapters, drift, explain, penalty, record_drift, remove
 from .peft.swap import swap_in, swap_out
 from .penalties import Decay, Laplace, NullSpace, OutputDeviation, SourceDeviation, WeightDeviation
-from .switch import disabled, scaled
+from .switch import disabled, fuse_penalty, scaled
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ __all__ = [
     "drift",
     "explain",
     "export_lora",
+    "fuse_penalty",
     "load",
     "merge",
     "methods",

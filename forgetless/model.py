@@ -186,21 +186,35 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     result = matrices(layers)
     if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
-    kinds: dict[tuple[Any, torch.device], list[Item]] = {}
+    kinds: dict[tuple[Any, torch.device, bool], list[tuple[Item, Any]]] = {}
     for layer in result.values():
         check_here(layer)
         hidden = None if layer.trace is None else layer.trace.hidden
         adapter = layer.adapter
         for state in adapter.penalty_states():
             if _calibrated(state):
-                kinds.setdefault((type(state), _device(layer, adapter)), []).append(Item(state, adapter, hidden))
+                z = _made(layer, state, token_weights)
+                key = type(state), _device(layer, adapter), z is not None
+                kinds.setdefault(key, []).append((Item(state, adapter, hidden), z))
     device = next(iter(result.values())).device
+    totals = []
     with exact_products(device.type):  # trainers add it within autocast, which would round it
-        totals = [
-            (kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)).to(device)
-            for (kind, _), items in kinds.items()
-        ]
+        for (kind, _, made), pairs in kinds.items():
+            items = [item for item, _ in pairs]
+            if made:
+                total = kind.total_made(items, [z for _, z in pairs])
+            else:
+                total = kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)
+            totals.append(total.to(device))
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
+
+
+def _made(layer: AdaptedLinear, state: Any, token_weights: Tensor | None) -> Tensor | None:
+    """What the last pass made for this penalty, if it still holds."""
+    made = (layer.trace.made or {}).get(state) if layer.trace is not None else None
+    if made is None or state.needs_hidden and token_weights is not None or not made.holds(state, layer.adapter):
+        return None
+    return made.z
 
 
 def _device(layer: AdaptedLinear, adapter: Adapter) -> torch.device:

@@ -1,4 +1,4 @@
-"""The updates scaled, or off: ``scaled`` and ``disabled``."""
+"""The updates scaled, or off: ``scaled`` and ``disabled``; and what forward passes make for the penalty."""
 
 from __future__ import annotations
 
@@ -118,3 +118,27 @@ def _change_layer(name: str, layer: AdaptedLinear, factor: float) -> Callable[[]
         return undo
 
     return change
+
+
+def fuse_penalty(model: nn.Module, enabled: bool = True) -> nn.Module:
+    """Whether forward passes on the fused kernels make what ``fl.penalty`` needs; they do unless they are told not to.
+
+    With it, a training pass makes the products of the factors with the penalties' rows in the launches that it makes
+    anyway, and ``fl.penalty`` adds up what they made: it shares the graph of that pass, so that backward is called
+    once, on the loss with the penalty. Without it, or where the factors have changed since the pass, they are made by
+    ``fl.penalty``, for all layers at once. With gradient accumulation, switch it off for the micro-batches that no
+    penalty is added to: each would pay for its rows, about k / M of the low-rank path for k rows and M tokens.
+
+    Args:
+        model: an adapted model, or one with PEFT's layers swapped in.
+        enabled: False to stop.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    for layer in running(model).values():
+        layer.makes_products = enabled
+    return model

@@ -29,6 +29,7 @@ from .checkpoint.io import save
 from .checkpoint.restore import OURS, resume
 from .files import newest
 from .model import adapters, drift, penalty, record_drift, running
+from .switch import fuse_penalty
 
 #: What is asked of a Trainer.
 _ASKED = ("accelerator", "compute_loss_func", "current_gradient_accumulation_steps", "model_accepts_loss_kwargs")
@@ -89,6 +90,8 @@ class PenaltyMixin:
             self._check_trainer()
             bare = trainer.accelerator.unwrap_model(model)
             self._recorded = not adapted(bare) or record_drift(bare) is bare
+        if model.training and trainer.current_gradient_accumulation_steps > 1:
+            asks_once(trainer.accelerator.unwrap_model(model), trainer.accelerator.sync_gradients)
         above: Any = super()
         result = above.compute_loss(model, inputs, return_outputs, num_items_in_batch, **others)
         loss, outputs = result if return_outputs else (result, None)
@@ -179,6 +182,12 @@ def attended(batch: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
 
 
+def asks_once(model: nn.Module, last: bool) -> None:
+    """Of the micro-batches of a step, only the last one's pass makes what the penalty needs."""
+    if adapted(model):
+        fuse_penalty(model, last)
+
+
 def adapted(model: nn.Module) -> bool:
     """Whether any layer of the model runs on an adapter of ours, swapped-in PEFT layers included."""
     return bool(running(model))
@@ -223,6 +232,8 @@ class _LightningPenalty:
         @functools.wraps(own)
         def training_step(*args: Any, **named: Any) -> Any:
             self._value = None
+            if trainer.accumulate_grad_batches > 1:
+                asks_once(pl_module, self._steps)
             output = own(*args, **named)
             loss = output["loss"] if isinstance(output, dict) else output
             if loss is None or not self._steps:

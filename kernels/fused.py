@@ -22,6 +22,7 @@ wide. Byte counts of every kernel are in closed form in ``bench/static.py`` and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -32,7 +33,8 @@ from . import tiles, tl_utils
 from .launcher import Facts, Launch, prepared
 from .mask import keep_bits
 from .matmul_lowrank import MOST_RANKS, add_products, matmul_lowrank, most_pairs
-from .project import outer, project, project_outer
+from .project import project, project_outer, project_terms
+from .sums import outer
 from .tiles import tile_for
 from .tl_utils import (
     cast,
@@ -61,6 +63,7 @@ __all__ = [
     "outer",
     "project",
     "project_outer",
+    "project_terms",
 ]
 
 
@@ -75,8 +78,9 @@ def dx_and_ddown(
     *,
     need_dx: bool = True,
     dtype: torch.dtype | None = None,
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
 ) -> tuple[Tensor | None, Tensor | None]:  # dx (M, K), dtype of g; ddown (sum of R_i, K), dtype given or that of x
-    """dx = sum_i dy_i @ weight_i + drop(g @ down), three in a launch where the card can, and ddown = g.T @ drop(x)"""
+    """dx = sum_i dy_i @ weight_i + drop(g @ down), three in a launch where the card can, and ddown as of ``outer``"""
     dx: Tensor | None = None
     if need_dx:
         by_rows = {weight.stride(1) == 1 for weight in weights if weight is not None}
@@ -95,7 +99,7 @@ def dx_and_ddown(
                 pairs = [g.new_empty(g.shape[0], 0), g.new_empty(down.shape[1], 0)]
             term = add_products(pairs, part, down.T, p, seed)
             dx = term if dx is None else dx.add_(term)
-    return dx, None if x is None else outer(g, x, p, seed, dtype)
+    return dx, None if x is None else outer(g, x, p, seed, dtype, more)
 
 
 @triton.jit

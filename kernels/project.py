@@ -1,10 +1,9 @@
-"""The skinny passes: project a matrix, sum it against another (outer), or both in one read (project_outer).
-
-Sums over strips of rows, or over blocks of columns, are finished by the program that comes last, in the order of the
-strips: a launch less, and the same bits whoever it is.
-"""
+"""The skinny pass over x that makes h, and the products that penalties want beside it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tl_utils
-from .launcher import Facts, Launch, prepared
+from .launcher import Launch, prepared
+from .rows import GRAM_GROUP, PRODUCT_ROWS, add_started, gram, product, product_blocks, product_job
+from .sums import outer, sweep
 from .tiles import tile_for
 from .tl_utils import (
     FLOATS,
@@ -21,27 +22,27 @@ from .tl_utils import (
     dot_precision,
     drop,
     dropping,
-    last_to_come,
     narrow,
     pad_rank,
     pair_key,
     row_key,
     threshold_of,
+    widen,
 )
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
-def _project_kernel(
-    x_ptr, down_ptr, h_ptr, seed_ptr, scale,
-    M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, threshold,
+@triton.jit
+def _project_block(
+    block, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
+    M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
     R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h (M, R) = scale * drop(x (M, K)) @ down (R, K).T, a block of rows a program"""
+    """One block of h, and of h.T @ h"""
     # programs of the same rows are neighbours, so that all but the first find them in L2
     blocks_r: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    pid_m = tl.program_id(0) // blocks_r
-    pid_r = tl.program_id(0) % blocks_r
+    pid_m = block // blocks_r
+    pid_r = block % blocks_r
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
@@ -53,6 +54,8 @@ def _project_kernel(
     if HAS_DROP:
         rows = row_key(seed_ptr, offs_m)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    if d_ptr is not None:
+        acc = add_started(acc, start_ptr, offs_m, M, stride_sm, stride_sr, d_ptr, offs_r, R)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -69,19 +72,64 @@ def _project_kernel(
         down_ptrs += BLOCK_K * tl.cast(stride_dk, tl.int64)
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
     h_ptrs += offs_r.to(tl.int64)[None, :] * stride_hr
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
     h = narrow(acc * scale, h_ptr.dtype.element_ty)
-    tl.store(h_ptrs, h, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+    tl.store(h_ptrs, h, mask=mask)
+    if len(grams) > 0:
+        h = narrow(tl.where(mask, widen(h), 0.0), h_ptr.dtype.element_ty)
+        gram(h, grams, part_ptr, tickets_ptr, pid_m, tl.cdiv(M, BLOCK_M), R, PRECISION, BLOCK_R)
 
 
-def _project(x: Facts, down: Facts, h: Facts, seed: Facts | None, p: float, precision: str) -> Launch:
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _project_kernel(
+    x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, jobs, grams, part_ptr, tickets_ptr, scale,
+    M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """h (M, R) = scale * (drop(x (M, K)) @ down (R, K).T + start (M, R) @ (d + d.T)), a block of rows a program
+
+    The first programs make the products of ``jobs``; what else there is adds up h.T @ h for ``grams``.
+    """
+    pid = tl.program_id(0)
+    if len(jobs) == 0:
+        _project_block(
+            pid, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
+            M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
+            R, HAS_DROP, EVEN_K, PRECISION, BLOCK_R, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+    else:
+        first = 0
+        for j in tl.static_range(len(jobs)):
+            blocks = product_blocks(jobs[j], BLOCK_R)
+            if (pid >= first) & (pid < first + blocks):
+                product(jobs[j], pid - first, x_ptr.dtype.element_ty, PRECISION, BLOCK_R, BLOCK_K)
+            first += blocks
+        if pid >= first:
+            _project_block(
+                pid - first, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
+                M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr,
+                threshold, R, HAS_DROP, EVEN_K, PRECISION, BLOCK_R, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+
+
+def _project(*given: Any) -> Launch:
+    """The launch of ``project``: x, down, h, seed, start, d, the jobs' tensors, their lengths, p and the precision"""
+    x, down, h, seed, start, d, *_, lengths, p, precision = given
     (M, K), (R, _) = x.shape, down.shape
     assert down.shape == (R, K) and x.dtype in FLOATS and x.device == down.device
+    assert d is None or (start.shape == (M, R) and start.dtype == x.dtype and d.shape == (R, R))
     BLOCK_R = pad_rank(R)
     tile = tile_for("project", x.device, x.dtype.itemsize, BLOCK_R)
+    programs = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, BLOCK_R)
+    if lengths:  # more stages leave room for one program a multiprocessor, and those of the jobs would be a second wave
+        tile["num_stages"] = min(tile["num_stages"], 4)
+        programs += sum(triton.cdiv(k, PRODUCT_ROWS.value) * triton.cdiv(own, BLOCK_R) for k, own in lengths)
     return Launch(
-        _project_kernel, [triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, BLOCK_R)],
+        _project_kernel, [programs],
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
-        stride_hm=h.stride[0], stride_hr=h.stride[1], threshold=threshold_of(p),
+        stride_hm=h.stride[0], stride_hr=h.stride[1], stride_sm=start.stride[0] if start else 0,
+        stride_sr=start.stride[1] if start else 0, threshold=threshold_of(p),
         R=R, HAS_DROP=seed is not None, EVEN_K=K % tile["BLOCK_K"] == 0,
         PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
     )  # fmt: skip
@@ -93,196 +141,74 @@ def project(
     scale: float = 1.0,
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
+    start: tuple[Tensor, Tensor] | None = None,  # (M, R), dtype of x; (R, R) float32
 ) -> Tensor:  # (M, R), dtype of x
-    """h = scale * drop(x) @ down.T"""
+    """h = scale * (drop(x) @ down.T + h0 @ (d + d.T)), the second only if ``start`` has h0 and d"""
     h = tl_utils.empty((x.shape[0], down.shape[0]), x.dtype, x)
     if x.shape[0]:
         seed = dropping(p, seed)
-        launch = prepared(_project, (x, down, h, seed), p, dot_precision(x.dtype))
-        launch(x, 0, x, down, h, seed, float(scale))
+        tensors = (x, down, h, seed, *(start or (None, None)))
+        launch = prepared(_project, tensors, (), p, dot_precision(x.dtype))
+        launch(x, 0, *tensors, (), (), None, None, float(scale))
     return h
 
 
-@triton.jit(do_not_specialize=["M", "steps", "threshold"])
-def _outer_kernel(
-    g_ptr, x_ptr, out_ptr, part_ptr, tickets_ptr, seed_ptr,
-    M, K, stride_gm, stride_gr, stride_xm, stride_xk, stride_or, stride_ok, steps, threshold,
-    R: tl.constexpr, HAS_DROP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out (R, K) = g (M, R).T @ drop(x (M, K)), by way of part (S, R, K) where there are several strips of rows"""
-    # programs of the same part of x are neighbours, as in project
-    blocks_r: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    pid_k = tl.program_id(0) // blocks_r
-    strip = tl.program_id(1)
-    strips = tl.num_programs(1)
-    offs_r = (tl.program_id(0) % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_m = strip * steps * BLOCK_M + tl.arange(0, BLOCK_M)
-    g_ptrs = g_ptr + offs_m.to(tl.int64)[None, :] * stride_gm + (offs_r % R).to(tl.int64)[:, None] * stride_gr
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
-    x_ptrs += (offs_k % K).to(tl.int64)[None, :] * stride_xk
-    if HAS_DROP:
-        pairs = pair_key(seed_ptr, pid_k * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2))
-    acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    for _ in range(0, steps):
-        mask_m = offs_m < M
-        g = tl.load(g_ptrs, mask=mask_m[None, :], other=0.0)
-        x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
-        if HAS_DROP:
-            x = drop(x, row_key(seed_ptr, offs_m), pairs, threshold)
-        acc = dot(g, x, acc, PRECISION)
-        offs_m += BLOCK_M
-        g_ptrs += BLOCK_M * tl.cast(stride_gm, tl.int64)
-        x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
-    mask = (offs_r < R)[:, None] & (offs_k < K)[None, :]
-    out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * stride_or + offs_k.to(tl.int64)[None, :] * stride_ok
-    if strips == 1:
-        tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
-    else:
-        size = R * tl.cast(K, tl.int64)
-        part_ptrs = part_ptr + offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
-        tl.store(part_ptrs + strip * size, acc, mask=mask)
-        if last_to_come(tickets_ptr + tl.program_id(0), strips):
-            total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-            for s in range(0, strips):  # past L1, which knows nothing of other multiprocessors' writes
-                total += tl.load(part_ptrs + s * size, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(out_ptrs, narrow(total, out_ptr.dtype.element_ty), mask=mask)
-
-
-def strips_of(M: int, BLOCK_M: int, columns: int, programs: int = 256) -> tuple[int, int]:
-    """(strips, steps per strip) that give a card work enough; of the sizes alone, so that every card sums alike"""
-    blocks = triton.cdiv(M, BLOCK_M)
-    steps = triton.cdiv(blocks, max(1, programs // columns))
-    steps = max(steps, min(blocks, 4))  # a strip shorter than the pipeline is not worth its partial sum
-    return triton.cdiv(blocks, steps), steps
-
-
-def _outer(g: Facts, x: Facts, out: Facts, seed: Facts | None, p: float, precision: str) -> Launch:
-    (M, R), (_, K) = g.shape, x.shape
-    assert x.shape == (M, K) and x.dtype in FLOATS and g.dtype == x.dtype
-    # With a mask, sm_100 takes float32 from 64 ranks on to its tensor cores, as TF32 or not at all, whatever is asked.
-    BLOCK_R = pad_rank(R, most=32 if x.dtype == torch.float32 else 128)
-    tile = tile_for("outer", x.device, x.dtype.itemsize, BLOCK_R)
-    columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
-    strips, steps = strips_of(M, tile["BLOCK_M"], columns)
-    return Launch(
-        _outer_kernel, [columns, strips],
-        M=M, K=K, stride_gm=g.stride[0], stride_gr=g.stride[1], stride_xm=x.stride[0], stride_xk=x.stride[1],
-        stride_or=out.stride[0], stride_ok=out.stride[1], steps=steps, threshold=threshold_of(p),
-        R=R, HAS_DROP=seed is not None, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
-    )  # fmt: skip
-
-
-def outer(
-    g: Tensor,  # (M, R)
-    x: Tensor,  # (M, K), dtype of g
+def project_terms(
+    x: Tensor,  # (M, K)
+    downs: Sequence[Tensor],  # (R_i, K)
+    ups: Sequence[Tensor],  # (N_i, R_i)
+    terms: Sequence[Any],  # ``Term``s of forgetless.ops.rows
+    scale: float = 1.0,
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
-    dtype: torch.dtype | None = None,
-) -> Tensor:  # (R, K), dtype given or that of x
-    """g.T @ drop(x), summed over the M rows"""
-    (M, R), K = g.shape, x.shape[1]
-    out = tl_utils.empty((R, K), dtype or x.dtype, x)
-    if M == 0:
-        return out.zero_()
-    seed = dropping(p, seed)
-    launch = prepared(_outer, (g, x, out, seed), p, dot_precision(x.dtype))
-    columns, strips, _ = launch.grid
-    part = tl_utils.empty((strips if strips > 1 else 0, R, K), torch.float32, x)
-    tickets = tl_utils.tickets(columns, x)
-    launch(x, part.data_ptr() | tickets.data_ptr(), g, x, out, part, tickets, seed)
-    return out
+) -> tuple[Tensor, list[Tensor]]:  # (M, sum of R_i), dtype of x; (rows of the term, R_i) float32 each
+    """h = scale * drop(x) @ [down_1 .. down_n].T, and the products of each term, in one launch
 
-
-@triton.jit(do_not_specialize=["M", "steps"])
-def _project_outer_kernel(
-    x_ptr, down_ptr, h_ptr, g_ptr, out_ptr, g_part_ptr, out_part_ptr, tickets_ptr, scale,
-    M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, steps,
-    R: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """g (M, R) = scale * x (M, K) @ down (R, K).T and out (K, R) = x.T @ h (M, R)
-
-    By way of g_part (C, M, R), one of each block of columns, and out_part (S, K, R), one of each strip of rows.
+    Of more than 128 ranks together, h.T @ h is a launch of its own.
     """
-    pid_k = tl.program_id(0)
-    strip = tl.program_id(1)
-    offs_r = tl.arange(0, BLOCK_R)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_m = strip * steps * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_r = offs_r < R
-    mask_k = offs_k < K
-    k = offs_k.to(tl.int64)
-    down_ptrs = down_ptr + k[:, None] * stride_dk + (offs_r % R).to(tl.int64)[None, :] * stride_dr
-    down = tl.load(down_ptrs, mask=mask_k[:, None], other=0.0)
-    down = cast(down, x_ptr.dtype.element_ty)
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
-    h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
-    h_ptrs += (offs_r % R).to(tl.int64)[None, :] * stride_hr
-    size_g = M * tl.cast(R, tl.int64)
-    g_ptrs = g_part_ptr + pid_k * size_g + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-    acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
-    for step in range(0, steps):
-        mask_m = offs_m < M
-        h = tl.load(h_ptrs, mask=mask_m[:, None], other=0.0)
-        if EVEN_K:
-            x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
-        else:
-            x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        # in this order: the other way round ptxas makes each MMA of sm_90 wait for the one before it
-        acc = dot(tl.trans(x), h, acc, PRECISION)
-        g = dot(x, down, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), PRECISION)
-        rows = tl.arange(0, BLOCK_M) < M - (strip * steps + step) * BLOCK_M  # not mask_m: that spilt 8 bytes on sm_120
-        tl.store(g_ptrs, g, mask=rows[:, None] & mask_r[None, :])
-        offs_m += BLOCK_M
-        x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
-        h_ptrs += BLOCK_M * tl.cast(stride_hm, tl.int64)
-        g_ptrs += BLOCK_M * R
-    offs_out = k[:, None] * R + offs_r[None, :]
-    mask_out = (offs_k < K)[:, None] & (offs_r < R)[None, :]
-    size_out = K * tl.cast(R, tl.int64)
-    tl.store(out_part_ptr + strip * size_out + offs_out, acc, mask=mask_out)
-    columns, strips = tl.num_programs(0), tl.num_programs(1)
-    if last_to_come(tickets_ptr + pid_k, strips):
-        total = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
-        for s in range(0, strips):
-            total += tl.load(out_part_ptr + s * size_out + offs_out, mask=mask_out, other=0.0, cache_modifier=".cg")
-        tl.store(out_ptr + offs_out, narrow(total, out_ptr.dtype.element_ty), mask=mask_out)
-    if last_to_come(tickets_ptr + columns + strip, columns):
-        offs_m = strip * steps * BLOCK_M + tl.arange(0, BLOCK_M)
-        for _ in range(0, steps):
-            offs_g = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-            mask_g = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-            g = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-            for c in range(0, columns):
-                g += tl.load(g_part_ptr + c * size_g + offs_g, mask=mask_g, other=0.0, cache_modifier=".cg")
-            tl.store(g_ptr + offs_g, narrow(g * scale, g_ptr.dtype.element_ty), mask=mask_g)
-            offs_m += BLOCK_M
+    down = downs[0] if len(downs) == 1 else torch.cat(list(downs))
+    M, R = x.shape[0], down.shape[0]
+    h = tl_utils.empty((M, R), x.dtype, x)
+    zs, jobs, grams = _jobs(x, downs, ups, terms)
+    apart = grams if M == 0 or R > pad_rank(R) else []
+    grams = [] if apart else grams
+    if M or jobs:
+        lengths = tuple((job[5], job[7]) for job in jobs)
+        tensors = (x, down, h, dropping(p, seed), None, None)
+        others = [t for job in jobs for t in job[:5]] + [out for out, _, _ in grams]
+        facts = tuple(one[1:] for one in grams), lengths, p, dot_precision(x.dtype)
+        launch = prepared(_project, (*tensors, *others), *facts)
+        part = tickets = None
+        if grams:
+            blocks = triton.cdiv(M, launch.named["BLOCK_M"])
+            groups = triton.cdiv(blocks, GRAM_GROUP.value)
+            part = tl_utils.empty((blocks + groups, R, R), torch.float32, x)
+            tickets = tl_utils.tickets(1 + groups, x)
+        scratch = 0 if part is None or tickets is None else part.data_ptr() | tickets.data_ptr()
+        launch(x, scratch, *tensors, tuple(jobs), tuple(grams), part, tickets, float(scale))
+    for out, first, own in apart:
+        rows = h.narrow(1, first, own)
+        out.copy_(outer(rows, rows, dtype=torch.float32))
+    return h, zs
 
 
-def sweep_pays(M: int, K: int, R: int, columns: int, strips: int, itemsize: int) -> bool:
-    """Whether the partial sums, written and read once, cost less than a second read of x"""
-    return 2 * 4 * R * (columns * M + strips * K) < itemsize * M * K
-
-
-def _project_outer(x: Facts, down: Facts, h: Facts, g: Facts, out: Facts, precision: str) -> Launch | None:
-    """None where two passes are cheaper."""
-    (M, K), (R, _) = x.shape, down.shape
-    assert down.shape == (R, K) and h.shape == g.shape == (M, R) and out.shape == (K, R)
-    assert x.dtype in FLOATS and h.dtype == x.dtype
-    BLOCK_R = pad_rank(R, most=64)  # above, two passes are cheaper than the partial sums
-    tile = tile_for("project_outer", x.device, x.dtype.itemsize, BLOCK_R)
-    columns = triton.cdiv(K, tile["BLOCK_K"])
-    strips, steps = strips_of(M, tile["BLOCK_M"], columns, programs=128)
-    if R > BLOCK_R or not sweep_pays(M, K, R, columns, strips, x.dtype.itemsize):
-        return None
-    return Launch(
-        _project_outer_kernel, [columns, strips],
-        M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
-        stride_hm=h.stride[0], stride_hr=h.stride[1], steps=steps,
-        R=R, EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
-    )  # fmt: skip
+def _jobs(x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], terms: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Where the terms' products go, the jobs that make them, and where each h.T @ h goes, with its ranks' place"""
+    zs: list[Tensor] = []
+    jobs: list[tuple[Any, ...]] = []
+    grams: list[tuple[Tensor, int, int]] = []
+    ranks = [down.shape[0] for down in downs]
+    for term in terms:
+        own = ranks[term.layer]
+        lengths = [rows.length(own) for rows in term.rows]
+        zs.append(tl_utils.empty((sum(lengths), own), torch.float32, x))
+        for rows, out in zip(term.rows, zs[-1].split_with_sizes(lengths), strict=True):
+            if rows.of == "hidden":
+                grams.append((out, sum(ranks[: term.layer]), own))
+            else:
+                factor = downs[term.layer] if rows.of == "down" else ups[term.layer].t()
+                jobs.append(product_job(rows, factor, out, x.dtype))
+    return zs, jobs, grams
 
 
 def project_outer(
@@ -291,18 +217,14 @@ def project_outer(
     h: Tensor,  # (M, R), dtype of x
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
+    start: Tensor | None = None,  # (R, R) float32
 ) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
-    """g = scale * x @ down.T and out = h.T @ x, in one pass over x where that saves bytes"""
-    (M, K), R = x.shape, down.shape[0]
-    g = tl_utils.empty((M, R), x.dtype, x)
-    out = tl_utils.empty((K, R), dtype or x.dtype, x)
-    launch = prepared(_project_outer, (x, down, h, g, out), dot_precision(x.dtype)) if M else None
-    if launch is None:
-        return project(x, down, scale), outer(h, x, dtype=dtype)
-    columns, strips, _ = launch.grid
-    g_part = tl_utils.empty((columns, M, R), torch.float32, x)
-    out_part = tl_utils.empty((strips, K, R), torch.float32, x)
-    tickets = tl_utils.tickets(columns + strips, x)
-    scratch = g_part.data_ptr() | out_part.data_ptr() | tickets.data_ptr()
-    launch(x, scratch, x, down, h, g, out, g_part, out_part, tickets, float(scale))
-    return g, out.T
+    """g = scale * (x @ down.T + h @ (start + start.T)) and out = h.T @ x, and that over the rows of ``more``
+
+    In one pass over x where that saves bytes.
+    """
+    both = sweep(x, down, h, scale, dtype, more, start)
+    if both is not None:
+        return both
+    return project(x, down, scale, start=None if start is None else (h, start)), outer(h, x, 0.0, None, dtype, more)

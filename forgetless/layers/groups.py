@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..ops.autograd import autocasts, draw_seed
 
-#: y (..., N) of one sibling, and h (M, R) if it is wanted
-Result = tuple[Tensor, Tensor | None]
+#: y (..., N) of one sibling, h (M, R) if it is wanted, and what was made for its penalties
+Result = tuple[Tensor, Tensor | None, Any]
 
 #: Names under one parent that are called with one x in the models of the field.
 KNOWN = (

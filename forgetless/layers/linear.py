@@ -18,7 +18,9 @@ from ..names import bare_modules
 from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
+from ..ops.dispatch import runs_kernels
 from .groups import Group, families
+from .made import Made, made_of, terms_of
 from .offload import check_here, execution_device, onloaded
 from .passes import Passes
 from .quantized import kind_of, stand_in
@@ -107,11 +109,13 @@ class Trace:
 
     x: Tensor | None  # (tokens, K) every so many tokens of x, DRIFT_TOKENS a call, detached; None if not recorded
     hidden: Tensor | None  # (M, R) with its graph, call after call, only if a penalty needs it
+    made: dict[Any, Made] | None = None  # what this call has made for penalties, by state; of one call alone
 
     def after(self, earlier: Trace) -> Trace:
         """This call's trace behind those of the same pass's earlier calls."""
         pairs = ((earlier.x, self.x), (earlier.hidden, self.hidden))
-        return Trace(*(now if now is None or before is None else torch.cat((before, now)) for before, now in pairs))
+        x, h = (now if now is None or before is None else torch.cat((before, now)) for before, now in pairs)
+        return Trace(x, h)
 
 
 def _sample(x: Tensor) -> Tensor:  # (..., K) -> (tokens, K)
@@ -149,6 +153,7 @@ class AdaptedLinear(Standing):
     read = False  # whether a parent has computed with its weight
     lends_weight = True  # to a parent that computes with it
     disabled = False  # the frozen layer runs alone: see ``fl.disabled``
+    makes_products = True  # what penalties want is made in its forward pass: see ``fl.fuse_penalty``
 
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
         super().__init__()
@@ -175,7 +180,11 @@ class AdaptedLinear(Standing):
         return self.applied() if torch.compiler.is_compiling() else seen(self)
 
     def applied(self) -> Tensor:
-        """The frozen weight with the update, as it is stored, rounded once; differentiable in the update."""
+        """The frozen weight with the update, as it is stored, rounded once; differentiable in the update.
+
+        Raises:
+            ValueError: a penalty needs what the layer is given, which nobody sees.
+        """
         if self.needs_hidden:
             raise ValueError(
                 f"OutputDeviation cannot see what {self.name} does: its parent reads its weight instead of calling it; "
@@ -242,17 +251,22 @@ class AdaptedLinear(Standing):
                     *[tuple(chain(*parts)) for parts in zip(*[m.operands() for m in members], strict=True)]
                 )
                 return_h = any(member.needs_hidden for member in members)
-            arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h)
+            asked = self.training and torch.is_grad_enabled() and not compiling and runs_kernels(x)
+            terms, states = terms_of(members) if asked else (None, [])
+            arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
             outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
-            ys, h = (outputs[:-1], hidden(arguments[0], outputs[-1])) if return_h else (outputs, None)
-            if len(members) == 1:
-                result = ys[0] if return_h else ys, h
+            ys = outputs if isinstance(outputs, tuple) else (outputs,)
+            count = len(members)
+            h, zs = hidden(arguments[0], ys[count]) if return_h else None, ys[count + return_h :]
+            made = made_of(members, terms, states, zs) if terms and zs else [None] * count
+            if count == 1:
+                result = ys[0], h, made[0]
             else:
                 ranks = [up.shape[1] for up in layers.ups]
-                hs = [None] * len(ranks) if h is None else h.split(ranks, dim=1)
-                result = group.share(self, x, dropout, list(zip(ys, hs, strict=True)))
-        y, h = result
-        self._record(x, h)
+                hs = [None] * count if h is None else h.split(ranks, dim=1)
+                result = group.share(self, x, dropout, list(zip(ys[:count], hs, made, strict=True)))
+        y, h, products = result
+        self._record(x, h, products)
         return like_x(y, x)
 
     def operands(self) -> Operands:
@@ -325,12 +339,13 @@ class AdaptedLinear(Standing):
             )
         )
 
-    def _record(self, x: Tensor, h: Tensor | None) -> None:
+    def _record(self, x: Tensor, h: Tensor | None, made: dict[Any, Made] | None = None) -> None:
         """Keep what penalties need of this pass, and some of x for ``drift``: in training only if that is asked for."""
         sampled = self.records_drift or not (self.training and torch.is_grad_enabled())
         seen = as_rows(h) if self.needs_hidden and h is not None else None
         # past nn.Module.__setattr__, which takes longer than the rest of this
-        trace = Trace(_sample(x) if sampled else None, seen) if sampled or seen is not None else None
+        kept = sampled or seen is not None or made
+        trace = Trace(_sample(x) if sampled else None, seen, made) if kept else None
         if trace is not None and self.trace is not None and self.passes is not None and self.passes.level is not None:
             trace = trace.after(self.trace)  # the layer is used more than once
         self.__dict__.update(trace=trace, called=True)

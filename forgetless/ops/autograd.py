@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import compat
 from . import dispatch, reference
 from .blas import as_dtype
 from .check import check_call, check_layer
 from .dispatch import LaunchError, Route
+from .rows import Extra, Term, Terms, extra_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Call:
         return_h: also return h.
         onto: set where ``weights`` holds what the layer made of x itself.
         module: of the backend that was asked for, if any; the backward pass runs on it, too.
+        terms: products that penalties want, too.
     """
 
     count: int = 1
@@ -64,6 +67,7 @@ class Call:
     return_h: bool = False
     onto: Onto | None = None
     module: Any = None
+    terms: Terms | None = None
 
 
 class Operands(NamedTuple):
@@ -116,33 +120,38 @@ def forward(
     seed: Tensor | None,  # (2,) int32
     layers: Operands,
     route: Route | None = None,
-) -> tuple[list[Tensor], Tensor]:  # y_i (M, N_i), h (M, sum of R_i)
+    terms: Sequence[Term] = (),
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # y_i (M, N_i), h (M, sum of R_i), the products of each term
     """y of each layer and h of all, by the backend and plan that dispatch chooses, or by BLAS where a kernel fails."""
     downs, ups = layers.downs, layers.ups
     if route is None:
         route = dispatch.choose_route("forward", x, ups[0], downs[0], call.module)
         if route.unchecked and not call.onto:  # which may write in place and wait for other processes
-            route = dispatch.first_use(route, lambda r: _flat(forward(call, x, seed, layers, r)), x.device)
+            route = dispatch.first_use(route, lambda r: _flat(forward(call, x, seed, layers, r, terms)), x.device)
     if call.up_scale != 1.0:
         ups = [call.up_scale * up.float() for up in ups]
     run, s, p = route.module, call.scale, call.p
     try:
         with route.tiles():
-            if route.plan != "split" and call.count == 1 and not call.onto:
+            if route.plan != "split" and call.count == 1 and not call.onto and not terms:
                 y, h = run.linear_lowrank(
                     x, layers.weights[0], downs[0], ups[0], layers.biases[0], s, p, seed, plan=route.plan
                 )
-                return [y], h
-            h = run.project(x, downs[0] if call.count == 1 else torch.cat(list(downs)), s, p, seed)
+                return [y], h, []
+            zs: list[Tensor] = []
+            if terms:
+                h, zs = run.project_terms(x, downs, ups, terms, s, p, seed)
+            else:
+                h = run.project(x, downs[0] if call.count == 1 else torch.cat(list(downs)), s, p, seed)
             if call.onto:
-                return [_add(call.onto, layers.weights[0], h, ups[0], layers.biases[0])], h
+                return [_add(call.onto, layers.weights[0], h, ups[0], layers.biases[0])], h, zs
             if call.count == 1:
-                return [run.matmul_lowrank(x, layers.weights[0], h, ups[0], layers.biases[0])], h
+                return [run.matmul_lowrank(x, layers.weights[0], h, ups[0], layers.biases[0])], h, zs
             parts = h.split_with_sizes([up.shape[1] for up in ups], 1)
             each = zip(layers.weights, parts, ups, layers.biases, strict=True)
-            return [run.matmul_lowrank(x, *layer) for layer in each], h
+            return [run.matmul_lowrank(x, *layer) for layer in each], h, zs
     except LaunchError as error:
-        return forward(call, x, seed, layers, dispatch.failed(route, error))
+        return forward(call, x, seed, layers, dispatch.failed(route, error), terms)
 
 
 def _add(onto: Onto, base: Tensor, h: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
@@ -174,6 +183,7 @@ def gradients(
     dys: Sequence[Tensor | None],  # (M, N_i) each, at least one
     dh: Tensor | None,  # (M, sum of R_i)
     route: Route | None = None,
+    extra: Extra | None = None,
 ) -> list[Tensor | None]:  # as ``need``
     """The gradients that are needed: each dy_i is read for g_i and dup_i at once, then for dx; x for ddown."""
     n, s, p = call.count, call.scale, call.p
@@ -182,7 +192,9 @@ def gradients(
     if route is None:
         route = dispatch.choose_route("backward", like, ups[0], downs[0], call.module)
         if route.unchecked and not call.onto:
-            route = dispatch.first_use(route, lambda r: _given(gradients(call, saved, need, dys, dh, r)), like.device)
+            route = dispatch.first_use(
+                route, lambda r: _given(gradients(call, saved, need, dys, dh, r, extra)), like.device
+            )
     if call.up_scale != 1.0:
         ups = [call.up_scale * up.float() for up in ups]
     run, ranks = route.module, [up.shape[1] for up in ups]
@@ -190,12 +202,13 @@ def gradients(
     need_down = any(need_downs)
     need_g = need_x or need_down
     hs: Any = [h] if n == 1 or h is None else h.split_with_sizes(ranks, 1)
+    more_ups, more_downs, starts = extra or Extra([[]] * n, [], [None] * n)
     dx = ddown = None
     gs: list[Tensor] = []
     dups: list[Tensor | None] = [None] * n
     try:
         with route.tiles():
-            if route.plan != "split" and n == 1 and need_x and dh is None and not call.onto:
+            if route.plan != "split" and n == 1 and need_x and dh is starts[0] is None and not call.onto:
                 frozen: Any = weights[0]  # g inside the kernel that makes dx
                 options = {"drop_output": True, "plan": route.plan}
                 dx, g = run.linear_lowrank(like, frozen.T, ups[0].T, downs[0].T, None, s, p, seed, **options)
@@ -204,26 +217,27 @@ def gradients(
                 if dy is None:
                     gs.append(like.new_zeros(like.shape[0], ranks[i]))
                 elif need_g and need_ups[i]:
-                    g, dup = run.project_outer(dy, ups[i].t(), hs[i], s, dtypes[n + i])
+                    g, dup = run.project_outer(dy, ups[i].t(), hs[i], s, dtypes[n + i], more_ups[i], starts[i])
                     gs.append(g)
                     dups[i] = dup.t()
                 elif need_ups[i]:
-                    dups[i] = run.outer(hs[i], dy, 0.0, None, dtypes[n + i]).t()
+                    dups[i] = run.outer(hs[i], dy, 0.0, None, dtypes[n + i], more_ups[i]).t()
                 elif need_g:
-                    gs.append(run.project(dy, ups[i].t(), s))
+                    start = None if starts[i] is None else (hs[i], starts[i])
+                    gs.append(run.project(dy, ups[i].t(), s, start=start))
             if need_x or need_down:
                 g = gs[0] if len(gs) == 1 else torch.cat(gs, 1)
                 if call.onto and call.onto.sum_g is not None:
                     torch.distributed.all_reduce(g, group=call.onto.sum_g)
                 if dh is not None:
                     g.add_(dh, alpha=s)
-                options = {"need_dx": need_x and dx is None, "dtype": dtypes[0]}
+                options = {"need_dx": need_x and dx is None, "dtype": dtypes[0], "more": more_downs}
                 results = run.dx_and_ddown(
                     [None] if call.onto else dys, weights, g, downs, x if need_down else None, p, seed, **options
                 )
                 dx, ddown = results[0] if dx is None else dx, results[1]
     except LaunchError as error:
-        return gradients(call, saved, need, dys, dh, dispatch.failed(route, error))
+        return gradients(call, saved, need, dys, dh, dispatch.failed(route, error), extra)
     if call.up_scale != 1.0:
         dups = [None if dup is None else dup.mul_(call.up_scale) for dup in dups]
     ddowns: Any = [ddown] if n == 1 or ddown is None else ddown.split_with_sizes(ranks)
@@ -238,8 +252,8 @@ def gradients(
     return [dx, *others, *ddowns, *dups]
 
 
-def _flat(result: tuple[list[Tensor], Tensor]) -> list[Tensor]:
-    return [*result[0], result[1]]
+def _flat(result: tuple[list[Tensor], Tensor, list[Tensor]]) -> list[Tensor]:
+    return [*result[0], result[1], *result[2]]
 
 
 def _given(grads: list[Tensor | None]) -> list[Tensor]:
@@ -250,7 +264,10 @@ def _given(grads: list[Tensor | None]) -> list[Tensor]:
 
 
 class LowrankLinear(torch.autograd.Function):
-    """y_i of each layer, then h if it is wanted. x is (M, K); the tensors those of ``Operands``, list after list."""
+    """y_i of each layer, then h if it is wanted, then the products of all terms or of none.
+
+    x is (M, K); the tensors those of ``Operands``, list after list.
+    """
 
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, seed: Tensor | None, *tensors: Any) -> Any:
@@ -259,10 +276,14 @@ class LowrankLinear(torch.autograd.Function):
         downs: Sequence[Tensor] = tensors[2 * n : 3 * n]
         ups: Sequence[Tensor] = tensors[3 * n :]
         dtypes = [t.dtype for t in tensors[2 * n :]]
-        if x.is_cpu and call.up_scale == 1.0:  # BLAS wants one dtype: cast once for both passes
+        # a checkpoint that recomputes the call saves the same tensors, but nobody sees its products
+        terms = call.terms.wanted if call.terms and not compat.in_backward() else ()
+        if terms and not dispatch.in_pass(x, ups[0], downs[0], call.module):
+            terms = ()
+        if x.is_cpu and call.up_scale == 1.0 and not terms:  # BLAS wants one dtype: cast once for both passes
             downs, ups = [as_dtype(t, x.dtype) for t in downs], [as_dtype(t, x.dtype) for t in ups]
         with exact_products(device_type(x)):
-            ys, h = forward(call, x, seed, Operands(weights, biases, downs, ups))
+            ys, h, zs = forward(call, x, seed, Operands(weights, biases, downs, ups), terms=terms)
         if call.onto:
             weights = (None,)
             if call.onto.in_place:
@@ -270,13 +291,14 @@ class LowrankLinear(torch.autograd.Function):
         need = ctx.needs_input_grad
         if any(need):
             ctx.call, ctx.dtype, ctx.dtypes = call, x.dtype, dtypes
-            ctx.pending, ctx.kept = set(range(n)), None
+            ctx.pending, ctx.kept, ctx.rows = set(range(n)), None, x.shape[0]
+            rows = call.terms.tensors() if call.terms else ()
             need_x = any(need[3 + 2 * n : 3 + 3 * n]) or any(need[3 : 3 + n]) and not call.onto
-            need_h = any(need[3 + 3 * n :])
-            ctx.save_for_backward(x if need_x else None, h if need_h else None, seed, *weights, *downs, *ups)
+            need_h = any(need[3 + 3 * n :]) or bool(rows)
+            ctx.save_for_backward(x if need_x else None, h if need_h else None, seed, *weights, *downs, *ups, *rows)
             ctx.set_materialize_grads(False)
-        if call.return_h:
-            return (*ys, h)
+        if call.return_h or zs:
+            return (*ys, *([h] if call.return_h else []), *zs)
         return ys[0] if n == 1 else tuple(ys)
 
     @staticmethod
@@ -285,18 +307,27 @@ class LowrankLinear(torch.autograd.Function):
         call, dtype = ctx.call, ctx.dtype
         n = call.count
         x, h, seed, *rest = _saved(ctx, grads)
-        saved = Saved(x, h, seed, rest[:n], rest[n : 2 * n], rest[2 * n :], ctx.dtypes)
+        saved = Saved(x, h, seed, rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], ctx.dtypes)
         dys = [None if dy is None else as_dtype(as_rows(dy), dtype) for dy in grads[:n]]
-        dh = grads[n] if call.return_h else None
-        if not any(dy is not None for dy in dys):
-            if dh is None:
+        dh, dzs = grads[n] if call.return_h else None, grads[n + call.return_h :]
+        extra = None
+        if call.terms:
+            call.terms.spent = True
+            if any(dz is not None for dz in dzs):
+                extra = extra_of(call.terms.replaced(rest[3 * n :]), dzs, saved.downs, saved.ups)
+        wanted = [bool(extra and (extra.ups[i] or extra.starts[i] is not None)) for i in range(n)]
+        if not any(wanted) and all(dy is None for dy in dys):
+            if dh is None and extra is None:
                 return (None,) * (3 + 4 * n)
-            dys[0] = dh.new_zeros(dh.shape[0], saved.ups[0].shape[0])
+            wanted[0] = True
+        for i, up in enumerate(saved.ups):
+            if dys[i] is None and wanted[i]:
+                dys[i] = up.new_zeros(ctx.rows, up.shape[0], dtype=dtype)
         _, need_x, _, *need = ctx.needs_input_grad
         if call.onto:
             need[0] = False  # base takes its gradient as it comes
         with exact_products(device_type(saved.downs[0])):
-            dx, *others = gradients(call, saved, [need_x, *need], dys, dh)
+            dx, *others = gradients(call, saved, [need_x, *need], dys, dh, extra=extra)
         if call.onto:
             others[0] = grads[0]
         return (None, dx, None, *others)
@@ -344,7 +375,7 @@ def _op(
     factors: list[float],  # scale, up_scale, p of ``Call``
 ) -> tuple[Tensor, Tensor]:  # y (M, N), h (M, R)
     with exact_products(device_type(x)):
-        (y,), h = forward(_call(factors), x, seed, Operands([weight], [bias], [down], [up]))
+        (y,), h, _ = forward(_call(factors), x, seed, Operands([weight], [bias], [down], [up]))
     return y, h
 
 
@@ -421,6 +452,7 @@ def prepare(
     seed: Tensor | None,
     return_h: bool = False,
     onto: Onto | None = None,
+    terms: Terms | None = None,
 ) -> tuple[Any, ...]:
     """The arguments of ``LowrankLinear``, checked, cast by autocast, with a seed where something will be dropped.
 
@@ -445,7 +477,9 @@ def prepare(
     s = scale / (1.0 - p)
     factors = (1.0, s) if x.dtype == torch.float16 else (s, 1.0)
     asked = None if torch.compiler.is_compiling() else dispatch.asked_module()
-    made = Call(len(weights), *factors, p, return_h, onto, asked)
+    if terms and (x.dtype == torch.float16 or dispatch.module_for(x.is_cuda, x.dtype, asked) is dispatch.blas):
+        terms = None  # of float16 h is not scaled
+    made = Call(len(weights), *factors, p, return_h, onto, asked, terms)
     return made, as_rows(x), seed if p else None, *weights, *biases, *downs, *ups
 
 

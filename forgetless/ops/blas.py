@@ -9,11 +9,13 @@ tools that watch products see them, and none is changed that a tool may keep.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, linear_lowrank_of, mix
+from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, linear_lowrank_of, mix, project_terms_of
+from .rows import add_pulled, started
 
 # Hash words made at a time: both scratch arrays stay in a core's cache.
 _CHUNK = 1 << 18
@@ -92,12 +94,14 @@ def project(
     scale: float = 1.0,
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
+    start: tuple[Tensor, Tensor] | None = None,  # (M, R), dtype of x; (R, R), float32 or float64
 ) -> Tensor:  # (M, R), dtype of x
-    """h = scale * drop(x) @ down.T"""
+    """h = scale * (drop(x) @ down.T + h0 @ (d + d.T)), the second only if ``start`` has h0 and d"""
     if seed is not None and p > 0.0:
         x = _dropped(x, keep_bits(seed, p, *x.shape))
     down = as_dtype(down, x.dtype).t()
-    return torch.mm(x, down) if scale == 1.0 else torch.addmm(x.new_empty(()), x, down, beta=0, alpha=scale)
+    h = torch.mm(x, down) if scale == 1.0 else torch.addmm(x.new_empty(()), x, down, beta=0, alpha=scale)
+    return h if start is None else h.add_(started(*start), alpha=scale)
 
 
 def matmul_lowrank(
@@ -130,11 +134,12 @@ def outer(
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
     dtype: torch.dtype | None = None,
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
 ) -> Tensor:  # (R, K), dtype given or that of x
-    """g.T @ drop(x), summed over the M rows"""
+    """g.T @ drop(x), summed over the M rows, and over those of ``more``"""
     if seed is not None and p > 0.0:
         x = _dropped(x, keep_bits(seed, p, *x.shape))
-    return as_dtype(torch.mm(g.t(), x), dtype or x.dtype)
+    return add_pulled(as_dtype(torch.mm(g.t(), x), dtype or x.dtype), more)
 
 
 def project_outer(
@@ -143,13 +148,16 @@ def project_outer(
     h: Tensor,  # (M, R), dtype of x
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
+    start: Tensor | None = None,  # (R, R)
 ) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
-    """g = scale * x @ down.T and out = h.T @ x.
+    """g = scale * (x @ down.T + h @ (start + start.T)) and out = h.T @ x, and that over the rows of ``more``.
 
     The second is laid out as the transpose of a
     contiguous (K, R), the layout of the factor whose gradient it is.
     """
-    return project(x, down, scale), as_dtype(torch.mm(x.t(), h), dtype or x.dtype).t()
+    g = project(x, down, scale, start=None if start is None else (h, start))
+    return g, add_pulled(as_dtype(torch.mm(x.t(), h), dtype or x.dtype).t(), more)
 
 
 def dx_and_ddown(
@@ -163,8 +171,12 @@ def dx_and_ddown(
     *,
     need_dx: bool = True,
     dtype: torch.dtype | None = None,
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
 ) -> tuple[Tensor | None, Tensor | None]:  # dx (M, K), dtype of g; ddown (sum of R_i, K), dtype given or that of x
-    """dx = sum_i dy_i @ weight_i + drop(g @ down) and ddown = g.T @ drop(x), with one mask; dx is added to in place"""
+    """dx = sum_i dy_i @ weight_i + drop(g @ down) and ddown = g.T @ drop(x), as ``outer``, with one mask
+
+    dx is added to in place.
+    """
     bits = None if seed is None or p == 0.0 else keep_bits(seed, p, g.shape[0], downs[0].shape[1])
     dx = ddown = None
     if need_dx:
@@ -177,7 +189,9 @@ def dx_and_ddown(
                 torch.addmm(dx, dy, weight, out=dx)
     if x is not None:
         ddown = as_dtype(torch.mm(g.t(), x if bits is None else _dropped(x, bits)), dtype or x.dtype)
+        add_pulled(ddown, more)
     return dx, ddown
 
 
 linear_lowrank = linear_lowrank_of(project, matmul_lowrank)
+project_terms = project_terms_of(project)

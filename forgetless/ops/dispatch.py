@@ -188,6 +188,16 @@ def choose_route(sweep: str, like: Tensor, up: Tensor, down: Tensor, asked: Any 
     return routes[routes[1].unchecked and checkable(like.device)]
 
 
+def runs_kernels(x: Tensor) -> bool:
+    """Whether a call with this x may run somewhere else than on BLAS."""
+    return x.is_cuda or asked_module() is not None
+
+
+def in_pass(x: Tensor, up: Tensor, down: Tensor, asked: Any = None) -> bool:
+    """Whether a forward pass makes the products that penalties want; where BLAS runs, ``fl.penalty`` does."""
+    return choose_route("forward", x, up, down, asked).module is not blas
+
+
 def failed(route: Route, error: Exception) -> Route:
     """The route to take after ``error``: BLAS, with one warning; raises ``error`` where that is asked for."""
     if route.problem is None:

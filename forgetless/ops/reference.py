@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rows import products, pulled, started
+
 # Multipliers of the two-round 32-bit integer hash "lowbias32" (C. Wellons, hash-prospector), as signed integers.
 MIX_1 = 0x7FEB352D
 MIX_2 = 0x846CA68B - (1 << 32)
@@ -86,21 +88,23 @@ def project(
     scale: float = 1.0,
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
+    start: tuple[Tensor, Tensor] | None = None,  # (M, R), dtype of x; (R, R), float32 or float64
 ) -> Tensor:  # (M, R), dtype of x
-    """h = scale * drop(x) @ down.T
+    """h = scale * (drop(x) @ down.T + h0 @ (d + d.T)), the second only if ``start`` has h0 and d
 
     Args:
         x: bfloat16, float16, float32 or float64, as in all of these; ``down`` is used in the dtype of ``x``.
         scale: a factor of the result, which ``drop`` does not rescale.
         p: probability of dropout, a multiple of 2**-15 below 1; 0 drops nothing.
         seed: of the mask of x, see ``keep_mask``; None drops nothing.
+        start: an h and the gradient of its h.T @ h: what that adds to the gradient of h.
 
     Raises:
         RuntimeError: shapes do not fit. What users pass is checked before, by ``fl.ops.lowrank_linear``.
     """
     wide = _wide(x.dtype)
-    down = down.to(x.dtype).to(wide)
-    return (scale * (_drop(x, p, seed).to(wide) @ down.T)).to(x.dtype)
+    h = _drop(x, p, seed).to(wide) @ down.to(x.dtype).to(wide).T
+    return (scale * (h if start is None else h + started(*start).to(wide))).to(x.dtype)
 
 
 def matmul_lowrank(
@@ -130,13 +134,18 @@ def outer(
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
     dtype: torch.dtype | None = None,
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
 ) -> Tensor:  # (R, K), dtype given or that of x
-    """g.T @ drop(x), summed over the M rows: the gradients of both factors
+    """g.T @ drop(x), summed over the M rows, and over those of ``more``: the gradients of both factors
 
     Mask, dtypes and errors as of ``project``; ``dtype`` is that of the result, the sum's own is at least float32.
     """
     wide = _wide(x.dtype)
-    return (g.to(wide).T @ _drop(x, p, seed).to(wide)).to(dtype or x.dtype)
+    out = g.to(wide).T @ _drop(x, p, seed).to(wide)
+    for one in more:  # out of place, for what torch vectorises
+        part = pulled(one).to(wide)
+        out = out + torch.nn.functional.pad(part, (0, 0, one.first, len(out) - one.first - len(part)))
+    return out.to(dtype or x.dtype)
 
 
 def project_outer(
@@ -145,12 +154,15 @@ def project_outer(
     h: Tensor,  # (M, R), dtype of x
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
+    start: Tensor | None = None,  # (R, R)
 ) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
-    """g = scale * x @ down.T and out = h.T @ x
+    """g = scale * (x @ down.T + h @ (start + start.T)) and out = h.T @ x, and that over the rows of ``more``
 
     ``project`` and ``outer`` of one matrix, in the backward pass dy, which a kernel then reads once.
     """
-    return project(x, down, scale), outer(h, x, dtype=dtype)
+    g = project(x, down, scale, start=None if start is None else (h, start))
+    return g, outer(h, x, dtype=dtype, more=more)
 
 
 def dx_and_ddown(
@@ -164,9 +176,10 @@ def dx_and_ddown(
     *,
     need_dx: bool = True,
     dtype: torch.dtype | None = None,
+    more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
 ) -> tuple[Tensor | None, Tensor | None]:  # dx (M, K), dtype of g; ddown (sum of R_i, K), dtype given or that of x
-    """dx = sum_i dy_i @ weight_i + drop(g @ down) and ddown = g.T @ drop(x), with one mask"""
-    ddown = None if x is None else outer(g, x, p, seed, dtype)
+    """dx = sum_i dy_i @ weight_i + drop(g @ down) and ddown = g.T @ drop(x), as ``outer``, with one mask"""
+    ddown = None if x is None else outer(g, x, p, seed, dtype, more)
     if not need_dx:
         return None, ddown
     wide = _wide(g.dtype)
@@ -175,6 +188,26 @@ def dx_and_ddown(
         if dy is not None and weight is not None:
             dx = dx + dy.to(wide) @ weight.to(wide)
     return dx.to(g.dtype), ddown
+
+
+def project_terms_of(project: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    """``project`` with the products that penalties want, from a backend's ``project``."""
+
+    def project_terms(
+        x: Tensor,  # (M, K)
+        downs: Sequence[Tensor],  # (R_i, K)
+        ups: Sequence[Tensor],  # (N_i, R_i)
+        terms: Sequence[Any],  # ``Term``s of forgetless.ops.rows
+        scale: float = 1.0,
+        p: float = 0.0,
+        seed: Tensor | None = None,  # (2,) int32
+    ) -> tuple[Tensor, list[Tensor]]:  # (M, sum of R_i), dtype of x; (rows of the term, R_i) each, at least float32
+        """h = scale * drop(x) @ [down_1 .. down_n].T, and the products of each term"""
+        h = project(x, downs[0] if len(downs) == 1 else torch.cat(list(downs)), scale, p, seed)
+        hs = h.split_with_sizes([down.shape[0] for down in downs], 1)
+        return h, [products(term, hs[term.layer], downs[term.layer], ups[term.layer]) for term in terms]
+
+    return project_terms
 
 
 def linear_lowrank_of(project: Callable[..., Tensor], matmul_lowrank: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -204,3 +237,4 @@ def linear_lowrank_of(project: Callable[..., Tensor], matmul_lowrank: Callable[.
 
 
 linear_lowrank = linear_lowrank_of(project, matmul_lowrank)
+project_terms = project_terms_of(project)

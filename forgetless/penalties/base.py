@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site
+from ..ops.rows import Rows
 
 #: Every penalty by its name, filled by ``register``.
 PENALTIES: dict[str, type[Penalty]] = {}
@@ -104,6 +105,20 @@ class PenaltyState(nn.Module):
         With ``needs_hidden``, ``total`` takes one argument more: ``weights``, one per token, or None.
         """
         return torch.stack([item.state.value(item.adapter, item.hidden) for item in items]).sum()
+
+    def rows(self) -> tuple[Rows, ...]:
+        """The products that the forward pass can make for ``total_made``; none where the value is not made of such."""
+        return ()
+
+    @classmethod
+    def total_made(cls, items: list[Item], made: list[Tensor]) -> Tensor:
+        """``total`` from what the last forward pass made of each item's ``rows``.
+
+        Args:
+            items: as of ``total``.
+            made: of each, the products (sum of the rows, R), one below the other, at least float32.
+        """
+        raise NotImplementedError
 
     def begin_statistics(self, adapter: Adapter) -> None:
         """Forget earlier statistics; centre at the adapter's present parameters. ``fl.calibrate`` calls it first."""

@@ -26,17 +26,21 @@ Form = Callable[..., tuple[Tensor, ...]]
 
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, compute: Callable[..., tuple[Tensor, list[Tensor]]], *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, compute: Callable[..., tuple[Tensor, list[Tensor]]], places: Any, *factors: Tensor) -> Tensor:
         value, grads = compute(factors)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*grads)  # a stack each, of the factors at ``places``
+        ctx.places, ctx.count = places, len(factors)
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor | None, ...]:
-        grads = ctx.saved_tensors
-        scaled = torch._foreach_mul(grads, dvalue)
-        return (None, *(s.to(grad.dtype) for s, grad in zip(scaled, grads, strict=True)))
+        stacks = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * ctx.count
+        for scaled, stack, places in zip(torch._foreach_mul(stacks, dvalue), stacks, ctx.places, strict=True):
+            for place, grad in zip(places, scaled.to(stack.dtype).unbind(), strict=True):
+                grads[place] = grad
+        return (None, None, *grads)
 
 
 def grouped(
@@ -64,20 +68,19 @@ def grouped(
     limit = STACK_BYTES_CPU if layers[0][0].device.type == "cpu" else STACK_BYTES
     groups = buckets([(key, *map(_like, row)) for key, row in zip(keys, layers, strict=True)], nbytes, limit)
 
+    places = [[width * i + j for i in group] for group in groups for j in range(width)]
+
     def compute(factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        grads = list(factors)  # all are replaced
-        value = wide(factors[0]).new_zeros(())
+        grads: list[Tensor] = []
+        values: list[Tensor] = []
         for group in groups:
             stacks = [wide(torch.stack([factors[width * i + j] for i in group])) for j in range(width)]
-            inside, *parts = form(group, *stacks)
-            value = value + inside
-            for j, part in enumerate(parts):
-                part = part.to(factors[width * group[0] + j].dtype).contiguous()  # once for all layers
-                for i, grad in zip(group, part.unbind(), strict=True):
-                    grads[width * i + j] = grad
-        return value, grads
+            value, *parts = form(group, *stacks)
+            values.append(value)
+            grads += [part.to(factors[width * group[0] + j].dtype).contiguous() for j, part in enumerate(parts)]
+        return values[0] if len(values) == 1 else torch.stack(values).sum(), grads
 
-    total: Tensor = _ClosedForm.apply(compute, *(factor for row in layers for factor in row))
+    total: Tensor = _ClosedForm.apply(compute, places, *(factor for row in layers for factor in row))
     return total
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Site, wide
+from ..ops.rows import Rows
 from .base import Item, Penalty, PenaltyState, register
 from .batched import grouped
 from .covariance import Covariance, apply_stacked
@@ -49,6 +50,13 @@ class _WeightDeviation(PenaltyState):
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
         return _gram_total(items, [None] * len(items))
+
+    def rows(self) -> tuple[Rows, ...]:
+        return Rows("up"), Rows("down")
+
+    @classmethod
+    def total_made(cls, items: list[Item], made: list[Tensor]) -> Tensor:
+        return _gram_made(made, [state.spec.weight * adapter.scale**2 for state, adapter, _ in items])
 
 
 @register
@@ -110,6 +118,14 @@ class _OutputDeviation(PenaltyState):
         if not layers:
             return torch.stack([state.value(adapter, None) for state, adapter, _ in items]).sum()
         return gram_form(layers, shares, tokens, tall=True)
+
+    def rows(self) -> tuple[Rows, ...]:
+        return Rows("up"), Rows("hidden")
+
+    @classmethod
+    def total_made(cls, items: list[Item], made: list[Tensor]) -> Tensor:
+        tokens = [0 if hidden is None else hidden.shape[0] for _, _, hidden in items]
+        return _gram_made(made, [state.spec.weight / max(M, 1) for (state, _, _), M in zip(items, tokens, strict=True)])
 
 
 def _token_weights(weights: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -241,10 +257,47 @@ class _SourceDeviation(PenaltyState):
     def total(cls, items: list[Item]) -> Tensor:
         return _gram_total(items, [item.state.source for item in items])
 
+    def rows(self) -> tuple[Rows, ...]:
+        if self.source.full or not self._known_calibrated:  # a matrix of K rows is no skinny product
+            return ()
+        own = Rows("up"), Rows("down", None, self.source.rest)
+        return (*own, Rows("down", self.source.basis.t())) if self.source.columns else own
+
+    @classmethod
+    def total_made(cls, items: list[Item], made: list[Tensor]) -> Tensor:
+        weights = [state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
+        sources = [state.source for state, _, _ in items]
+        return _gram_made(made, weights, [source.spectrum if source.columns else None for source in sources])
+
 
 def _gram_total(items: list[Item], covariances: list[Covariance | None]) -> Tensor:
     weights = [state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
     return gram_form([adapter.factors() for _, adapter, _ in items], weights, covariances)
+
+
+def _gram_made(
+    made: list[Tensor],  # (2 R + q, R): of up, of the inner rows, and V^T down^T of an eigenbasis
+    weights: list[float],
+    spectra: list[Tensor | None] | None = None,  # (q,)
+) -> Tensor:
+    """sum_i w_i <S_up, S_in + T^T diag(l) T>, with its gradients w (S_in + T^T diag(l) T), w S_up, 2 w l T S_up."""
+    if spectra is None:
+        spectra = [None] * len(made)
+
+    def form(group: list[int], z: Tensor) -> tuple[Tensor, Tensor]:
+        R, weight = z.shape[2], weights[group[0]]
+        outer, inner = z[:, :R], z[:, R : 2 * R]
+        grads = [inner, outer]
+        if z.shape[1] > 2 * R:
+            T = z[:, 2 * R :]
+            strong = torch.stack([wide(spectra[i]) for i in group])[:, :, None].to(z.dtype) * T  # type: ignore[arg-type]
+            grads[0] = inner + T.mT @ strong
+            grads.append(2 * (strong @ outer))
+        grad = torch.cat(grads, 1).mul_(weight)
+        return (outer * grad[:, :R]).sum(), grad
+
+    keys = [(w, None if l is None else l.shape) for w, l in zip(weights, spectra, strict=True)]
+    return grouped([(z,) for z in made], keys, form)
 
 
 def gram_form(

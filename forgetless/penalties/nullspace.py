@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, wide
+from ..ops.rows import Rows
 from .base import Item, Penalty, PenaltyState, register
 from .batched import grouped
 
@@ -92,6 +93,40 @@ class _NullSpace(PenaltyState):
         keys = [(i % 2, b.key(), w) for i, (b, w) in enumerate(zip(bases, weights, strict=True))]
         return grouped(factors, keys, form, [b.largest() for b in bases])
 
+    def rows(self) -> tuple[Rows, ...]:
+        return (*self.input.rows("down"), *self.output.rows("up"))
+
+    def signs(self) -> tuple[int, ...]:
+        """What each of the rows counts, 1 or -1."""
+        return tuple(
+            -1 if basis.complement and not rows.own else 1
+            for basis in (self.input, self.output)
+            for rows in basis.rows("")
+        )
+
+    @classmethod
+    def total_made(cls, items: list[Item], made: list[Tensor]) -> Tensor:
+        layouts = []
+        for (state, _, _), z in zip(items, made, strict=True):
+            rows = [(one.own, one.length(z.shape[1])) for one in state.rows()]
+            layouts.append((state.spec.weight, state.signs(), *rows))
+
+        def form(group: list[int], z: Tensor) -> tuple[Tensor, Tensor]:
+            weight, signs, *rows = layouts[group[0]]
+            if not any(own for own, _ in rows):
+                return 0.5 * weight * _square(z), z.mul_(weight)
+            value, grads = z.new_zeros(()), []
+            for part, sign, (own, _) in zip(z.split_with_sizes([k for _, k in rows], 1), signs, rows, strict=True):
+                if own:  # the trace of F F^T is ||F||^2
+                    value = value + part.diagonal(dim1=1, dim2=2).sum()
+                    grads.append(torch.eye(part.shape[1]).to(part).expand_as(part))
+                else:
+                    value = value + sign * _square(part)
+                    grads.append(2 * sign * part)
+            return 0.5 * weight * value, torch.cat(grads, 1).mul_(0.5 * weight)
+
+        return grouped([(z,) for z in made], layouts, form)
+
 
 def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> _Basis:
     """Module that maps rows (R, dim) to the squared norm of their projections on k orthonormal columns."""
@@ -129,6 +164,15 @@ class _Basis(nn.Module):
     def largest(self) -> Tensor | None:
         """The largest tensor that ``stacked`` copies of each basis, for ``buckets``."""
         return None
+
+    def rows(self, of: str) -> tuple[Rows, ...]:
+        """What a forward pass multiplies with: with ``complement`` the factor itself, and the columns held."""
+        held = self.columns_held(of)
+        return (Rows(of), held) if self.complement else (held,)
+
+    def columns_held(self, of: str) -> Rows:
+        """The columns held, as rows."""
+        return Rows(of)
 
     def forward(self, rows: Tensor) -> Tensor:
         """||rows P||^2 of rows (R, dim), differentiable in them."""
@@ -179,6 +223,9 @@ class _Orthogonal(_Basis):
     def largest(self) -> Tensor:
         return self.basis
 
+    def columns_held(self, of: str) -> Rows:
+        return Rows(of, self.basis.t())
+
     def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
         P = torch.stack([b.basis for b in bases])
         z = rows.to(P.dtype) @ P
@@ -208,6 +255,9 @@ class _Shared(_Basis):
 
     def key(self) -> Hashable:
         return super().key(), id(self.basis)  # unique while the basis lives; the key does not outlive the call
+
+    def columns_held(self, of: str) -> Rows:
+        return Rows(of, self.basis.t(), self.signs)
 
     def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
         signs = torch.stack([b.signs for b in bases])[:, None].to(self.basis.dtype)  # exact in any dtype
@@ -271,6 +321,9 @@ class _Hadamard(_Basis):
         columns = torch.randperm(dim, generator=generator)[: min(k, dim - k)].sort().values
         self.register_buffer("signs", signs.to(like.device), persistent=False)
         self.register_buffer("columns", columns.to(like.device), persistent=False)
+
+    def columns_held(self, of: str) -> Rows:
+        return Rows(of, None, self.signs, self.columns)
 
     def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
         signs = torch.stack([b.signs for b in bases])  # (L, dim)

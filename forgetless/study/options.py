@@ -252,7 +252,10 @@ def parse_method(
             which, inner = _owner(field, penalties) if equals else (None, field)
             if which is None:
                 theirs = [f.name for p in penalties for f in dataclasses.fields(p)]
-                what = f"no field {field!r}" if equals else f"{item!r} is not FIELD=VALUE"
+                several = f"{field!r} is a field of several parts: name it PART.{field}"
+                what = (
+                    several if field in theirs else f"no field {field!r}" if equals else f"{item!r} is not FIELD=VALUE"
+                )
                 raise BadInput(f"method {spec!r}: {what};{near(field, {*fields, *theirs, 'lr'})}")
             default = next(f.default for f in dataclasses.fields(penalties[which]) if f.name == inner)
             changed.setdefault(which, {})[inner] = _value(value, default, f"{field} of {spec!r}")

@@ -29,7 +29,7 @@ LIBRARY = [path for path in LIBRARY if path not in STUDY]
 #: Modules without torch, which any other module may import.
 FOUNDATION = ("files", "versions")
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-LAUNCHERS = ("project", "matmul_lowrank", "outer", "project_outer", "dx_and_ddown", "linear_lowrank")
+LAUNCHERS = ("project", "matmul_lowrank", "outer", "project_outer", "dx_and_ddown", "linear_lowrank", "project_terms")
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:

@@ -62,7 +62,9 @@ def projections(monkeypatch):
     calls = []
     plain = blas.project
     monkeypatch.setattr(
-        blas, "project", lambda x, down, *rest: calls.append(tuple(down.shape)) or plain(x, down, *rest)
+        blas,
+        "project",
+        lambda x, down, *rest, **options: calls.append(tuple(down.shape)) or plain(x, down, *rest, **options),
     )
     return calls
 

@@ -382,7 +382,7 @@ def brute_force(model: Any, batches: list[dict[str, Tensor]], whole: bool = Fals
             low.retain_grad()
             t.retain_grad()
             taken[name] = {"x": x.detach(), "t": t, "y": low}
-            return nn.functional.linear(x, layer.weight, layer.bias) + layer.adapter.scale * low
+            return nn.functional.linear(x, layer.frozen, layer.bias) + layer.adapter.scale * low
 
         handles.append((layer, layer.forward))
         layer.forward = run

@@ -71,7 +71,7 @@ def test_the_penalty_counts_once_per_step_and_before_clipping(
     for batch, count in zip(batches, tokens, strict=True):
         share = count / sum(tokens) if counts_items else 1 / accumulate
         task = task + again(**batch).loss * share
-    penalty = fl.penalty(again, batches[-1]["attention_mask"])
+    penalty = fl.penalty(again, token_weights=batches[-1]["attention_mask"])  # padding does not count
     (task + penalty).backward()
     wanted = module.trainable(again)
     norm = torch.nn.utils.clip_grad_norm_(wanted, clip)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from forgetless.ops import dispatch as ops
-from forgetless_kernels import project, tiles
+from forgetless_kernels import sums, tiles
 
 #: "descriptors" is the plan split, its GEMMs on tensor descriptors as on sm_90 and sm_100
 PLANS = ("split", "descriptors", "full", "once")
@@ -31,7 +31,7 @@ def fitted(row: str, **tile: int) -> dict[str, int]:
 def on_kernels(plan: str, monkeypatch: pytest.MonkeyPatch, **tile: int) -> Iterator[None]:
     """Within the block the op runs on the kernels by this plan and on these tiles; a fallback is an error."""
     tile = {**TILE, **tile}
-    monkeypatch.setattr(project, "sweep_pays", lambda *sizes: True)
+    monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
     monkeypatch.setenv("FORGETLESS_PLAN", f"{'split' if plan == 'descriptors' else plan},strict")
     with contextlib.ExitStack() as stack:
         stack.enter_context(ops.backend("triton"))

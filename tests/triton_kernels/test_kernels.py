@@ -14,7 +14,7 @@ from kernel_plans import PLANS, TILES, fitted, on_kernels
 
 from forgetless.ops import reference
 from forgetless.ops.autograd import lowrank_linear
-from forgetless_kernels import fused, matmul_lowrank, project, tiles, tl_utils
+from forgetless_kernels import fused, matmul_lowrank, sums, tiles, tl_utils
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANKS = (1, 4, 8, 16, 24, 64, 128, 200)
@@ -182,7 +182,7 @@ def test_nothing_beside_the_operands_is_touched(function, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", ["project_outer", *fused.PLANS])
 def test_nothing_beside_the_operands_of_a_whole_pass_is_touched(plan, dtype, monkeypatch):
-    monkeypatch.setattr(project, "sweep_pays", lambda *sizes: True)
+    monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
     x, weight, h, up, bias = operands("matmul_lowrank", 33, 50, 65, 24, dtype)
     down = draw(24, 65) / 65**0.5
     sweep = plan == "project_outer"
@@ -254,7 +254,7 @@ def test_rows_sum_alike_on_every_card():
     """Strips depend on sizes alone; they cover every row once."""
     for M in (1, 63, 512, 8192, 100_000):
         for columns in (1, 8, 32, 1000):
-            strips, steps = project.strips_of(M, 64, columns)
+            strips, steps = sums.strips_of(M, 64, columns)
             assert strips * steps * 64 >= M > (strips - 1) * steps * 64
 
 
@@ -304,7 +304,7 @@ def test_what_no_descriptor_can_name_takes_the_pointer_kernel(which, monkeypatch
 @pytest.mark.parametrize("R", RANKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_sweep_projects_and_sums(R, dtype, monkeypatch):
-    monkeypatch.setattr(project, "sweep_pays", lambda *sizes: True)
+    monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
     x, down, h = draw(70, 50, dtype=dtype), draw(50, R).T, draw(70, R, dtype=dtype, seed=1)
     with tiles.forced("project_outer", BLOCK_M=16, BLOCK_K=32):
         g, out = fused.project_outer(x, down, h, 0.5, torch.float32)
@@ -325,7 +325,7 @@ def test_a_sweep_that_does_not_pay_is_two(M):
 
 
 def test_a_sweep_reads_strided_gradients(monkeypatch):
-    monkeypatch.setattr(project, "sweep_pays", lambda *sizes: True)
+    monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
     x, down, h = draw(70, 90), draw(24, 90), draw(70, 24)
     want = reference.project(x, down), reference.outer(h, x)
     for how in ("transposed", "sliced"):
@@ -482,7 +482,7 @@ def test_offsets_beyond_32_bits(function, axis, tmp_path, monkeypatch):
 
     # it would copy every byte of every storage onto itself
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
-    monkeypatch.setattr(project, "sweep_pays", lambda *sizes: True)
+    monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
     x, weight, h, up, bias = operands("matmul_lowrank", 4, 4, 4, 4, torch.bfloat16)
     down = draw(4, 4)
     given = {

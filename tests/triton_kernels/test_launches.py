@@ -9,7 +9,7 @@ import torch
 
 from forgetless.ops import blas, dispatch, reference
 from forgetless.ops.autograd import Call, Saved, gradients
-from forgetless_kernels import fused, launcher, matmul_lowrank, project, tiles, tl_utils
+from forgetless_kernels import fused, launcher, matmul_lowrank, sums, tiles, tl_utils
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
 SEED = torch.tensor([-77, 5], dtype=torch.int32)
@@ -83,7 +83,7 @@ def test_sm_100_adds_up_one_product_a_launch(monkeypatch):
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_launches_of_a_backward_pass(count, p, launches, monkeypatch):
     """Of n siblings: n sweeps, dx, ddown; no sum and no mask has a launch of its own."""
-    monkeypatch.setattr(project, "sweep_pays", lambda *sizes: True)
+    monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
     M, K, N, R = 300, 40, 24, 4
     x, h = draw(M, K, dtype=torch.bfloat16), draw(M, R * count, dtype=torch.bfloat16)
     dys, weights, _, downs = siblings(M, K, R, (N,) * count, torch.bfloat16)
@@ -106,11 +106,11 @@ def test_tickets_are_left_as_they_were(M, K, monkeypatch):
         return counters[-1]
 
     monkeypatch.setattr(tl_utils, "tickets", tickets)
-    monkeypatch.setattr(project, "sweep_pays", lambda *sizes: True)
+    monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
     x, down, h = draw(M, K), draw(8, K, seed=1), draw(M, 8, seed=2)
     with tiles.forced("outer", BLOCK_M=16, BLOCK_K=16), tiles.forced("project_outer", BLOCK_M=16, BLOCK_K=16):
         out, (g, swept) = fused.outer(h, x), fused.project_outer(x, down, h, 0.5)
-        strips, steps = project.strips_of(M, 16, -(-K // 16))
+        strips, steps = sums.strips_of(M, 16, -(-K // 16))
         parts = [fused.outer(h[i : i + 16 * steps], x[i : i + 16 * steps]) for i in range(0, M, 16 * steps)]
     assert len(parts) == strips and counters and not any(each.any() for each in counters)
     total = parts[0].clone()

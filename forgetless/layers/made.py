@@ -1,0 +1,73 @@
+"""What a forward pass makes for penalties beside y, and whether it still is what the penalty would make itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.rows import Rows, Term, Terms
+
+
+class Made(NamedTuple):
+    """The products that one penalty wants of one layer, with their graph, and what they were made of."""
+
+    z: Tensor  # (rows, R), at least float32
+    terms: Terms
+    rows: tuple[Rows, ...]  # held, so that no other tensor can come to their memory
+    factors: tuple[Tensor, Tensor]
+    facts: list[Any]
+
+    def holds(self, state: Any, adapter: Any) -> bool:
+        """Whether nothing it was made of has changed since, and no backward pass has freed its graph.
+
+        A change through ``.data`` cannot be seen.
+        """
+        if self.terms.spent or torch.is_grad_enabled() and not self.z.requires_grad:
+            return False
+        factors = adapter.factors()
+        return (
+            factors[0] is self.factors[0]
+            and factors[1] is self.factors[1]
+            and self.facts == _facts(state.rows(), factors)
+        )
+
+
+def _facts(rows: tuple[Rows, ...], factors: tuple[Tensor, Tensor]) -> list[Any]:
+    """What is another where the rows or the factors are others, or have been written to."""
+    return [
+        None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t._version, t.requires_grad)
+        for t in (*[t for one in rows for t in one[1:]], *factors)
+    ] + [one.of for one in rows]
+
+
+def terms_of(members: Sequence[Any]) -> tuple[Terms | None, list[tuple[int, Any]]]:
+    """What the penalties of these layers want of one call of the op for all; and of which layer and state each is."""
+    terms: list[Term] = []
+    states: list[tuple[int, Any]] = []
+    for i, member in enumerate(members):
+        if member.makes_products and all(_plain(factor) and factor.is_leaf for factor in member.adapter.factors()):
+            for state in member.adapter.penalty_states():
+                rows = state.rows()
+                if rows and all(t is None or _plain(t) for one in rows for t in one[1:]):
+                    terms.append(Term(i, rows))
+                    states.append((i, state))
+    return (Terms(tuple(terms)) if terms else None), states
+
+
+def _plain(t: Any) -> bool:
+    """Whether a change of it can be seen: it is neither a shard nor a tensor of inference mode."""
+    return type(t) in (nn.Parameter, Tensor) and not t.is_inference()
+
+
+def made_of(
+    members: Sequence[Any], terms: Terms, states: list[tuple[int, Any]], zs: Sequence[Tensor]
+) -> list[dict[Any, Made]]:
+    """Of each layer, by state, what the call has made."""
+    result: list[dict[Any, Made]] = [{} for _ in members]
+    for (i, state), term, z in zip(states, terms.wanted, zs, strict=True):
+        factors = members[i].adapter.factors()
+        result[i][state] = Made(z, terms, term.rows, factors, _facts(term.rows, factors))
+    return result

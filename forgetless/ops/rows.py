@@ -1,0 +1,169 @@
+"""Products of a layer's factors with other rows than those of x: what penalties are made of.
+
+A penalty wants V @ down.T or V @ up of some rows V: a basis, the factor's own rows (its Gram matrix), or the rows of a
+Hadamard matrix; or h.T @ h. Those are the products of the low-rank path, on more rows, so the passes that make h, dup
+and ddown anyway take them along. This is the description that autograd and the backends share, and its plain form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Rows V (k, dim), and the factor F (R, dim) that they are multiplied with: V @ F.T (k, R).
+
+    Attributes:
+        of: "down" (dim = K), "up" (F = up.T, dim = N), or "hidden": then the product is h.T @ h (R, R).
+        matrix: V (k, dim), any strides; None for the rows of F itself, or of a Hadamard matrix.
+        weight: (dim,) factors of V's columns; None for ones.
+        columns: (k,) int64: V has these rows of the block Hadamard matrix of ``dim``, before ``weight``.
+    """
+
+    of: str
+    matrix: Tensor | None = None
+    weight: Tensor | None = None
+    columns: Tensor | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether V is F itself: the product is symmetric, and F has its gradient from both sides."""
+        return self.matrix is None and self.columns is None
+
+    def length(self, R: int) -> int:
+        """k"""
+        given = self.matrix if self.columns is None else self.columns
+        return R if given is None else given.shape[0]
+
+    def values(self, factor: Tensor) -> Tensor:  # (R, dim) -> (k, dim)
+        """V in the dtype of F."""
+        if self.columns is not None:
+            rows = hadamard_rows(self.columns, factor.shape[1]).to(factor.dtype)
+        else:
+            rows = factor if self.matrix is None else self.matrix.to(factor.dtype)
+        return rows if self.weight is None else rows * self.weight.to(factor.dtype)
+
+
+class Term(NamedTuple):
+    """What one penalty wants of one layer: the products of its rows, one below the other, (sum of k, R) float32."""
+
+    layer: int  # its place among the layers of the call
+    rows: tuple[Rows, ...]
+
+
+@dataclass(eq=False)
+class Terms:
+    """What penalties want of one call of the op, and what has become of it."""
+
+    wanted: tuple[Term, ...]
+    spent: bool = False  # a backward pass has gone through the call: its products have no graph any more
+
+    def tensors(self) -> list[Tensor | None]:
+        """The tensors of the rows, three for each."""
+        return [t for term in self.wanted for rows in term.rows for t in rows[1:]]
+
+    def replaced(self, tensors: Sequence[Tensor | None]) -> list[Term]:
+        """The terms with other tensors in these places."""
+        some = iter(tensors)
+        return [
+            Term(layer, tuple(Rows(r.of, next(some), next(some), next(some)) for r in rows))
+            for layer, rows in self.wanted
+        ]
+
+
+class More(NamedTuple):
+    """What a sum over rows takes along: d.T @ V (R_i, dim), added to its rows from ``first`` on."""
+
+    rows: Rows
+    factor: Tensor  # (R_i, dim)
+    d: Tensor  # (k, R_i), the gradient of V @ factor.T
+    first: int = 0
+
+
+class Extra(NamedTuple):
+    """The gradients of a call's terms, by where they go."""
+
+    ups: list[list[More]]  # of each layer
+    downs: list[More]
+    starts: list[Tensor | None]  # of each layer: (R, R), the gradient of h.T @ h
+
+
+def hadamard_rows(columns: Tensor, dim: int) -> Tensor:  # (k,) -> (k, dim) float64
+    """Rows of the orthonormal block Hadamard matrix whose blocks are the binary digits of ``dim``, largest first."""
+    size = torch.zeros_like(columns)
+    start = 0
+    for bit in reversed(range(dim.bit_length())):
+        if dim >> bit & 1:
+            inside = (columns >= start) & (columns < start + (1 << bit))
+            size = torch.where(inside, torch.full_like(size, 1 << bit), size)
+            start += 1 << bit
+    c, size = columns[:, None], size[:, None]
+    k = torch.arange(dim, device=columns.device)
+    parity = c & k & (size - 1)
+    for shift in (16, 8, 4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    same_block = ((c ^ k) & -size) == 0
+    return torch.where(same_block, 1 - 2 * (parity & 1), 0) / size.double().sqrt()
+
+
+def terms_size(term: Term, R: int) -> int:
+    return sum(rows.length(R) for rows in term.rows)
+
+
+def parts(term: Term, z: Tensor) -> Sequence[Tensor]:  # (sum of k, R) -> (k, R) each
+    """The products of each of the term's rows, or their gradients."""
+    return z.split_with_sizes([rows.length(z.shape[1]) for rows in term.rows])
+
+
+def products(term: Term, h: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """The term's products, from its layer's h (M, R), down (R, K) and up (N, R), at least float32."""
+    wide = torch.promote_types(torch.promote_types(down.dtype, up.dtype), torch.float32)
+    h = h.to(wide)
+    factors = {"down": down.to(wide), "up": up.to(wide).t()}
+    made = [h.t() @ h if r.of == "hidden" else r.values(factors[r.of]) @ factors[r.of].t() for r in term.rows]
+    return torch.cat(made)
+
+
+def extra_of(
+    terms: Sequence[Term], dzs: Sequence[Tensor | None], downs: Sequence[Tensor], ups: Sequence[Tensor]
+) -> Extra:
+    """Where the gradients of the terms' products go."""
+    extra = Extra([[] for _ in ups], [], [None] * len(ups))
+    ranks = [up.shape[1] for up in ups]
+    for term, dz in zip(terms, dzs, strict=True):
+        if dz is None:
+            continue
+        i = term.layer
+        for rows, d in zip(term.rows, parts(term, dz.contiguous()), strict=True):
+            if rows.of == "up":
+                extra.ups[i].append(More(rows, ups[i].t(), d))
+            elif rows.of == "down":
+                extra.downs.append(More(rows, downs[i], d, sum(ranks[:i])))
+            else:
+                before = extra.starts[i]
+                extra.starts[i] = d if before is None else before + d
+    return extra
+
+
+def pulled(more: More) -> Tensor:  # (R_i, dim), at least float32
+    """d.T @ V, the factor's gradient."""
+    wide = torch.promote_types(more.factor.dtype, torch.float32)
+    d = more.d.to(wide)
+    return (d + d.t() if more.rows.own else d).t() @ more.rows.values(more.factor.to(wide))
+
+
+def add_pulled(out: Tensor, more: Sequence[More]) -> Tensor:  # (R, dim)
+    """``out`` with each of them added, in place."""
+    for one in more:
+        out.narrow(0, one.first, one.factor.shape[0]).add_(pulled(one))
+    return out
+
+
+def started(h: Tensor, d: Tensor) -> Tensor:  # (M, R), (R, R) -> (M, R)
+    """The gradient of h from that of h.T @ h."""
+    return h.to(d.dtype) @ (d + d.t())

@@ -1,0 +1,245 @@
+"""The rows that penalties add to the skinny passes: programs of their own in project, strips of their own in the sums.
+
+A job is the tuple that a kernel gets for one block of rows V (k, dim), made by ``product_job`` or ``sum_job``. Kernels
+take a tuple of jobs, and each is compiled for what they hold: without any, nothing of this is.
+
+V is stored; or the factor itself; or, of a Hadamard matrix, made from k row numbers, which then are never in memory.
+Whatever is wider than the activations' dtype (factors, gradients) goes in as two numbers of that dtype, high and low:
+sums are exact to 2**-16 or so, and what is float32 stays that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tl_utils import cast, dot, last_to_come, narrow, widen
+
+#: Rows of V that one program of project takes, and that one step of a sum takes.
+PRODUCT_ROWS = tl.constexpr(32)
+SUM_ROWS = tl.constexpr(16)
+#: Columns that it sums at a time: of 256, and 64 ranks, sm_90 spilt.
+SUM_COLUMNS = tl.constexpr(128)
+#: Blocks of rows whose Gram matrices are added up first.
+GRAM_GROUP = tl.constexpr(16)
+
+
+def _values(rows: Any, factor: Tensor) -> tuple[Any, ...]:
+    """(V or None, its columns' factors or None, numbers of its Hadamard rows or None, its strides)"""
+    matrix = factor if rows.own else rows.matrix
+    return (matrix, rows.weight, rows.columns), (0, 0) if matrix is None else matrix.stride()
+
+
+def product_job(rows: Any, factor: Tensor, out: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """For ``product``: out (k, R) float32 = V @ factor (R, dim).T, of activations in ``dtype``"""
+    (matrix, weight, _), strides = _values(rows, factor)
+    scaled = weight is not None and weight.is_floating_point()
+    wide = 1 if matrix is not None and (matrix.dtype != dtype or scaled) else None
+    sizes = out.shape[0], factor.shape[1], factor.shape[0], 0
+    return (*_values(rows, factor)[0], factor, out, *sizes, *strides, *factor.stride(), wide)
+
+
+def sum_job(more: Any) -> tuple[Any, ...]:
+    """For ``sum_rows``: d.T @ V, and with V the factor itself (d + d.T) @ V"""
+    tensors, strides = _values(more.rows, more.factor)
+    d = more.d
+    assert d.stride() == (d.shape[1], 1)
+    return (
+        *tensors,
+        d,
+        d if more.rows.own else None,
+        d.shape[0],
+        more.factor.shape[1],
+        d.shape[1],
+        more.first,
+        *strides,
+    )
+
+
+@triton.jit
+def dot_wide(a, b, acc, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a @ b of numbers that are wider than dtype, each as two of it"""
+    high_a = cast(a, dtype)
+    high_b = cast(b, dtype)
+    acc = dot(high_a, high_b, acc, PRECISION)
+    if b.dtype != dtype:
+        acc = dot(high_a, narrow(widen(b) - widen(high_b), dtype), acc, PRECISION)
+    if a.dtype != dtype:
+        acc = dot(narrow(widen(a) - widen(high_a), dtype), high_b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _parity(v):
+    v ^= v >> 16
+    v ^= v >> 8
+    v ^= v >> 4
+    v ^= v >> 2
+    v ^= v >> 1
+    return v & 1
+
+
+@triton.jit
+def _hadamard_sizes(c, dim):
+    """Of each row c of the block Hadamard matrix its block's size: the binary digits of dim, largest first"""
+    size = tl.zeros_like(c)
+    start = 0
+    for b in tl.static_range(0, 31):
+        bit = dim & (1 << (30 - b))
+        size = tl.where((c >= start) & (c < start + bit), bit, size)
+        start += bit
+    return size
+
+
+@triton.jit
+def _tile(job, c, size, offs_m, offs_k, dtype: tl.constexpr):
+    """V[offs_m, offs_k], zero past its ends; Hadamard rows are +-1 here"""
+    matrix_ptr, weight_ptr, columns_ptr, count, dim = job[0], job[1], job[2], job[5], job[6]
+    mask_k = offs_k < dim
+    mask = (offs_m < count)[:, None] & mask_k[None, :]
+    if columns_ptr is not None:
+        k = offs_k[None, :]
+        same = mask & (((c[:, None] ^ k) & -size[:, None]) == 0)
+        sign = 1 - 2 * _parity(c[:, None] & k & (size[:, None] - 1))
+        sign = sign * tl.load(weight_ptr + offs_k, mask=mask_k, other=0).to(tl.int32)[None, :]
+        v = narrow(tl.where(same, sign, 0).to(tl.float32), dtype)
+    else:
+        ptrs = matrix_ptr + offs_m.to(tl.int64)[:, None] * job[9] + offs_k.to(tl.int64)[None, :] * job[10]
+        v = tl.load(ptrs, mask=mask, other=0.0)
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0)
+            exact: tl.constexpr = weight.dtype == tl.int8  # signs
+            v = widen(v) * weight.to(tl.float32)[None, :]
+            if exact:
+                v = narrow(v, matrix_ptr.dtype.element_ty)
+    return v
+
+
+@triton.jit
+def product_blocks(job, BLOCK_R: tl.constexpr):
+    """Programs that one job of project takes"""
+    return tl.cdiv(job[5], PRODUCT_ROWS) * tl.cdiv(job[7], BLOCK_R)
+
+
+@triton.jit
+def _product_step(
+    acc, job, c, size, offs_m, k, factor_ptr, dtype: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
+    """acc + V @ factor.T, of the columns from k * STEP on"""
+    offs_k = k * STEP + tl.arange(0, STEP)
+    v = _tile(job, c, size, offs_m, offs_k, dtype)
+    factor = tl.load(factor_ptr + offs_k.to(tl.int64)[:, None] * job[12], mask=(offs_k < job[6])[:, None], other=0.0)
+    return dot_wide(v, factor, acc, dtype, PRECISION)
+
+
+@triton.jit
+def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A block of out = V @ factor.T"""
+    factor_ptr, out_ptr, count, dim, R = job[3], job[4], job[5], job[6], job[7]
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    offs_m = (block // blocks_r) * PRODUCT_ROWS + tl.arange(0, PRODUCT_ROWS)
+    offs_r = (block % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = offs_m
+    size = offs_m
+    if job[2] is not None:
+        c = tl.load(job[2] + offs_m, mask=offs_m < count, other=0).to(tl.int32)
+        size = _hadamard_sizes(c, dim)
+    factor_ptr += (offs_r % R).to(tl.int64)[None, :] * job[11]
+    acc = tl.zeros((PRODUCT_ROWS, BLOCK_R), dtype=tl.float32)
+    HALF: tl.constexpr = BLOCK_K // 2  # of whole blocks, those of three siblings spill
+    if job[13] is not None:  # wide: every number of it is in registers twice
+        for k in tl.range(0, tl.cdiv(dim, HALF), num_stages=2):
+            acc = _product_step(acc, job, c, size, offs_m, k, factor_ptr, dtype, PRECISION, HALF)
+    else:
+        for k in range(0, tl.cdiv(dim, HALF)):
+            acc = _product_step(acc, job, c, size, offs_m, k, factor_ptr, dtype, PRECISION, HALF)
+    if job[2] is not None:
+        acc *= tl.rsqrt(size.to(tl.float32))[:, None]
+    mask = (offs_m < count)[:, None] & (offs_r < R)[None, :]
+    tl.store(out_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], acc, mask=mask)
+
+
+@triton.jit
+def sum_rows(
+    job, out_ptr, stride_r, stride_k, offs_r, most, first_k, dtype: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = d.T @ V, at ranks offs_r of ``most`` and BLOCK_K columns from first_k on, float32"""
+    d_ptr, again_ptr, count, dim, R = job[3], job[4], job[5], job[6], job[7]
+    own_r = offs_r - job[8]
+    mask_r = (own_r >= 0) & (own_r < R)
+    WIDTH: tl.constexpr = BLOCK_K if BLOCK_K < SUM_COLUMNS else SUM_COLUMNS
+    for part in tl.range(0, BLOCK_K, WIDTH, num_stages=1):
+        offs_k = first_k + part + tl.arange(0, WIDTH)
+        acc = tl.zeros((offs_r.shape[0], WIDTH), dtype=tl.float32)
+        for m in tl.range(0, tl.cdiv(count, SUM_ROWS), num_stages=1):
+            offs_m = m * SUM_ROWS + tl.arange(0, SUM_ROWS)
+            c = offs_m
+            size = offs_m
+            if job[2] is not None:
+                c = tl.load(job[2] + offs_m, mask=offs_m < count, other=0).to(tl.int32)
+                size = _hadamard_sizes(c, dim)
+            v = _tile(job, c, size, offs_m, offs_k, dtype)
+            mask = (offs_m < count)[:, None] & mask_r[None, :]
+            d = tl.load(d_ptr + offs_m.to(tl.int64)[:, None] * R + own_r[None, :], mask=mask, other=0.0)
+            if again_ptr is not None:
+                d += tl.load(again_ptr + own_r.to(tl.int64)[None, :] * R + offs_m[:, None], mask=mask, other=0.0)
+            if job[2] is not None:
+                d *= tl.rsqrt(size.to(tl.float32))[:, None]
+            acc = dot_wide(tl.trans(d), v, acc, dtype, PRECISION)
+        out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * stride_r + offs_k.to(tl.int64)[None, :] * stride_k
+        tl.store(out_ptrs, acc, mask=(offs_r < most)[:, None] & (offs_k < dim)[None, :])
+
+
+@triton.jit
+def add_started(
+    acc, h_ptr, offs_m, M, stride_hm, stride_hr, d_ptr, offs_r,
+    R: tl.constexpr,
+):  # fmt: skip
+    """acc + (h (M, R) @ (d + d.T))[offs_m, offs_r]"""
+    mask_r = (offs_r < R)[None, :]
+    for s in tl.range(0, R, SUM_ROWS, num_stages=1):  # few at a time: every warp holds all of d's rows
+        offs_s = s + tl.arange(0, SUM_ROWS)
+        mask_s = offs_s < R
+        h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm + offs_s.to(tl.int64)[None, :] * stride_hr
+        h = tl.load(h_ptrs, mask=(offs_m < M)[:, None] & mask_s[None, :], other=0.0)
+        d = tl.load(d_ptr + offs_s[:, None] * R + offs_r[None, :], mask=mask_s[:, None] & mask_r, other=0.0)
+        d += tl.load(d_ptr + offs_r[None, :] * R + offs_s[:, None], mask=mask_s[:, None] & mask_r, other=0.0)
+        acc = dot(widen(h), d, acc, "ieee")  # not on tensor cores: sm_90 has no registers left for one wgmma more
+    return acc
+
+
+@triton.jit
+def gram(
+    h, grams, part_ptr, tickets_ptr, block, blocks,
+    R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """h.T @ h over all blocks of rows, of each layer its own ranks, by way of part (blocks and their groups, R, R)"""
+    r = tl.arange(0, BLOCK_R)[:, None]
+    s = tl.arange(0, BLOCK_R)[None, :]
+    mask = (r < R) & (s < R)
+    part_ptrs = part_ptr + r * R + s
+    zero = tl.zeros((BLOCK_R, BLOCK_R), dtype=tl.float32)
+    size = tl.cast(R * R, tl.int64)
+    tl.store(part_ptrs + block * size, dot(tl.trans(h), h, zero, PRECISION), mask=mask)
+    groups = tl.cdiv(blocks, GRAM_GROUP)
+    group = block // GRAM_GROUP
+    members = tl.minimum(blocks - group * GRAM_GROUP, GRAM_GROUP)
+    if last_to_come(tickets_ptr + 1 + group, members):
+        total = zero
+        for i in range(0, members):
+            at = part_ptrs + (group * GRAM_GROUP + i) * size
+            total += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(part_ptrs + (blocks + group) * size, total, mask=mask)
+        if last_to_come(tickets_ptr, groups):
+            total = zero
+            for i in range(0, groups):
+                total += tl.load(part_ptrs + (blocks + i) * size, mask=mask, other=0.0, cache_modifier=".cg")
+            for j in tl.static_range(len(grams)):
+                out_ptr, first, own = grams[j][0], grams[j][1], grams[j][2]
+                inside = (r >= first) & (r < first + own) & (s >= first) & (s < first + own)
+                tl.store(out_ptr + (r - first) * own + (s - first), total, mask=inside)

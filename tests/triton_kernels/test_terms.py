@@ -1,0 +1,119 @@
+"""What penalties want of the skinny passes, on the kernels, against float64."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from forgetless.ops import reference
+from forgetless.ops.rows import More, Rows, Term, extra_of, hadamard_rows
+from forgetless_kernels import fused, sums, tiles
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the interpreter")
+SEED = torch.tensor([-77, 5], dtype=torch.int32)
+TILE = {"BLOCK_M": 16, "BLOCK_K": 32}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape))).to(dtype)
+
+
+def signs(dim: int) -> Tensor:
+    return (torch.arange(dim) % 3 - 1 + (torch.arange(dim) % 3 == 1)).to(torch.int8)
+
+
+def kinds(of: str, dim: int, k: int, dtype: torch.dtype) -> dict[str, Rows]:
+    columns = torch.randperm(dim, generator=torch.Generator().manual_seed(dim))[: min(k, dim)]
+    return {
+        "stored": Rows(of, draw(k, dim, dtype=dtype)),
+        "by columns": Rows(of, draw(dim, k, dtype=dtype).T),
+        "float32": Rows(of, draw(k, dim)),
+        "shared": Rows(of, draw(k, dim, dtype=dtype), signs(dim)),
+        "hadamard": Rows(of, None, signs(dim), columns),
+        "own": Rows(of),
+        "own, weighted": Rows(of, None, draw(dim).abs()),
+    }
+
+
+KINDS = list(kinds("down", 8, 4, torch.float32))
+
+
+def wide(rows: Rows) -> Rows:
+    return Rows(rows.of, *[t.double() if t is not None and t.is_floating_point() else t for t in rows[1:]])
+
+
+def error(ours: Tensor, truth: Tensor) -> float:
+    return ((ours.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim, k, R", [(64, 32, 16), (77, 20, 3), (33, 40, 1), (96, 9, 130)])
+def test_products(kind, dim, k, R):
+    """Exact to 2**-16 of factors in float32 beside activations in bfloat16."""
+    dtype = torch.bfloat16
+    x, down, up = draw(21, dim, dtype=dtype), draw(R, dim), draw(dim, R, seed=1)
+    terms = [Term(0, (kinds("down", dim, k, dtype)[kind], kinds("up", dim, k, dtype)[kind]))]
+    with tiles.forced("project", **TILE):
+        h, (z,) = fused.project_terms(x, [down], [up], terms, 0.5, 0.25, SEED)
+        alone = fused.project(x, down, 0.5, 0.25, SEED)
+    assert torch.equal(h, alone) and z.dtype == torch.float32
+    truth = [Term(0, tuple(wide(rows) for rows in terms[0].rows))]
+    _, (expected,) = reference.project_terms(x.double(), [down.double()], [up.double()], truth)
+    assert error(z, expected) < 1e-5
+
+
+@pytest.mark.parametrize("M", [1, 70, 300])
+@pytest.mark.parametrize("ranks", [(8,), (3, 16, 5), (100, 60)])
+def test_grams_of_siblings(M, ranks):
+    x, downs = draw(M, 40, dtype=torch.bfloat16), [draw(R, 40, seed=i) for i, R in enumerate(ranks)]
+    ups = [draw(8, R) for R in ranks]
+    terms = [Term(i, (Rows("up"), Rows("hidden"))) for i in range(len(ranks))]
+    with tiles.forced("project", **TILE):
+        h, zs = fused.project_terms(x, downs, ups, terms, 0.5)
+    for part, up, z in zip(h.double().split(ranks, 1), ups, zs, strict=True):
+        assert error(z, torch.cat((up.double().T @ up.double(), part.T @ part))) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sweep", [True, False])
+@pytest.mark.parametrize("M, dim, k, R", [(70, 64, 32, 16), (33, 77, 20, 3), (300, 33, 40, 1), (0, 20, 5, 4)])
+def test_sums(kind, sweep, M, dim, k, R, monkeypatch):
+    """The gradients of the products join those of the layer, with dropout for x alone."""
+    monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: sweep)
+    dtype, f32 = torch.bfloat16, torch.float32
+    x, down, h = draw(M, dim, dtype=dtype), draw(R, dim), draw(M, R, dtype=dtype, seed=2)
+    rows = kinds("down", dim, k, dtype)[kind]
+    more, start = [More(rows, down, draw(rows.length(R), R)), More(Rows("down"), down, draw(R, R))], draw(R, R, seed=5)
+    truth = [More(wide(one.rows), one.factor.double(), one.d.double()) for one in more]
+    with tiles.forced("project", **TILE), tiles.forced("outer", **TILE), tiles.forced("project_outer", **TILE):
+        g, out = fused.project_outer(x, down, h, 0.5, f32, more, start)
+        dropped = fused.outer(h, x, 0.25, SEED, f32, more)
+    wide_x, wide_h = x.double(), h.double()
+    both = reference.project_outer(wide_x, down.bfloat16().double(), wide_h, 0.5, None, truth, start.double())
+    expected = (*both, reference.outer(wide_h, wide_x, 0.25, SEED, None, truth))
+    for ours, value in zip((g, out, dropped), expected, strict=True):
+        assert ours.shape == value.shape and error(ours, value) < (4e-3 if ours.dtype == dtype else 1e-5)
+
+
+def test_ranks_of_siblings_in_one_sum():
+    """Each gets its own rows' part, whatever the others have."""
+    x, g = draw(40, 50, dtype=torch.bfloat16), draw(40, 3 + 150 + 6, dtype=torch.bfloat16)
+    downs = [draw(R, 50) for R in (3, 150, 6)]
+    terms = [Term(i, (Rows("down"), Rows("down", draw(9, 50, dtype=torch.bfloat16)))) for i in (0, 1, 2)]
+    dzs = [draw(len(down) + 9, len(down)) for down in downs]
+    extra = extra_of(terms, dzs, downs, [draw(4, len(down)) for down in downs])
+    with tiles.forced("outer", **TILE):
+        out = fused.outer(g, x, 0.0, None, torch.float32, extra.downs)
+    truth = [More(wide(one.rows), one.factor.double(), one.d.double(), one.first) for one in extra.downs]
+    assert error(out, reference.outer(g.double(), x.double(), more=truth)) < 1e-5
+
+
+@pytest.mark.parametrize("dim", [1, 8, 77, 96])
+def test_hadamard_rows(dim):
+    from forgetless.penalties.nullspace import hadamard_blocks
+
+    truth = hadamard_blocks(torch.eye(dim, dtype=torch.float64))
+    torch.testing.assert_close(hadamard_rows(torch.arange(dim), dim), truth)

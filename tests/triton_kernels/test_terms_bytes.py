@@ -1,0 +1,115 @@
+"""The cost model's bytes of what penalties add, against the kernels' own, counted in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from kernel_plans import TILE, fitted
+from torch import Tensor
+
+from forgetless.ops.rows import More, Rows, Term
+from forgetless_bench import penalised as traffic
+from forgetless_bench.static import Sizes, project_traffic
+from forgetless_kernels import fused, sums, tiles
+from forgetless_kernels.tl_utils import pad_rank
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
+PROJECT = fitted("project", **TILE)
+BF16 = torch.bfloat16
+SIZES = [Sizes(M=32, N=64, K=64, R=16), Sizes(M=300, N=50, K=40, R=10), Sizes(M=21, N=50, K=40, R=144)]
+
+
+def rows(kind: str, of: str, dim: int, k: int) -> tuple[Rows, traffic.Rows, dict[str, Tensor]]:
+    """The rows, as the cost model has them, and their tensors by its names"""
+    matrix, signs = torch.ones(k, dim, dtype=BF16), torch.ones(dim, dtype=torch.int8)
+    if kind == "stored":
+        return Rows(of, matrix), traffic.Rows(k, dim), {"V": matrix}
+    if kind == "shared":
+        return Rows(of, matrix, signs), traffic.Rows(k, dim, 2, 1), {"V": matrix, "weight": signs}
+    columns = torch.arange(k)
+    return Rows(of, None, signs, columns), traffic.Rows(k, dim, 0, 1), {"weight": signs, "columns": columns}
+
+
+def own(of: str, dim: int, R: int) -> tuple[Rows, traffic.Rows, dict[str, Tensor]]:
+    return Rows(of), traffic.Rows(R, dim, 4, own=True), {}
+
+
+def kinds(kind: str, of: str, s: Sizes) -> tuple[Rows, traffic.Rows, dict[str, Tensor]]:
+    dim = s.K if of == "down" else s.N
+    return own(of, dim, s.R) if kind == "own" else rows(kind, of, dim, min(33, dim))
+
+
+KINDS = ("stored", "shared", "hadamard", "own")
+
+
+def joined(parts: dict[str, int], names: dict[str, str]) -> dict[str, int]:
+    """The bytes of several names under one, where they are of one tensor"""
+    result: dict[str, int] = {}
+    for name, size in parts.items():
+        name = names.get(name, name)
+        result[name] = result.get(name, 0) + size
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("of", ["down", "up"])
+@pytest.mark.parametrize("s", SIZES, ids=str)
+def test_products(s, of, kind, meter):
+    given, model, tensors = kinds(kind, of, s)
+    x, down, up = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K), torch.ones(s.N, s.R)
+    with tiles.forced("project", **PROJECT):
+        fused.project_terms(x, [down], [up], [Term(0, (given,))])
+    loads, stores = project_traffic(s, tiles.Tile(**TILE))
+    more, made = traffic.product_traffic(model, s.R, pad_rank(s.R))
+    names = {"factor": of, "V": of} if kind == "own" else {"factor": of}
+    traffic.add(loads, joined(more, names))
+    assert meter.launches == ["project"]
+    operands = {"x": x, "down": down, "up": up, **tensors}
+    assert meter.total(operands, ["h", "z"]) == (loads, {**stores, **made})
+
+
+@pytest.mark.parametrize("s", SIZES[:2], ids=str)
+def test_grams(s, meter):
+    x, down, up = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K), torch.ones(s.N, s.R)
+    with tiles.forced("project", **PROJECT):
+        fused.project_terms(x, [down], [up], [Term(0, (Rows("hidden"),))])
+    loads, stores = project_traffic(s, tiles.Tile(**TILE))
+    more, made = traffic.gram_traffic(s, tiles.Tile(**TILE))
+    made["tickets"] += more["tickets"] - more["tickets"]
+    operands = {"x": x, "down": down, "up": up}
+    total = meter.total(operands, ["h", "z", "part", "tickets"])
+    assert meter.launches == ["project"] and total == ({**loads, **more}, {**stores, **made})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", SIZES, ids=str)
+def test_strips_of_outer(s, kind, meter):
+    given, model, tensors = kinds(kind, "down", s)
+    g, x, down = torch.ones(s.M, s.R, dtype=BF16), torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K)
+    d = torch.ones(given.length(s.R), s.R)
+    with tiles.forced("outer", BLOCK_M=16, BLOCK_K=64):
+        fused.outer(g, x, dtype=torch.float32, more=[More(given, down, d)])
+    loads, stores = traffic.outer_more_traffic(s, tiles.Tile(16, 0, 64), [model])
+    operands = {"g": g, "x": x, "down": down, "d": d, **tensors}
+    loads = joined(loads, {"V": "down"} if kind == "own" else {})
+    assert meter.launches == ["outer"]
+    assert meter.total(operands, ["out", "part", "tickets"]) == (loads, stores)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("s", SIZES[:2], ids=str)
+def test_strips_of_the_sweep(s, start, kind, meter, monkeypatch):
+    monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
+    given, model, tensors = kinds(kind, "down", s)
+    x, down, h = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K), torch.ones(s.M, s.R, dtype=BF16)
+    d, seed = torch.ones(given.length(s.R), s.R), torch.ones(s.R, s.R)
+    with tiles.forced("project_outer", **PROJECT):
+        fused.project_outer(x, down, h, 1.0, torch.float32, [More(given, down, d)], seed if start else None)
+    loads, stores = traffic.sweep_more_traffic(s, tiles.Tile(**TILE), [model], start)
+    operands = {"x": x, "down": down, "h": h, "d": d, "start": seed, **tensors}
+    loads = joined(loads, {"V": "down"} if kind == "own" else {})
+    assert meter.launches == ["project_outer"]
+    assert meter.total(operands, ["g", "out", "g_part", "out_part", "tickets"]) == (loads, stores)
