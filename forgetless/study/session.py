@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import forgetless as fl
-from forgetless.layers.linear import site_of
+from forgetless.layers.frozen import site_of
 from forgetless.penalties import PenaltyState
 from forgetless.targets import find_layers
 
