@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -147,6 +147,11 @@ class _Measured:
 
     def take(self, batch: Any, number: int) -> int:
         """Run the model on one batch, the ``number``-th; returns its sequences."""
+        if self.loss is None and not isinstance(batch, Mapping | Tensor):
+            raise ValueError(
+                f"batch {number} is a {type(batch).__name__}, wants a mapping of tensors such as a tokenizer returns "
+                "with return_tensors='pt'; or pass loss="
+            )
         window = Window(batch, next(iter(self.layers.values())).device, self.model)
         value: Any = None
         try:

@@ -102,6 +102,8 @@ def _matched(
     title: str, given: str | Iterable[str], modules: dict[str, nn.Module], wants: dict[str, nn.Module]
 ) -> set[str]:
     """Names of the modules that a regular expression or a list of suffixes names; each must name one of ``wants``."""
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{title} is {given!r}, wants a list of names or a regular expression")
     patterns = [given] if isinstance(given, str) else list(given)
     matched: set[str] = set()
     for pattern in patterns:
@@ -109,6 +111,7 @@ def _matched(
             raise ValueError(f"{title} holds {pattern!r}, wants strings")
         expression = pattern if isinstance(given, str) else re.escape(pattern)
         try:
+            re.compile(expression)  # alone: an error's position is then one in the pattern
             matcher = re.compile(rf"(?:.*\.)?(?:{expression})")
         except re.error as error:
             raise ValueError(f"{title} is {pattern!r}, not a valid regular expression: {error}") from None

@@ -120,7 +120,11 @@ def add_finetune(to: Parser) -> None:
     to.value("--template", "Prompts and chats through the chat template: auto (if there is one), chat or none.")
     to.value("--calibration", "Sequences to calibrate on. Default: 32.", int)
     to.value("--seed", "Of the adapter's start and the order of the data. Default: 0.", int)
-    to.switch("--overwrite", "Replace an adapter in --out.")
+    to.switch("--load-in-4bit", "Pack the base model's weights into 4 bits (NF4 of bitsandbytes).")
+    to.switch("--gradient-checkpointing", "Recompute activations in the backward pass: less memory, more time.")
+    to.value("--save-every", "Steps between checkpoints; a stopped run goes on by the same command. Default: 100.", int)
+    to.value("--report", "Also report to tensorboard or wandb. Default: none.")
+    to.switch("--overwrite", "Replace what is in --out, a finished adapter or a stopped run of other options.")
     to.switch("--dry-run", "Load and check everything, show what would be trained, write nothing.")
 
 
@@ -134,6 +138,26 @@ def add_common(to: Parser, default_model: bool = True) -> None:
     to.value("--accumulate", "Batches per optimizer step. Default: 1.", int)
     to.value("--dtype", "Of the base model: bfloat16, float16 or float32. Default: bfloat16.")
     to.value("--device", "auto, cpu, cuda, cuda:1, ... Default: auto.")
+
+
+def add_adapter(to: Parser) -> None:
+    to.value("--model", "Base model, as of finetune. Default: the one that the adapter's finetune.yaml names.")
+    to.value("--dtype", "Of the base model. Default: that of finetune.yaml, else bfloat16.")
+    to.value("--device", "auto, cpu, cuda, ... Default: auto.")
+
+
+def add_chat(to: Parser) -> None:
+    to.add_argument(
+        "folder", type=Path, nargs="?", default=None, help="Output folder of finetune; else the base model alone."
+    )
+    add_adapter(to)
+    to.value("--max-tokens", "Tokens of an answer, at most. Default: 256.", int)
+
+
+def add_merge(to: Parser) -> None:
+    to.add_argument("folder", type=Path, help="Output folder of finetune, or of fl.save.")
+    to.value("--out", "Folder to write into; must not exist.", Path, required=True)
+    add_adapter(to)
 
 
 def add_report(to: Parser) -> None:
@@ -152,5 +176,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
         "Train one adapter on your examples, save it, and print how to load it. With torchrun, in several processes.",
         add_finetune,
     ),
+    "chat": ("Ask a fine-tuned model, a line at a time; the most likely answer is printed.", add_chat),
+    "merge": ("Write the base model with an adapter merged into its weights, in full precision.", add_merge),
+    "export": ("Write an adapter of any method as a LoRA checkpoint that PEFT loads.", add_merge),
     "report": ("Make the tables, the plots and the page again from results.json.", add_report),
 }

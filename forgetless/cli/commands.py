@@ -1,4 +1,4 @@
-"""``forgetless compare``, ``finetune`` and ``report``: from the options given to files and tables."""
+"""``compare``, ``finetune`` and the other commands of the study: from the options given to files and tables."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from ..study import processes
+from ..study import adapters, processes
 from ..study import results as book
 from ..study.compare import Stopped
 from ..study.compare import compare as run_compare
 from ..study.config import read_config
 from ..study.finetune import finetune as run_finetune
 from ..study.finetune import how_to_load
-from ..study.options import FACTS, BadInput, CompareOptions, FinetuneOptions, parse_targets
+from ..study.options import FACTS, BadInput, CompareOptions, FinetuneOptions, at_least, parse_targets
 from ..study.report import published, write_page, write_report
 from ..study.tables import further_tables, main_table
 from ..study.train import DIVERGED, FINISHED, INTERRUPTED
@@ -57,7 +57,7 @@ def run(command: str, given: dict[str, Any], line: str) -> int:
     """Run a command; returns the exit code. What a user can cause is one line; anything else shows its traceback.
 
     Args:
-        command: "compare", "finetune" or "report".
+        command: one of ``COMMANDS``.
         given: the options that were given, by the names of the options' fields.
         line: the whole command line, for the report.
     """
@@ -68,13 +68,16 @@ def run(command: str, given: dict[str, Any], line: str) -> int:
                 return compare(compare_options(given, line))
             if command == "finetune":
                 return finetune(finetune_options(given))
-            return report(**given)
+            if command == "report":
+                return report(**given)
+            device = resolve_device(given.pop("device", "auto"))
+            return chat(device, **given) if command == "chat" else write(command, device, **given)
     except BadInput as error:
         return fail(str(error))
     except Stopped as error:
         print(error, file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted before training: nothing was written", file=sys.stderr)
+        print("interrupted; give the same command again", file=sys.stderr)
     return 130
 
 
@@ -183,6 +186,26 @@ def finetune(options: FinetuneOptions) -> int:
         return 0
     ui.say("Load it with:\n\n" + how_to_load(options) + "\n")
     return {INTERRUPTED: 130, DIVERGED: 1}.get(stopped, 0)
+
+
+def chat(device: str, folder: Path | None = None, max_tokens: int = 256, **given: Any) -> int:
+    """Answer each line of the input; returns the exit code."""
+    at_least(1, {"max-tokens": max_tokens})
+    known = adapters.settings(folder, **given)
+    model, tokenizer = adapters.load_adapted(folder, known, device, packed=True)
+    talk = adapters.Chat(model, tokenizer, known.get("template", "auto"), max_tokens)
+    with suppress(KeyboardInterrupt):
+        for text in adapters.lines("> " if sys.stdin.isatty() else ""):
+            talk.answer(text)
+    return 0
+
+
+def write(command: str, device: str, folder: Path, out: Path, **given: Any) -> int:
+    """Merge or export an adapter; returns the exit code."""
+    task = {"merge": adapters.merge, "export": adapters.export}[command]
+    task(folder, out, adapters.settings(folder, **given), device)
+    Ui().say(f"written: {out}")
+    return 0
 
 
 def report(folder: Path, markdown: Path | None = None, json: Path | None = None) -> int:

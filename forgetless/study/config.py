@@ -11,6 +11,9 @@ import yaml
 from ..files import write_atomically
 from .options import BadInput, FinetuneOptions, near, number
 
+#: The file beside an adapter with the options of its run.
+CONFIG = "finetune.yaml"
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The options of finetune in a YAML file, by the names of their fields.
@@ -47,8 +50,28 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def write_config(path: Path, options: FinetuneOptions) -> None:
-    """The options as ``read_config`` reads them."""
+def plain(options: FinetuneOptions) -> dict[str, Any]:
+    """The options as YAML and JSON can say them, without those that are about one start of a run."""
     data = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("overwrite", "dry_run")}
     data = {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
-    write_atomically(path, yaml.safe_dump(data | {"out": str(options.out)}, sort_keys=False))
+    return data | {"out": str(options.out)}
+
+
+#: Options that a stopped run may go on with changed: they change no number.
+_FREE = ("out", "device", "save_every", "report")
+
+
+def essential(options: FinetuneOptions) -> dict[str, Any]:
+    """The options that a run's numbers depend on."""
+    return {name: value for name, value in plain(options).items() if name not in _FREE}
+
+
+def differing(path: Path, options: FinetuneOptions) -> list[str]:
+    """Names of the essential options that differ from those in a file of ``write_config``."""
+    other = read_config(path)
+    return [name for name, value in essential(options).items() if other.get(name) != value]
+
+
+def write_config(path: Path, options: FinetuneOptions) -> None:
+    """The options as ``read_config`` reads them."""
+    write_atomically(path, yaml.safe_dump(plain(options), sort_keys=False))

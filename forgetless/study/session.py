@@ -13,7 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import forgetless as fl
+from forgetless.layers.frozen import site_of
 from forgetless.penalties import PenaltyState
+from forgetless.targets import find_layers
 
 from .data import Domain, load_domain
 from .encoding import Encoded, encode, encode_domain, encode_for_training
@@ -194,23 +196,27 @@ def calibrates(plan: Plan) -> bool:
     """
     if plan.full:
         return False
-    width = 2 * getattr(plan.method, "rank", 1)
-    probe = torch.nn.ModuleDict({"layer": torch.nn.Linear(width, width)})
+    probe = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2)})
+    small = {"rank": 1} if hasattr(plan.method, "rank") else {}
     try:
-        fl.adapt(probe, plan.method, targets=["layer"])
+        fl.adapt(probe, dataclasses.replace(plan.method, **small), targets=["layer"])
     except ValueError as error:
         raise BadInput(f"{plan.label}: {error}") from None
     return needs_calibration(probe)
 
 
 def check_fit(model: PreTrainedModel, plans: Sequence[Plan], targets: str | list[str]) -> None:
-    """Refuse targets that match nothing and a rank above a layer's sizes, by a trial with plain LoRA."""
+    """Refuse targets that match nothing, and a rank above the sizes of every layer, before anything is allocated."""
     try:
-        for rank in sorted({getattr(plan.method, "rank", 1) for plan in plans}):
-            fl.adapt(model, fl.LoRA(rank=rank), targets=targets)
-            fl.remove(model)
+        layers = find_layers(model, targets)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    sizes = {name: site_of(name, layer).weight.shape[-2:] for name, layer in layers.items()}
+    widest = max(sizes, key=lambda name: min(sizes[name]))
+    for plan in plans:
+        rank = getattr(plan.method, "rank", 1)
+        if rank > min(sizes[widest]):
+            raise BadInput(f"{plan.label}: rank is {rank}, but {widest}, the widest layer, is {tuple(sizes[widest])}")
 
 
 def checksum(model: torch.nn.Module) -> str:

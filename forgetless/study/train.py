@@ -5,14 +5,15 @@ How the penalty gets into the loss is ``forgetless.training``'s.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +24,19 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..training import PenaltyMixin, mean_drift
 from . import processes
+from .checkpoints import Checkpoints
 from .data import Collator, in_batches
 from .encoding import MESSAGES, Encoded, encode_for_training
 from .machine import Peak
 from .options import CompareOptions, FinetuneOptions
 from .texts import Example
+from .updates import MasterAdamW, NonFinite, Snapshot, Watch, trainable
 
 FINISHED, DIVERGED, INTERRUPTED = "finished", "diverged", "interrupted"
 
@@ -54,12 +56,18 @@ class TrainConfig:
     seed: int = 0
     snapshot_every: int = 5
     template: str = MESSAGES  # what goes through the chat template, see encoding
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    report: str = "none"  # the Trainer's report_to
     pool: int = 8  # batches sorted by length together, see in_batches; a fifth less padding in the default compare
 
     @classmethod
     def of(cls, options: CompareOptions | FinetuneOptions, steps: int, lr: float, seed: int) -> TrainConfig:
         """The sizes that were asked for on the command line."""
-        return cls(steps, options.batch_size, options.accumulate, lr, max_length=options.max_length, seed=seed)
+        config = cls(steps, options.batch_size, options.accumulate, lr, max_length=options.max_length, seed=seed)
+        if isinstance(options, FinetuneOptions):
+            recompute = options.gradient_checkpointing
+            config = dataclasses.replace(config, gradient_checkpointing=recompute, report=options.report)
+        return config
 
 
 @dataclass(frozen=True)
@@ -87,32 +95,6 @@ class TrainResult:
     peak_mib: float = math.nan
     stopped: str = FINISHED
     note: str = ""
-
-
-class NonFinite(ArithmeticError):
-    """The loss, the penalty or a gradient is NaN or infinite."""
-
-
-class Snapshot:
-    """The adapter as it was when its loss and gradients were last seen to be finite."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        self.values = [p.detach().clone() for p in self.parameters]
-        self.step = 0
-
-    @torch.no_grad()
-    def take(self, step: int) -> None:
-        """Remember the parameters as they are before update ``step + 1``."""
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            value.copy_(parameter)
-        self.step = step
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the remembered values back."""
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            parameter.copy_(value)
 
 
 class PenaltyTrainer(PenaltyMixin, Trainer):
@@ -154,68 +136,16 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
         return {**inputs, "logits_to_keep": where, "shift_labels": labels[:, where].contiguous()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "grad_norm" in logs:
+            logs["penalty"] = self.penalty_value
         Trainer.log(self, logs, *args, **kwargs)  # the study measures drift when it is due, not at every step
         if self.emit is not None and "grad_norm" in logs:
             self.emit(logs["grad_norm"])
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 copies of half-precision parameters, rounded back after each step: small steps are not lost."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], lr: float) -> None:
-        self.rounded = list(parameters)
-        super().__init__([p.detach().float().clone() for p in parameters], lr=lr, weight_decay=0.0)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One update of the copies with the gradients of the parameters themselves."""
-        copies = self.param_groups[0]["params"]
-        for copy, parameter in zip(copies, self.rounded, strict=True):
-            copy.grad = None if parameter.grad is None else parameter.grad.float()
-        results = super().step(closure)
-        for copy, parameter in zip(copies, self.rounded, strict=True):
-            parameter.copy_(copy)
-            copy.grad = None
-        return results
-
-
-class Watch(TrainerCallback):
-    """Times the steps, refuses broken gradients, keeps the snapshot."""
-
-    def __init__(self, snapshot: Snapshot, every: int) -> None:
-        self.snapshot, self.every = snapshot, every
-        self.seconds: list[float] = []
-        self.updating = False
-        self._start = self._aside = 0.0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._start, self._aside = time.perf_counter(), 0.0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        began = time.perf_counter()
-        gradients = [p.grad for p in self.snapshot.parameters if p.grad is not None]
-        if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
-            raise NonFinite("a gradient is not finite")
-        if state.global_step % self.every == 0:
-            self.snapshot.take(state.global_step)
-        self._aside = time.perf_counter() - began
-        self.updating = True
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.updating = False
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start - self._aside)
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that learn."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def _arguments(config: TrainConfig, device: torch.device, folder: str) -> TrainingArguments:
+def _arguments(config: TrainConfig, device: torch.device, folder: Path, every: int | None) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=folder,
+        output_dir=str(folder),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
@@ -230,8 +160,9 @@ def _arguments(config: TrainConfig, device: torch.device, folder: str) -> Traini
         use_cpu=device.type == "cpu",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
+        save_strategy="steps" if every else "no",
+        save_steps=every or 1,
+        report_to=config.report,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -247,8 +178,11 @@ def train(
     config: TrainConfig,
     on_step: Callable[[Step], None] | None = None,
     stop: processes.Stop | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainResult:
     """Train what is trainable in ``model``. A NaN or Ctrl-C ends it early with the last good state in place.
+
+    With ``checkpoints`` it goes on from where an earlier run was stopped, as if that had not been.
 
     Parameters in half precision (full fine-tuning) are updated through float32 copies. Several processes (torchrun)
     divide each batch; they end early together, also when one of them finds that ``stop`` has been asked for.
@@ -257,15 +191,21 @@ def train(
     result, watch = TrainResult(), Watch(Snapshot(trainable(model)), config.snapshot_every)
     use_cache = getattr(model.config, "use_cache", None)
     peak = Peak(model.device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant wants inputs with a gradient
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(model, tokenizer, encoded, config, watch, folder)
+        trainer = _trainer(model, tokenizer, encoded, config, watch, checkpoints or Path(folder))
+        if checkpoints is not None:
+            _continue(checkpoints, result, watch)
         trainer.stop = stop or trainer.stop
         trainer.emit = partial(_record, trainer, result, config, watch, on_step)
-        _run(trainer, watch, result, config)
+        _run(trainer, watch, result, config, checkpoints)
     for parameter in watch.snapshot.parameters:
         parameter.grad = None
     if use_cache is not None:
         model.config.use_cache = use_cache
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
     model.eval()
     result.peak_mib = peak.mib()
     timed = watch.seconds[1:] or watch.seconds  # the first step also allocates and warms up
@@ -279,18 +219,19 @@ def _trainer(
     encoded: Encoded,
     config: TrainConfig,
     watch: Watch,
-    folder: str,
+    place: Checkpoints | Path,
 ) -> PenaltyTrainer:
     parameters = watch.snapshot.parameters
+    folder, every = (place, None) if isinstance(place, Path) else (place.folder, place.every)
     narrow = any(p.dtype.itemsize < 4 for p in parameters)
     trainer = PenaltyTrainer(
         model=model,
-        args=_arguments(config, model.device, folder),
+        args=_arguments(config, model.device, folder, every),
         train_dataset=in_batches(
             encoded, config.batch_size, config.steps * config.accumulate, config.seed, config.pool
         ),
         data_collator=Collator(tokenizer),
-        callbacks=[watch],
+        callbacks=[watch] if isinstance(place, Path) else [watch, place],
         optimizers=(MasterAdamW(parameters, config.lr) if narrow else None, None),
     )
     if processes.count() > 1:
@@ -298,6 +239,19 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def _continue(checkpoints: Checkpoints, result: TrainResult, watch: Watch) -> None:
+    """Take the curves of the run that goes on, and have them written into its next checkpoints."""
+    saved = checkpoints.saved
+    if saved:
+        result.loss, result.penalty, result.grad_norm = saved["loss"], saved["penalty"], saved["grad_norm"]
+        result.drift = {int(step): value for step, value in saved["drift"].items()}
+        watch.seconds = saved["seconds"]
+    checkpoints.record = lambda: {
+        **{name: getattr(result, name) for name in ("loss", "penalty", "grad_norm", "drift")},
+        "seconds": watch.seconds,
+    }
 
 
 def _record(
@@ -323,11 +277,14 @@ def _record(
     trainer.tokens = 0
 
 
-def _run(trainer: PenaltyTrainer, watch: Watch, result: TrainResult, config: TrainConfig) -> None:
+def _run(
+    trainer: PenaltyTrainer, watch: Watch, result: TrainResult, config: TrainConfig, checkpoints: Checkpoints | None
+) -> None:
     """Train to the end, or to the first number that is not finite, or to Ctrl-C."""
     snapshot = watch.snapshot
     try:
-        trainer.train()
+        begun = None if checkpoints is None else checkpoints.begun
+        trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
         if not all(p.isfinite().all() for p in snapshot.parameters):
             raise NonFinite("the last update left a parameter that is not finite")
     except NonFinite as error:

@@ -24,10 +24,23 @@ from forgetless.cli import arguments
 from forgetless.cli import main as cli
 from forgetless.cli.main import main
 from forgetless.ops import dispatch as ops
-from forgetless.study import session
+from forgetless.study import models, session
 from forgetless.study.data import BUILTIN
 from forgetless.study.options import BadInput, CompareOptions, FinetuneOptions, parse_method, parse_targets
 from forgetless.study.packages import MissingPackage
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The hub is asked in vain; yields what is asked of it."""
+    asked: list[Any] = []
+
+    def model_info(self: Any, *given: Any, **named: Any) -> None:
+        asked.append((given, named))
+        raise ConnectionError("no connection")
+
+    monkeypatch.setattr(models.HfApi, "model_info", model_info)
+    return asked
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +75,13 @@ BAD = {
     "field value": ({"method": "clora:k=3.5"}, "k is 3.5, wants an integer"),
     "rank": ({"rank": "0"}, "--rank must be at least 1, got 0"),
     "rank inline": ({"method": "lora:rank=0"}, "rank must be at least 1, got 0"),
-    "rank above the layer": ({"rank": "33"}, "rank is 33, but model.layers.0.self_attn"),
+    "rank above every layer": ({"rank": "33"}, "LoRA: rank is 33, but model.layers.0.self_attn.q_proj, the widest"),
+    "a rank for which there is no memory": (
+        {"rank": "100000000", "method": "lalora"},
+        "LaLoRA: rank is 100000000, but",
+    ),
+    "alpha": ({"alpha": "-1"}, "--alpha must be above zero, got -1"),
+    "alpha inline": ({"method": "lora:alpha=-1"}, "LoRA.alpha is -1, wants a finite number above zero"),
     "targets": ({"targets": "q_prj"}, "near names: q_proj"),
     "steps": ({"steps": "0"}, "--steps must be at least 1, got 0"),
     "length": ({"max_length": "1"}, "--max-length must be at least 2, got 1"),
@@ -73,6 +92,10 @@ BAD = {
     "device": ({"device": "gpu"}, "--device gpu: "),
     "domain": ({"task": "django-dd"}, "unknown domain 'django-dd': did you mean django-de"),
     "model": ({"model": "smollm3"}, "did you mean 'smollm2'"),
+    "a model that the hub would have to be asked for": (
+        {"model": "smollm/none-such"},
+        "and could not be had from the hub: no connection",
+    ),
     "model folder": ({"model": "/nowhere/at/all"}, "no such model file or folder: /nowhere/at/all"),
     "no text to keep": ({"method": "lalora", "keep": "facts"}, "LaLoRA: calibrated on text to keep"),
     "missing file": ({"task": "nothing.jsonl"}, "nothing.jsonl: no such file"),
@@ -95,6 +118,12 @@ def test_bad_input_is_one_line(
 ) -> None:
     options, said = BAD[case]
     assert said in refused(words(inputs, tmp_path / "out", **options), capsys, tmp_path / "out")
+
+
+def test_the_hub_is_asked_once_and_not_for_long(offline: list[Any]) -> None:
+    with pytest.raises(models.ModelError, match="no connection"):
+        models.load_model("smollm/none-such")
+    assert offline == [(("smollm/none-such",), {"timeout": models.HUB_SECONDS})] and models.HUB_SECONDS <= 10
 
 
 def test_malformed_jsonl_names_its_line(

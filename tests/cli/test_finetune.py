@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -160,7 +161,29 @@ def test_bad_finetune_input_is_refused(
     assert "--epochs must be above zero" in refused(tune(inputs, out, "--epochs", "0"), capsys, out)
     few = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}])
     assert "one: cannot hold out" in refused(tune(inputs, out, "--data", str(few)), capsys, out)
+    assert "--save-every must be at least 1" in refused(tune(inputs, out, "--save-every", "0"), capsys, out)
+    assert "--report must be one of none" in refused(tune(inputs, out, "--report", "mail"), capsys, out)
     assert main(["finetune", "--model", "smollm2"]) == 2, "options that must be given"
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "said"),
+    [
+        ("wandb", ["--report", "wandb"], "--report wandb: wandb is not installed; install with: pip install wandb"),
+        ("tensorboard", ["--report", "tensorboard"], "install with: pip install tensorboard"),
+        ("bitsandbytes", ["--load-in-4bit"], "4-bit weights need bitsandbytes; install with: pip install bitsandbytes"),
+    ],
+)
+def test_a_package_that_an_option_needs_is_named(
+    package: str, words: list[str], said: str, inputs: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name.startswith(package) else find(name, *more)
+    )
+    out = tmp_path / "out"
+    assert said in refused(tune(inputs, out, "--method", "lora", *words), capsys, out)
 
 
 def test_what_is_kept_is_measured_before_and_after(

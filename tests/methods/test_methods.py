@@ -288,6 +288,8 @@ def test_the_toy_leaves_no_trace_in_the_others():
         (fl.LoRA, {"rank": 2.5}, r"LoRA.rank is 2.5, wants an integer >= 1"),
         (fl.LoRA, {"rank": True}, r"LoRA.rank is True"),
         (fl.LoRA, {"alpha": float("nan")}, r"LoRA.alpha is nan, wants a finite number"),
+        (fl.LoRA, {"alpha": -1}, r"LoRA.alpha is -1, wants a finite number above zero"),
+        (fl.CURLoRA, {"alpha": 0.0}, r"CURLoRA.alpha is 0.0, wants a finite number above zero"),
         (fl.LoRA, {"alpha": "16"}, r"LoRA.alpha is '16', wants a number"),
         (fl.LoRA, {"alpha": None}, r"LoRA.alpha is None, wants a number"),
         (fl.CURLoRA, {"alpha": None}, r"CURLoRA.alpha is None, wants a number"),

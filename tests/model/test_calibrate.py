@@ -322,3 +322,9 @@ def test_a_failure_midway_leaves_nothing_half_measured(error):
     assert all(module.training for module in model.modules())
     with pytest.warns(UserWarning, match="no statistics"):
         assert fl.penalty(model) == 0
+
+
+@pytest.mark.parametrize("batches", [["x"], "x", [3], [["x"]]])
+def test_what_is_no_batch_is_said(batches: Any) -> None:
+    with pytest.raises(ValueError, match="batch 1 is a (str|int|list), wants a mapping of tensors"):
+        fl.calibrate(adapted(fl.Laplace()), batches)

@@ -88,6 +88,16 @@ def test_a_signal_to_one_process_stops_both_and_saves(done: tuple[str, Path]) ->
 
 
 @pytest.mark.parametrize("done", ["ddp"], indirect=True)
+def test_processes_that_were_stopped_go_on_together_bit_for_bit(done: tuple[str, Path]) -> None:
+    whole, continued = (done[1] / name for name in ("finetuned", "continued"))
+    ours, theirs = (json.loads((folder / "training.json").read_text()) for folder in (continued, whole))
+    assert all(ours[key] == theirs[key] for key in ("loss", "penalty", "grad_norm", "drift", "after"))
+    name = "adapter_model.safetensors"
+    assert (whole / name).read_bytes() == (continued / name).read_bytes()
+    assert not (continued / ".unfinished").exists()
+
+
+@pytest.mark.parametrize("done", ["ddp"], indirect=True)
 @pytest.mark.parametrize("name", list(CUT))
 def test_tensor_parallelism_is_the_step_of_one_process(done: tuple[str, Path], name: str) -> None:
     """Loss with penalties, drift, every parameter after the step, and logits; the rest is asserted over there."""

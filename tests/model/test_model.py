@@ -98,6 +98,8 @@ def test_near_names_are_listed():
     [
         ([], "targets is empty"),
         ([3], "targets holds 3, wants strings"),
+        (3, "targets is 3, wants a list of names or a regular expression"),
+        ("((", r"unterminated subpattern at position 1"),
         ("q_proj(", r"targets is 'q_proj\(', not a valid regular expression"),
         (["embed_tokens"], r"'embed_tokens' matches model.embed_tokens, a torch.*Embedding; only nn.Linear"),
         ("model.norm", r"matches model.norm, a transformers.*RMSNorm"),

@@ -329,6 +329,7 @@ def test_what_cannot_be_loaded_says_why(folder: Path, tmp_path: Path, cache: Pat
         raise OSError("offline\nsecond line")
 
     monkeypatch.setattr(models, "_pretrained", unreachable)
+    monkeypatch.setattr(models.HfApi, "model_info", lambda *_, **__: None)  # it is there, and cannot be downloaded
     refused("some/model", "'some/model' is none of smollm2, no local folder, .* the hub: offline$")
 
     def incomplete(*_: object, **__: object) -> None:

@@ -215,7 +215,8 @@ def jobs(model: Path, texts: dict[str, Path]) -> dict[str, Job]:
 
     def finetune(out: Path) -> list[str]:
         words = ["finetune", *small, "--data", str(texts["upper"]), "--source", str(texts["prose"])]
-        return program(*words, "--method", "lalora", "--steps", "20", "--lr", "1e-2", "--out", str(out))
+        words += ["--method", "lalora", "--steps", "20", "--save-every", "3", "--lr", "1e-2"]
+        return program(*words, "--out", str(out))
 
     def compare(out: Path) -> list[str]:
         words = ["compare", *small, "--tasks", str(texts["upper"]), str(texts["swap"]), "--keep", str(texts["prose"])]
@@ -242,7 +243,8 @@ def essence(value: Any) -> Any:
 
 def finetuned(out: Path) -> Any:
     """The adapter's bytes, and the losses, penalties and gradients of every step."""
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.is_file()}
+    paths = [path for path in out.iterdir() if path.is_file() and path.suffix != ".yaml"]  # that names the folder
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     return {**files, "training.json": essence(json.loads((out / "training.json").read_text()))}
 
 
@@ -372,6 +374,12 @@ def read_json(path: Path) -> None:
     json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_yaml(path: Path) -> None:
+    import yaml
+
+    yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 def read_tensors(path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -392,7 +400,7 @@ def read_png(path: Path) -> None:
 
 
 READERS: dict[str, Callable[[Path], None]] = {
-    ".json": read_json, ".safetensors": read_tensors, ".html": read_html, ".png": read_png,
+    ".json": read_json, ".safetensors": read_tensors, ".html": read_html, ".png": read_png, ".yaml": read_yaml,
 }  # fmt: skip
 
 

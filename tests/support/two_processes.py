@@ -190,6 +190,8 @@ def main(engine: str, folder: Path) -> None:
         assert finetune(folder, "odd", "--batch-size", "5") == 2
         told_to_stop(rank)
         assert finetune(folder, "stopped") == 130
+        assert finetune(folder, "continued", "--save-every", "1") == 130
+        assert finetune(folder, "continued", "--save-every", "1") == 0
     dist.destroy_process_group()
 
 
