@@ -23,7 +23,7 @@ from .layers.stack import Stack
 from .layers.wrapped import wrap
 from .methods.base import Method
 from .names import wraps
-from .ops.autograd import exact_products
+from .ops.bodies import exact_products
 from .penalties.base import Item
 from .report import LayerReport, Report
 from .targets import ALL_LINEAR, find_layers

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from forgetless.ops import blas, dispatch, reference
-from forgetless.ops.autograd import Call, Saved, gradients
+from forgetless.ops.bodies import Call, Saved, gradients
 
 from .arguments import fail
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..methods.base import Method
-from ..ops.autograd import exact_products, lowrank_linear
+from ..ops.autograd import lowrank_linear
+from ..ops.bodies import exact_products
 from ..ops.grouped import Factors, Rows, grouped_lowrank, sort_rows
 from .expert_factors import parts
 from .frozen import hooked

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapter import Site, whole
-from ..ops.autograd import exact_products
+from ..ops.bodies import exact_products
 from ..ops.check import FLOATS
 from .offload import execution_device, onloaded
 from .quantized import kind_of, stand_in

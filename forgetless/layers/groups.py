@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.autograd import autocasts, draw_seed
+from ..ops.bodies import autocasts, draw_seed
 from .passes import alive
 
 #: y (..., N) of one sibling, h (M, R) if it is wanted, and what was made for its penalties

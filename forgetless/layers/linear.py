@@ -15,7 +15,9 @@ from ..methods.base import Method
 from ..names import bare_modules
 from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
-from ..ops.autograd import LowrankLinear, Operands, as_rows, compiled, exact_products, hidden, like_x, prepare
+from ..ops.autograd import LowrankLinear, hidden, like_x, prepare
+from ..ops.bodies import Operands, as_rows, exact_products
+from ..ops.compiled import compiled
 from ..ops.dispatch import runs_kernels
 from .frozen import hooked, is_conv1d, is_plain, runs_by, stored
 from .groups import Group, families

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.autograd import as_rows
+from ..ops.bodies import as_rows
 from .made import Made
 
 #: ``fl.drift`` looks at this many evenly spaced tokens of the last forward pass at most.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from .autograd import LowrankLinear, Onto, Operands, as_rows, autocasts, draw_seed, hidden, prepare
+from .autograd import LowrankLinear, hidden, prepare
+from .bodies import Onto, Operands, as_rows, autocasts, draw_seed
 
 
 class Term(NamedTuple):

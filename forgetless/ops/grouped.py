@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import blas, dispatch
-from .autograd import autocasts, device_type, exact_products, quantized_rate, refuse_second_derivative
+from .autograd import refuse_second_derivative
+from .bodies import autocasts, device_type, exact_products, quantized_rate
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class _Call:
-    """All that is not differentiated. ``scale``, ``up_scale`` and ``p`` are as of ``forgetless.ops.autograd.Call``."""
+    """All that is not differentiated. ``scale``, ``up_scale`` and ``p`` are as of ``forgetless.ops.bodies.Call``."""
 
     rows: Rows
     by_token: bool  # x has one row for each token

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from forgetless.ops import dispatch as ops
 from forgetless.ops import reference
 from forgetless.ops.add_lowrank import Term, add_terms
-from forgetless.ops.autograd import draw_seed
+from forgetless.ops.bodies import draw_seed
 
 K, N, R = 24, 16, 4
 

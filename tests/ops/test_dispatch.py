@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from forgetless.ops import dispatch as plans
-from forgetless.ops.autograd import draw_seed, lowrank_linear
+from forgetless.ops.autograd import lowrank_linear
+from forgetless.ops.bodies import draw_seed
 
 tl_utils = pytest.importorskip("forgetless_kernels.tl_utils")
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import forgetless as fl
 from forgetless.ops import dispatch as ops
 from forgetless.ops import reference
-from forgetless.ops.autograd import lowrank_linear, quantized_rate
+from forgetless.ops.autograd import lowrank_linear
+from forgetless.ops.bodies import quantized_rate
 
 EXAMPLES = int(os.environ.get("FORGETLESS_EXAMPLES", "0"))
 common = settings(

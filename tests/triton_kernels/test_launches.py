@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from forgetless.ops import blas, dispatch, reference
-from forgetless.ops.autograd import Call, Saved, gradients
+from forgetless.ops.bodies import Call, Saved, gradients
 from forgetless_kernels import fused, launcher, matmul_lowrank, sums, tiles, tl_utils
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")

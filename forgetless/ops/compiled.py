@@ -1,0 +1,96 @@
+"""The op of one layer as torch.compile sees it: a custom op, because it cannot look into kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .bodies import Call, Operands, Saved, device_type, exact_products, forward, gradients
+
+
+@torch.library.custom_op("forgetless::lowrank_linear", mutates_args=())
+def _op(
+    x: Tensor,  # (M, K)
+    weight: Tensor,  # (N, K)
+    down: Tensor,  # (R, K)
+    up: Tensor,  # (N, R)
+    bias: Tensor | None,  # (N,)
+    seed: Tensor | None,  # (2,) int32
+    factors: list[float],  # scale, up_scale, p of ``Call``
+) -> tuple[Tensor, Tensor]:  # y (M, N), h (M, R)
+    with exact_products(device_type(x)):
+        (y,), h, _ = forward(_call(factors), x, seed, Operands([weight], [bias], [down], [up]))
+    return y, h
+
+
+def _call(factors: list[float]) -> Call:
+    scale, up_scale, p = factors
+    return Call(1, scale, up_scale, p, module=dispatch.asked_module())
+
+
+@_op.register_fake
+def _(x, weight, down, up, bias, seed, factors):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], down.shape[0])
+
+
+@torch.library.custom_op("forgetless::lowrank_linear_backward", mutates_args=())
+def _op_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    saved: list[Tensor | None],  # x, h, seed, weight, down, up
+    factors: list[float],
+    need: list[bool],  # of x, weight, bias, down, up
+) -> list[Tensor]:  # an empty tensor stands for a gradient nobody asked for
+    x, h, seed, weight, down, up = saved
+    assert down is not None and up is not None
+    with exact_products(device_type(dy)):
+        values = Saved(x, h, seed, [weight], [down], [up], [down.dtype, up.dtype])
+        grads = gradients(_call(factors), values, need, [dy], dh)
+    return [dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
+
+
+@_op_backward.register_fake
+def _(dy, dh, saved, factors, need):  # type: ignore[no-untyped-def]
+    weight, down, up = saved[3:]
+    shapes = [(dy.shape[0], weight.shape[1]), weight.shape, (weight.shape[0],), down.shape, up.shape]
+    dtypes = [dy.dtype, dy.dtype, dy.dtype, down.dtype, up.dtype]
+    return [
+        dy.new_empty(shape, dtype=dtype) if expected else dy.new_empty(0)
+        for shape, dtype, expected in zip(shapes, dtypes, need, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, down, up, _, seed, factors = inputs
+    need_x, need_weight, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if need_down or need_weight else None, output[1] if need_up else None, seed, weight, down, up
+    )
+    ctx.need = [need_x, need_weight, need_bias, need_down, need_up]
+    ctx.rest = factors, ctx.need
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = list(ctx.saved_tensors)
+    if dy is None:
+        if dh is None:
+            return (None,) * 7
+        dy = dh.new_zeros(dh.shape[0], saved[3].shape[0])
+    grads = torch.ops.forgetless.lowrank_linear_backward(dy, dh, saved, *ctx.rest)
+    dx, dweight, dbias, ddown, dup = (grad if need else None for grad, need in zip(grads, ctx.need, strict=True))
+    return dx, dweight, ddown, dup, dbias, None, None
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def compiled(call: Call, x: Tensor, seed: Tensor | None, *tensors: Any) -> Any:
+    """``LowrankLinear`` of one layer, for torch.compile to trace."""
+    weight, bias, down, up = tensors
+    factors = [call.scale, call.up_scale, call.p]
+    y, h = torch.ops.forgetless.lowrank_linear(x, weight, down, up, bias, seed, factors)
+    return (y, h) if call.return_h else y
