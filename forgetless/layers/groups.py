@@ -54,6 +54,7 @@ class Scope:
     def __init__(self) -> None:
         self.results: dict[Any, tuple[Result, State]] = {}  # by layer
         self.x: Tensor | None = None  # that the results were computed from
+        self.memory: Any = None  # of x, kept so that nothing else can be at its address
         self.call: Any = None
         self.seed: Tensor | None = None
         self.seed_of: tuple[Tensor | None, int] = None, 0  # x that it was drawn for, and its version
@@ -125,7 +126,7 @@ class Group:
         scope, partners = self.scope, self.partners(first)
         assert scope is not None
         pairs = dict(zip(partners, results, strict=True))
-        scope.x, scope.call = x, _call(x, dropout)
+        scope.x, scope.memory, scope.call = x, x.untyped_storage(), _call(x, dropout)
         scope.results = {member: (result, State(member)) for member, result in pairs.items() if member is not first}
         return pairs[first]
 
@@ -159,11 +160,15 @@ def _call(x: Tensor, dropout: float) -> Any:
 
 
 class State:
-    """What must be the same of the layer: its tensors and numbers, as they are now."""
+    """What must be the same of the layer: its tensors and numbers, as they are now.
+
+    Their memory is kept: a tensor that is given other memory, twice, could else be back at the first address.
+    """
 
     def __init__(self, member: Any):
         adapter = member.adapter
         self.tensors = [*member.stored(), *adapter.factors()]
+        self.memory = [t.untyped_storage() for t in self.tensors if t is not None]
         self.numbers = [
             adapter.scale,
             *((t._version, t.data_ptr(), t.shape, t.requires_grad) for t in self.tensors if t is not None),

@@ -16,9 +16,9 @@ class Made(NamedTuple):
 
     z: Tensor  # (rows, R), at least float32
     terms: Terms
-    rows: tuple[Rows, ...]  # held, so that no other tensor can come to their memory
     factors: tuple[Tensor, Tensor]
     facts: list[Any]
+    memory: list[Any]  # of rows and factors, kept so that nothing else can be at their addresses
 
     def holds(self, state: Any, adapter: Any) -> bool:
         """Whether nothing it was made of has changed since, and no backward pass has freed its graph.
@@ -39,8 +39,12 @@ def _facts(rows: tuple[Rows, ...], factors: tuple[Tensor, Tensor]) -> list[Any]:
     """What is another where the rows or the factors are others, or have been written to."""
     return [
         None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t._version, t.requires_grad)
-        for t in (*[t for one in rows for t in one[1:]], *factors)
+        for t in _tensors(rows, factors)
     ] + [one.of for one in rows]
+
+
+def _tensors(rows: tuple[Rows, ...], factors: tuple[Tensor, Tensor]) -> list[Tensor | None]:
+    return [*[t for one in rows for t in one[1:]], *factors]
 
 
 def terms_of(members: Sequence[Any]) -> tuple[Terms | None, list[tuple[int, Any]]]:
@@ -69,5 +73,6 @@ def made_of(
     result: list[dict[Any, Made]] = [{} for _ in members]
     for (i, state), term, z in zip(states, terms.wanted, zs, strict=True):
         factors = members[i].adapter.factors()
-        result[i][state] = Made(z, terms, term.rows, factors, _facts(term.rows, factors))
+        memory = [t.untyped_storage() for t in _tensors(term.rows, factors) if t is not None]
+        result[i][state] = Made(z, terms, factors, _facts(term.rows, factors), memory)
     return result

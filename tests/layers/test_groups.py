@@ -2,7 +2,9 @@
 
 import copy
 import threading
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -352,3 +354,18 @@ def test_a_sibling_s_penalty_on_h_does_not_hang_on_who_is_called_first():
         layer.group = None
     same(model, alone, torch.randn(5, 24, dtype=torch.float64))
     assert model.k_proj.trace.hidden is not None
+
+
+def test_the_memory_of_what_a_result_was_made_of_is_kept():
+    """Else a tensor that is given other memory twice could be back at the first address, and look unchanged."""
+    model, _ = pair(fl.LoRA(rank=3))
+    up = model.v_proj.adapter.up
+    array = np.zeros(tuple(up.shape))
+    kept = weakref.ref(array)
+    up.data = torch.from_numpy(array)
+    del array
+    state = groups.State(model.v_proj)
+    up.data = up.data.clone()
+    assert kept() is not None and not state.same(groups.State(model.v_proj))
+    del state
+    assert kept() is None
