@@ -17,7 +17,8 @@ from forgetless.methods import Site
 from forgetless.model import build
 from forgetless.ops import autograd, reference
 from forgetless.penalties import PENALTIES, Penalty
-from forgetless.penalties.nullspace import hadamard_blocks, make_basis
+from forgetless.penalties.hadamard import hadamard_blocks
+from forgetless.penalties.nullspace import make_basis
 
 N, K, R = 21, 26, 4
 METHODS = {"lora": fl.LoRA, "curlora": fl.CURLoRA}

@@ -113,7 +113,7 @@ def test_ranks_of_siblings_in_one_sum():
 
 @pytest.mark.parametrize("dim", [1, 8, 77, 96])
 def test_hadamard_rows(dim):
-    from forgetless.penalties.nullspace import hadamard_blocks
+    from forgetless.penalties.hadamard import hadamard_blocks
 
     truth = hadamard_blocks(torch.eye(dim, dtype=torch.float64))
     torch.testing.assert_close(hadamard_rows(torch.arange(dim), dim), truth)
