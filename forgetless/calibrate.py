@@ -66,6 +66,8 @@ def calibrate(
                 raise ValueError("batches is empty, wants at least one batch of source-domain data")
             for state in {state.shared(): state for state in measured.states}.values():
                 state.end_statistics()
+            for state in measured.states:
+                state.calibrated  # noqa: B018 - asked now, so that no step has to wait for the answer
     except BaseException:  # sums that were never divided must not be taken for statistics
         batch = None
         measured.reset()

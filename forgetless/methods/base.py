@@ -97,7 +97,7 @@ def _is_number(value: Any) -> bool:
 _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("rank", lambda value: type(value) is int and value >= 1, "an integer >= 1"),
     ("alpha", _is_number, "a number"),
-    ("alpha", lambda value: 0.0 < value < math.inf, "a finite number above zero"),
+    ("alpha", lambda value: 0.0 <= value < math.inf, "a finite number >= 0"),  # 0: scaled away
     ("dropout", _is_number, "a number"),
     ("dropout", lambda value: 0.0 <= value < 1.0, "a probability in [0, 1)"),
 )

@@ -81,7 +81,7 @@ BAD = {
         "LaLoRA: rank is 100000000, but",
     ),
     "alpha": ({"alpha": "-1"}, "--alpha must be above zero, got -1"),
-    "alpha inline": ({"method": "lora:alpha=-1"}, "LoRA.alpha is -1, wants a finite number above zero"),
+    "alpha inline": ({"method": "lora:alpha=-1"}, "LoRA.alpha is -1, wants a finite number >= 0"),
     "targets": ({"targets": "q_prj"}, "near names: q_proj"),
     "steps": ({"steps": "0"}, "--steps must be at least 1, got 0"),
     "length": ({"max_length": "1"}, "--max-length must be at least 2, got 1"),

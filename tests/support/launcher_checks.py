@@ -139,7 +139,8 @@ def scratch_that_is_not_aligned(card: Recording) -> None:
     fused.outer(g, x)
     launch = next(iter(launcher._launches.values()))
     assert launch is not None
-    launch(x, 4, *[torch.zeros(8, dtype=BF16)[1:]] * 3, torch.zeros(9)[1:], torch.zeros(8, dtype=torch.int32), None)
+    operands = [torch.zeros(8, dtype=BF16)[1:]] * 3
+    launch(x, 4, *operands, torch.zeros(9)[1:], torch.zeros(8, dtype=torch.int32), None, ())
     assert card.compiled.count("_outer_kernel") == 2
 
 
