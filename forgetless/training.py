@@ -243,7 +243,7 @@ class _LightningPenalty:
             total = loss + trainer.accumulate_grad_batches * value.to(loss.device)
             return {**output, "loss": total} if isinstance(output, dict) else total
 
-        vars(training_step)["held"] = current
+        vars(training_step)["original"] = current
         pl_module.training_step = training_step
 
     _steps = True  # this micro-batch is the last one of an optimiser step
@@ -269,11 +269,11 @@ class _LightningPenalty:
 
     def _restore(self, pl_module: Any) -> None:
         step = pl_module.__dict__.get("training_step")
-        if hasattr(step, "held"):
+        if hasattr(step, "original"):
             record_drift(pl_module, False)
             del pl_module.training_step
-            if step.held is not None:
-                pl_module.training_step = step.held
+            if step.original is not None:
+                pl_module.training_step = step.original
 
 
 @functools.cache

@@ -71,7 +71,7 @@ def made_of(
 ) -> list[dict[Any, Made]]:
     """Of each layer, by state, what the call has made."""
     result: list[dict[Any, Made]] = [{} for _ in members]
-    for (i, state), term, z in zip(states, terms.wanted, zs, strict=True):
+    for (i, state), term, z in zip(states, terms.items, zs, strict=True):
         factors = members[i].adapter.factors()
         memory = [t.untyped_storage() for t in _tensors(term.rows, factors) if t is not None]
         result[i][state] = Made(z, terms, factors, _facts(term.rows, factors), memory)

@@ -44,7 +44,7 @@ class LowrankLinear(torch.autograd.Function):
         ups: Sequence[Tensor] = tensors[3 * n :]
         dtypes = [t.dtype for t in tensors[2 * n :]]
         # a checkpoint that recomputes the call saves the same tensors, but nobody sees its products
-        terms = call.terms.wanted if call.terms and not compat.in_backward() else ()
+        terms = call.terms.items if call.terms and not compat.in_backward() else ()
         if terms and not dispatch.in_pass(x, ups[0], downs[0], call.module):
             terms = ()
         if x.is_cpu and call.up_scale == 1.0 and not terms:  # BLAS wants one dtype: cast once for both passes
@@ -82,14 +82,14 @@ class LowrankLinear(torch.autograd.Function):
             call.terms.spent = True
             if any(dz is not None for dz in dzs):
                 extra = extra_of(call.terms.replaced(rest[3 * n :]), dzs, saved.downs, saved.ups)
-        wanted = [bool(extra and (extra.ups[i] or extra.starts[i] is not None)) for i in range(n)]
-        if not any(wanted) and all(dy is None for dy in dys):
+        needs_dy = [] if extra is None else [i for i in range(n) if extra.ups[i] or extra.starts[i] is not None]
+        if not needs_dy and all(dy is None for dy in dys):
             if dh is None and extra is None:
                 return (None,) * (3 + 4 * n)
-            wanted[0] = True
-        for i, up in enumerate(saved.ups):
-            if dys[i] is None and wanted[i]:
-                dys[i] = up.new_zeros(ctx.rows, up.shape[0], dtype=dtype)
+            needs_dy = [0]
+        for i in needs_dy:
+            if dys[i] is None:
+                dys[i] = saved.ups[i].new_zeros(ctx.rows, saved.ups[i].shape[0], dtype=dtype)
         _, need_x, _, *need = ctx.needs_input_grad
         if call.onto:
             need[0] = False  # base takes its gradient as it comes

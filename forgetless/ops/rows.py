@@ -60,19 +60,19 @@ class Term(NamedTuple):
 class Terms:
     """What penalties want of one call of the op, and what has become of it."""
 
-    wanted: tuple[Term, ...]
+    items: tuple[Term, ...]
     spent: bool = False  # a backward pass has gone through the call: its products have no graph any more
 
     def tensors(self) -> list[Tensor | None]:
         """The tensors of the rows, three for each."""
-        return [t for term in self.wanted for rows in term.rows for t in rows[1:]]
+        return [t for term in self.items for rows in term.rows for t in rows[1:]]
 
     def replaced(self, tensors: Sequence[Tensor | None]) -> list[Term]:
         """The terms with other tensors in these places."""
         some = iter(tensors)
         return [
             Term(layer, tuple(Rows(r.of, next(some), next(some), next(some)) for r in rows))
-            for layer, rows in self.wanted
+            for layer, rows in self.items
         ]
 
 

@@ -153,7 +153,7 @@ def _square(t: Tensor) -> Tensor:
 
 
 class _Basis(nn.Module):
-    """Orthonormal columns P (dim, k), or with ``complement`` all those that are orthogonal to the columns held."""
+    """Orthonormal columns P (dim, k), or with ``complement`` all those that are orthogonal to the stored columns."""
 
     complement = False
 
@@ -166,12 +166,12 @@ class _Basis(nn.Module):
         return None
 
     def rows(self, of: str) -> tuple[Rows, ...]:
-        """What a forward pass multiplies with: with ``complement`` the factor itself, and the columns held."""
-        held = self.columns_held(of)
-        return (Rows(of), held) if self.complement else (held,)
+        """What a forward pass multiplies with: with ``complement`` the factor itself, and the stored columns."""
+        stored = self.stored_columns(of)
+        return (Rows(of), stored) if self.complement else (stored,)
 
-    def columns_held(self, of: str) -> Rows:
-        """The columns held, as rows."""
+    def stored_columns(self, of: str) -> Rows:
+        """The stored columns, as rows."""
         return Rows(of)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class _Basis(nn.Module):
         return (_square(rows) - inside, rows - grad) if self.complement else (inside, grad)
 
     def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``stacked`` on the columns held."""
+        """``stacked`` on the stored columns."""
         raise NotImplementedError
 
 
@@ -223,7 +223,7 @@ class _Orthogonal(_Basis):
     def largest(self) -> Tensor:
         return self.basis
 
-    def columns_held(self, of: str) -> Rows:
+    def stored_columns(self, of: str) -> Rows:
         return Rows(of, self.basis.t())
 
     def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,7 +256,7 @@ class _Shared(_Basis):
     def key(self) -> Hashable:
         return super().key(), id(self.basis)  # unique while the basis lives; the key does not outlive the call
 
-    def columns_held(self, of: str) -> Rows:
+    def stored_columns(self, of: str) -> Rows:
         return Rows(of, self.basis.t(), self.signs)
 
     def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,7 +322,7 @@ class _Hadamard(_Basis):
         self.register_buffer("signs", signs.to(like.device), persistent=False)
         self.register_buffer("columns", columns.to(like.device), persistent=False)
 
-    def columns_held(self, of: str) -> Rows:
+    def stored_columns(self, of: str) -> Rows:
         return Rows(of, None, self.signs, self.columns)
 
     def projected(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
