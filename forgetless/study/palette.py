@@ -16,11 +16,16 @@ COLOURS = {
     "lora+decay": "#56B4E9",
     "lora+source+consolidate": "#7A5C00",
     "lora+consolidate": "#004D77",
+    "lora+scaled": "#882255",
+    "lora+budget": "#44AA99",
+    "lora+replay": "#6A3D9A",
+    "lora+self-replay": "#999933",
+    "lora+kl": "#A6761D",
     "full": "#000000",
     "base": "#7F7F7F",
 }
 #: For combinations without an entry above: one of these, chosen by the name.
-OTHERS = ("#882255", "#44AA99", "#6A3D9A", "#999933", "#A6761D", "#DC267F")
+OTHERS = ("#DC267F", "#117733", "#5D5D81", "#B15928", "#2F4B7C")
 
 
 def method_of(label: str) -> str:

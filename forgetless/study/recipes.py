@@ -10,7 +10,8 @@ from typing import Any
 from forgetless.methods import METHODS
 from forgetless.penalties import PENALTIES
 
-from .options import CONSOLIDATE, METHOD_SETTINGS
+from .extras import Extras
+from .plans import METHOD_SETTINGS
 
 
 def changed(thing: Any, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -20,10 +21,19 @@ def changed(thing: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != own[name]}
 
 
+EXTRAS = tuple(field.name for field in dataclasses.fields(Extras))
+
+
 def method_of(settings: dict[str, Any]) -> Any:
     """The method of a row's settings; None for full fine-tuning."""
-    fields = {key: value for key, value in settings.items() if key not in ("lr", CONSOLIDATE)}
+    fields = {key: value for key, value in settings.items() if key not in ("lr", *EXTRAS)}
     return None if fields["name"] == "full" else METHODS["lora"].from_json(fields)
+
+
+def extras_of(settings: dict[str, Any]) -> list[str]:
+    """The parts of a row beside its method, as ``--method`` takes them."""
+    chosen = {name: settings[name] for name in EXTRAS if settings.get(name)}
+    return [name.replace("_", "-") + ("" if value is True else f"={value:g}") for name, value in chosen.items()]
 
 
 def constructor(thing: Any) -> str:
@@ -47,8 +57,8 @@ def python(row: dict[str, Any], options: dict[str, Any]) -> str:
     if "calibrate_seconds" in row:
         lines.append("fl.calibrate(model, batches)  # of text that must be kept")
     lines.append(f"# train on loss + fl.penalty(model), learning rate {row['settings']['lr']:g}")
-    if row["settings"].get(CONSOLIDATE):
-        lines.append("fl.consolidate(model, batches)  # after each task, with batches of it")
+    if extras := extras_of(row["settings"]):
+        lines.append(f"# and {', '.join(extras)}: see forgetless compare --help")
     return "\n".join(lines)
 
 
@@ -57,15 +67,13 @@ def spec(settings: dict[str, Any]) -> str:
     method = method_of(settings)
     fields = [f"lr={settings['lr']:g}"]
     if method is None:
-        return f"full:{fields[0]}"
+        return f"{'+'.join(['full', *extras_of(settings)])}:{fields[0]}"
     parts = [method.name]
     fields += [f"{k}={_word(v)}" for k, v in changed(method, METHOD_SETTINGS.get(method.name, {})).items()]
     for penalty in method.penalties:
         parts.append(_short(penalty.name))
         fields += [f"{_short(penalty.name)}.{k}={_word(v)}" for k, v in changed(penalty, {}).items()]
-    if settings.get(CONSOLIDATE):
-        parts.append(CONSOLIDATE)
-    return f"{'+'.join(parts)}:{','.join(fields)}"
+    return f"{'+'.join(parts + extras_of(settings))}:{','.join(fields)}"
 
 
 def _short(name: str) -> str:
@@ -79,8 +87,8 @@ def _word(value: Any) -> str:
 
 
 def command(row: dict[str, Any], options: dict[str, Any]) -> str | None:
-    """``forgetless finetune`` with the settings of this row; None for what it does not do: full, consolidate."""
-    if row["settings"]["name"] == "full" or row["settings"].get(CONSOLIDATE):
+    """``forgetless finetune`` with the settings of this row; None for what it does not do: full, and the extras."""
+    if row["settings"]["name"] == "full" or extras_of(row["settings"]):
         return None
     words = ["forgetless", "finetune", "--model", options["model"], "--data", "YOUR.jsonl"]
     words += ["--method", spec(row["settings"]), "--batch-size", str(options["batch_size"])]

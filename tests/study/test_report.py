@@ -13,8 +13,8 @@ import pytest
 import forgetless as fl
 from forgetless.cli.arguments import parser
 from forgetless.study import palette, recipes
-from forgetless.study.options import parse_method
 from forgetless.study.page import comparing, reading
+from forgetless.study.plans import parse_method
 from forgetless.study.plots import panels
 from forgetless.study.report import html_page
 from forgetless.study.results import by_label
@@ -161,11 +161,13 @@ def test_settings_can_be_pasted(text: str) -> None:
 
 
 def test_what_finetune_does_not_do_has_no_command(results: dict[str, Any]) -> None:
-    for text in ("full", "source+consolidate"):
+    for text in ("full", "full+replay=0.2", "source+consolidate", "lora+scaled=0.5", "clora+self-replay+kl=2"):
         plan = parse_method(text, lr=2e-3)
         row = {"label": plan.label, "settings": plan.settings}
+        again = parse_method(recipes.spec(plan.settings), lr=1.0)
+        assert (again.method, again.lr, again.extras) == (plan.method, plan.lr, plan.extras)
         assert recipes.command(row, OPTIONS) is None
-        assert ("fl.consolidate" in recipes.python(row, OPTIONS)) == (text != "full")
+        assert text.startswith("full") or recipes.extras_of(plan.settings)[0] in recipes.python(row, OPTIONS)
     rows = by_label(results)
     assert all(recipes.command(rows[label][0], results["options"]) for label in rows)
     assert "fl.calibrate" in recipes.python(rows["LaLoRA"][0], OPTIONS)
