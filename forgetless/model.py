@@ -193,7 +193,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         hidden = None if layer.trace is None else layer.trace.hidden
         adapter = layer.adapter
         for state in adapter.penalty_states():
-            if _calibrated(state):
+            if state.spec.weight and _calibrated(state):  # with a weight of 0 it only holds statistics
                 z = _made(layer, state, token_weights)
                 key = type(state), _device(layer, adapter), z is not None
                 kinds.setdefault(key, []).append((Item(state, adapter, hidden), z))
