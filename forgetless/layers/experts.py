@@ -28,7 +28,6 @@ from .linear import AdaptedLinear
 from .stack import Stack, give_back, run_by, verify, verify_once
 from .trace import DRIFT_TOKENS, Trace
 
-
 #: What the experts do between their two products, row by row.
 Inside = Callable[[Tensor], Tensor]
 

@@ -184,8 +184,8 @@ class _Grouped(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, given: Tensor, sums: Tensor | None, *stack: Any) -> tuple[Tensor, Tensor]:
         weight, bias, down, up = stack
         x = call.x_of(given)
-        if x.shape[1] != weight.shape[2]:
-            raise ValueError(f"inside makes {x.shape[1]} columns, the stack {tuple(weight.shape)} wants {weight.shape[2]}")
+        if x.shape != (len(given), weight.shape[2]):
+            raise ValueError(f"inside makes {tuple(x.shape)}, the stack {tuple(weight.shape)} wants {weight.shape[2]}")
 
         def run(backend: Any) -> list[Tensor]:
             h = backend.grouped_project(x, down, call.rows, call.scale, call.p, call.seeds, call.by_token)
@@ -261,7 +261,8 @@ def _gradients(
     x, h, sums, weight, bias, down, up = saved
     need_x, need_sums, need_weight, need_bias, need_down, need_up = needed
     rows, by_dy, drop = call.rows, sums is not None, (call.p, call.seeds)
-    w = None if sums is None else sums[:, None].to(torch.promote_types(call.dtype, torch.float32))
+    wide = torch.promote_types(call.dtype, torch.float32)
+    w = None if sums is None else sums[:, None].to(wide)
     dx = dsums = dweight = dbias = ddown = dup = None
 
     def weighed(t: Tensor) -> Tensor:
@@ -277,20 +278,18 @@ def _gradients(
         g = g if call.scale == 1.0 else call.scale * g
         if need_down:
             ddown = run.grouped_outer(g, x, rows, *drop, dtype=down.dtype, by_token=call.by_token)
-    none = h[:, :0], weight.new_empty(len(weight), 0, 0)
     if w is None:
         if need_x:
             dx = run.grouped_matmul_lowrank(dy, weight.mT, g, down.mT, rows, None, *drop)
-    elif need_x or need_sums:
-        v = run.grouped_matmul_lowrank(dy, weight.mT, none[0], up.new_empty(*down.mT.shape[:2], 0), rows, by_token=True)
+    elif need_x or need_sums:  # the frozen product apart: dsums is made of it, and dx of what w makes of it
+        of_none, to_none = h[:, :0], weight[:, :0].mT  # (S, 0), (E, K, 0)
+        v = run.grouped_matmul_lowrank(dy, weight.mT, of_none, to_none, rows, by_token=True)
         if need_x:
-            K = down.shape[2]
-            dx = run.grouped_matmul_lowrank(none[0], weight.new_empty(len(weight), K, 0), g, down.mT, rows, None, *drop)
-            dx = dx.addcmul_(v, w)
-        if need_sums:
+            dx = run.grouped_matmul_lowrank(of_none, to_none, g, down.mT, rows, None, *drop).addcmul_(v, w)
+        if sums is not None and need_sums:
             dsums = _dots(v, x[rows.tokens] if call.by_token else x) + _dots(q, h)
             if bias is not None:
-                dsums += (dy.to(w.dtype) @ bias.to(w.dtype).T)[rows.tokens, rows.experts()]
+                dsums += (dy.to(wide) @ bias.to(wide).T)[rows.tokens, rows.experts()]
             dsums = dsums.to(sums.dtype)
     if need_x and call.by_token:
         dx = run.grouped_sum(dx, rows)
@@ -299,7 +298,7 @@ def _gradients(
         if need_weight:
             dweight = run.grouped_outer(own, x, rows, dtype=weight.dtype, by_token=call.by_token)
         if need_bias:
-            dbias = run.grouped_outer(own, own.new_ones(len(own), 1), rows, dtype=bias.dtype)[..., 0]
+            dbias = run.grouped_outer(own, own.new_ones(len(own), 1), rows, dtype=weight.dtype)[..., 0]
     return [dx, dsums, dweight, dbias, ddown, dup]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -125,9 +126,9 @@ def test_any_rank(function, R):
 @pytest.mark.parametrize("N, K", [(1, 1), (33, 17), (64, 64)])
 def test_any_size_with_the_tiles_of_an_unknown_card(function, N, K):
     rows = rows_of([5, 0, 70, 1], tokens=38)
-    default = {name: {"BLOCK_M": 64 if name == "grouped_matmul" else 32} for name in ("grouped_matmul",)}
-    with tiles.forced("grouped_matmul", BLOCK_M=64, BLOCK_N=64, BLOCK_K=32), tiles.forced("grouped_project"):
-        assert default
+    with contextlib.ExitStack() as stack:
+        for name in ("grouped_project", "grouped_matmul", "grouped_outer"):
+            stack.enter_context(tiles.forced(name))
         check(function, rows, operands(function, rows, N, K, 8, torch.float32, True), by_token=True)
 
 
@@ -178,7 +179,8 @@ def test_a_stack_in_float32_is_read_in_the_dtype_of_x():
     rows = rows_of([7, 0, 20, 3])
     tensors = operands("grouped_matmul_lowrank", rows, 40, 33, 8, torch.bfloat16, False)
     wide = [t.float() if i in (1, 4) else t for i, t in enumerate(tensors)]
-    assert torch.equal(run("grouped_matmul_lowrank", rows, wide, 0.0, False), run("grouped_matmul_lowrank", rows, tensors, 0.0, False))
+    results = [run("grouped_matmul_lowrank", rows, some, 0.0, False) for some in (wide, tensors)]
+    assert torch.equal(*results)
 
 
 @every_function
