@@ -17,12 +17,12 @@ from .layers.expert_factors import build_experts
 from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
 from .layers.frozen import site_of
 from .layers.linear import AdaptedLinear, form_groups
-from .layers.offload import check_here
 from .layers.passes import Passes
 from .layers.stack import Stack
 from .layers.wrapped import wrap
 from .methods.base import Method
 from .names import wraps
+from .offload import check_here
 from .ops.bodies import exact_products
 from .penalties.base import Item
 from .report import LayerReport, Report
