@@ -194,18 +194,20 @@ def layer_text(results: Results) -> str:
 
 
 def saved_text(results: Results) -> str:
-    """What each provider saves for the backward pass; the sweep's rows are in its JSON."""
-    saved = by_case(select(results, phase="both", metric="saved"))
-    rows, names = [], unique(name for name in saved if results["kind"] == "layer")
-    for provider in unique(p for name in names for p in saved[name] if not p.startswith(FROZEN)):
-        for (method, dtype, dropout), cases in layer_groups(results).items():
-            sizes = [saved[name][provider]["value"] / MIB for name in cases if provider in saved.get(name, {})]
-            if len(sizes) == len(cases):
-                rows.append([f"{method}, {dtype}, dropout {dropout:g}: {provider}", *(number(v, 3) for v in sizes)])
-    if not rows:
+    """What each provider saves for the backward pass at each dropout; the sweep's rows are in its JSON."""
+    lines: dict[str, dict[str, list[str]]] = {}
+    for row in select(results, phase="both", metric="saved"):
+        case = results["cases"][row["case"]]
+        if results["kind"] == "layer" and not row["provider"].startswith(FROZEN):
+            line = lines.setdefault(f"{case['method']}, {case['dtype']}: {row['provider']}", {})
+            line.setdefault(title_of(case), []).append(number(row["value"] / MIB))
+    if not lines:
         return ""
     shapes = unique(title_of(case) for case in results["cases"].values())
-    return "\nSaved for the backward pass, MiB:\n\n" + table(["", *shapes], sorted(rows))
+    cells = [[name, *(" / ".join(unique(of.get(shape, [NONE]))) for shape in shapes)] for name, of in lines.items()]
+    return "\nSaved for the backward pass, MiB, at dropout 0 / 0.1 where they differ:\n\n" + table(
+        ["", *shapes], sorted(cells)
+    )
 
 
 def fastest(case: Mapping[str, Any], peaks: Mapping[str, float]) -> float:
