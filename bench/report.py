@@ -170,7 +170,7 @@ def readme_section() -> str:
             "**Penalties in a step of Llama-3-8B**, counted and predicted for an H100: all layers at once → in the "
             f"kernels' passes:\n\n{text}"
         )
-    return "\n" + "\n".join(parts) + "\n"
+    return "\n".join(parts)
 
 
 # -------------------------------------------------------------------------------------- other pages
