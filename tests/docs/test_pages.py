@@ -149,9 +149,7 @@ CHECKS: dict[str, Callable[[int, Namespace], None]] = {
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_every_block_runs_in_order(
-    page: str, fresh: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_block_runs_in_order(page: str, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     if "from peft" in text_of(page):
         pytest.importorskip("peft")
