@@ -216,7 +216,7 @@ def test_help_and_version_import_neither_torch_nor_the_study() -> None:
 
 @pytest.mark.parametrize("first", ["calibrate", "consolidate", "retain", "model", "peft.swap", "api"])
 def test_a_public_name_is_the_same_whatever_is_imported_first(first: str) -> None:
-    """``forgetless.calibrate`` is a module and a function: its import does not put the module in the function's place."""
+    """``forgetless.calibrate`` is a module and a function; the import of the one leaves the other in its place."""
     code = f"""
         import importlib, sys
         importlib.import_module("forgetless.{first}")
