@@ -25,11 +25,13 @@ COLOURS = {
     "lora+replay": "#6A3D9A",
     "lora+self-replay": "#999933",
     "lora+kl": "#A6761D",
+    "lora+retain": "#DC267F",
+    "lora+source+retain": "#117733",
     "full": "#000000",
     "base": "#7F7F7F",
 }
 #: For combinations without an entry above: one of these, chosen by the name.
-OTHERS = ("#DC267F", "#117733", "#5D5D81", "#B15928", "#2F4B7C")
+OTHERS = ("#5D5D81", "#B15928", "#2F4B7C", "#A05195", "#665191")
 
 
 def method_of(label: str) -> str:
