@@ -211,9 +211,8 @@ def gradients(
                 if dy is None:
                     gs.append(like.new_zeros(like.shape[0], ranks[i]))
                 elif need_g and need_ups[i]:
-                    g, dup = run.project_outer(dy, ups[i].t(), hs[i], s, dtypes[n + i], more_ups[i], starts[i])
+                    g, dups[i] = run.project_outer(dy, ups[i], hs[i], s, dtypes[n + i], more_ups[i], starts[i])
                     gs.append(g)
-                    dups[i] = dup.t()
                 elif need_ups[i]:
                     dups[i] = run.outer(hs[i], dy, 0.0, None, dtypes[n + i], more_ups[i]).t()
                 elif need_g:

@@ -206,9 +206,9 @@ def _expert_gradients(
     def weighed(t: Tensor) -> Tensor:
         return t if w is None else (t * w).to(t.dtype)
 
-    q, more = run.project_outer(dy, lift.t(), weighed(h[part]), 1.0, up.dtype)
+    q, more = run.project_outer(dy, lift, weighed(h[part]), 1.0, up.dtype)
     if dup is not None:
-        dup[e] = more.t() if call.up_scale == 1.0 else call.up_scale * more.t()
+        dup[e] = more if call.up_scale == 1.0 else call.up_scale * more
     g = weighed(q)
     g = call.scale * (g if dh is None else g + dh[part])
     products = ([dy], [frozen]) if w is None else ([None], [None])
