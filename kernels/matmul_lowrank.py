@@ -223,19 +223,27 @@ def _add_products(h: Facts, up: Facts, bias: Facts | None, y: Facts, seed: Facts
     )  # fmt: skip
 
 
+class _Described(TensorDescriptor):
+    """One whose matrix was checked by ``describable`` when the launch was prepared, and is not checked again."""
+
+    def __init__(self, base: Tensor, shape: Sequence[int], strides: Sequence[int], block_shape: list[int]):
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape  # type: ignore[assignment]
+
+
 def _operands(launch: Launch, pairs: Sequence[Tensor], y: Tensor) -> list[Any]:
     """The kernel's first operands: the products' and y, as they are or by descriptors"""
     absent = [None] * (2 * MOST_PAIRS - len(pairs))
     if not launch.blocks:
         return [*pairs, *absent, y]
     (of_x, of_weight, of_y), described = launch.blocks, []
+    describe = TensorDescriptor if launch.compiled is None else _Described
     for x, weight in zip(pairs[::2], pairs[1::2], strict=True):
         shape, stride = weight.shape, weight.stride()
         if launch.named["TRANSPOSED"]:
             shape, stride = shape[::-1], stride[::-1]
-        described.append(TensorDescriptor(x, x.shape, x.stride(), of_x))
-        described.append(TensorDescriptor(weight, shape, stride, of_weight))
-    return [*described, *absent, TensorDescriptor(y, y.shape, y.stride(), of_y)]
+        described.append(describe(x, x.shape, x.stride(), of_x))
+        described.append(describe(weight, shape, stride, of_weight))
+    return [*described, *absent, describe(y, y.shape, y.stride(), of_y)]
 
 
 def add_products(

@@ -233,19 +233,23 @@ def _project_outer_kernel(
             offs_m += BLOCK_M
 
 
+#: Bytes that a card moves in the time of one launch: 2 us at 2 TB/s.
+LAUNCH_BYTES = 4 << 20
+
+
 def sweep_pays(M: int, K: int, R: int, columns: int, strips: int, itemsize: int) -> bool:
-    """Whether the partial sums, written and read once, cost less than a second read of x"""
-    return 2 * 4 * R * (columns * M + strips * K) < itemsize * M * K
+    """Whether the partial sums, written and read once, cost less than a second read of x in a launch of its own"""
+    return 2 * 4 * R * (columns * M + strips * K) < itemsize * M * K + LAUNCH_BYTES
 
 
 def _project_outer(*given: Any) -> Launch | None:
-    """The launch of ``project_outer``: x, up, h, g, out, d, the jobs' tensors and numbers, the precision
+    """The launch of ``project_outer``: x, up, h, d, the jobs' tensors and numbers, the dtype of out, the precision
 
     None where two passes are cheaper.
     """
-    x, up, h, g, out, d, *_, numbers, precision = given
+    x, up, h, d, *_, numbers, _, precision = given
     (M, K), (_, R) = x.shape, up.shape
-    assert up.shape == out.shape == (K, R) and h.shape == g.shape == (M, R)
+    assert up.shape == (K, R) and h.shape == (M, R)
     assert x.dtype in FLOATS and h.dtype == x.dtype
     BLOCK_R = pad_rank(R, most=64)  # above, two passes are cheaper than the partial sums
     tile = tile_for("project_outer", x.device, x.dtype.itemsize, BLOCK_R)
@@ -271,18 +275,16 @@ def sweep(
     start: Tensor | None = None,  # (R, R) float32
 ) -> tuple[Tensor, Tensor] | None:  # (M, R), dtype of x; (K, R), dtype given or that of x
     """``project_outer`` in one pass over x; None where two are cheaper"""
-    (M, K), R = x.shape, up.shape[1]
-    g = tl_utils.empty((M, R), x.dtype, x)
-    out = tl_utils.empty((K, R), dtype or x.dtype, x)
+    (M, K), R, dtype = x.shape, up.shape[1], dtype or x.dtype
     jobs, tensors, numbers = _jobs(more)
-    operands = (x, up, h, g, out, start, *tensors)
-    launch = prepared(_project_outer, operands, numbers, dot_precision(x.dtype)) if M else None
+    launch = prepared(_project_outer, (x, up, h, start, *tensors), numbers, dtype, dot_precision(x.dtype)) if M else None
     if launch is None:
         return None
     columns, strips, _ = launch.grid
+    g, out = tl_utils.empty((M, R), x.dtype, x), tl_utils.empty((K, R), dtype, x)
     g_part = tl_utils.empty((columns, M, R), torch.float32, x)
     out_part = tl_utils.empty((strips, K, R), torch.float32, x)
     tickets = tl_utils.tickets(columns + strips, x)
-    scratch = g_part.data_ptr() | out_part.data_ptr() | tickets.data_ptr()
+    scratch = g.data_ptr() | out.data_ptr() | g_part.data_ptr() | out_part.data_ptr() | tickets.data_ptr()
     launch(x, scratch, x, up, h, g, out, g_part, out_part, tickets, start, jobs, float(scale))
     return g, out

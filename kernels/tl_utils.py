@@ -35,6 +35,8 @@ def pad_rank(R: int, most: int = 128) -> int:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
     """Where every launcher gets the memory it writes: outputs and partial sums, nothing else."""
+    if dtype == like.dtype:  # in half the time
+        return like.new_empty(*shape)
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
