@@ -40,11 +40,14 @@ def _values(rows: Any, factor: Tensor) -> tuple[Any, ...]:
 
 
 def product_job(rows: Any, factor: Tensor, out: Tensor, at: int, k: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """For ``product``: k rows of out (float32) from ``at`` on = V @ factor (R, dim).T, of activations in ``dtype``"""
+    """For ``product``: k rows of out (float32) from ``at`` on = V @ factor (R, dim).T, of activations in ``dtype``
+
+    ``out``, the last of it, is not in ``job_key``.
+    """
     V, strides, (R, dim), factor_strides = _values(rows, factor)
     weight = rows.weight
     wide = 1 if V is not None and (V.dtype != dtype or weight is not None and weight.is_floating_point()) else None
-    return V, weight, rows.columns, factor, out, k, dim, R, at, *strides, *factor_strides, wide
+    return V, weight, rows.columns, factor, wide, k, dim, R, at, *strides, *factor_strides, out
 
 
 def sum_job(more: Any) -> tuple[Any, ...]:
@@ -54,6 +57,12 @@ def sum_job(more: Any) -> tuple[Any, ...]:
     assert dz.shape[1] == R and dz.is_contiguous()
     again = 1 if rows.own else None
     return V, rows.weight, rows.columns, dz, again, rows.length(R), dim, R, at, *strides, first
+
+
+def job_key(job: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a launch may depend on of a job: every number, and of each tensor dtype, alignment and device"""
+    known = [None if t is None else (t.dtype, t.data_ptr() % 16, t.device) for t in job[:4]]
+    return (*known, *job[4:13])
 
 
 @triton.jit
@@ -136,7 +145,7 @@ def _product_step(
 def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     """A block of out = V @ factor.T"""
     factor_ptr, count, dim, R = job[3], job[5], job[6], job[7]
-    out_ptr = job[4] + job[8] * R
+    out_ptr = job[13] + job[8] * R
     blocks_r = tl.cdiv(R, BLOCK_R)
     offs_m = (block // blocks_r) * PRODUCT_ROWS + tl.arange(0, PRODUCT_ROWS)
     offs_r = (block % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -148,7 +157,7 @@ def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: t
     factor_ptr += (offs_r % R).to(tl.int64)[None, :] * job[11]
     acc = tl.zeros((PRODUCT_ROWS, BLOCK_R), dtype=tl.float32)
     HALF: tl.constexpr = BLOCK_K // 2  # of whole blocks, those of three siblings spill
-    if job[13] is not None:  # wide: every number of it is in registers twice
+    if job[4] is not None:  # wide: every number of it is in registers twice
         for k in tl.range(0, tl.cdiv(dim, HALF), num_stages=2):
             acc = _product_step(acc, job, c, size, offs_m, k, factor_ptr, dtype, PRECISION, HALF)
     else:

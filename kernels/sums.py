@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import tl_utils
 from .launcher import Launch, prepared
-from .rows import add_started, sum_job, sum_rows
+from .rows import add_started, job_key, sum_job, sum_rows
 from .tiles import tile_for
 from .tl_utils import (
     FLOATS,
@@ -104,17 +104,17 @@ def strips_of(M: int, BLOCK_M: int, columns: int, programs: int = 256) -> tuple[
 
 
 def _outer(*given: Any) -> Launch:
-    """The launch of ``outer``: g, x, out, seed, the jobs' tensors and numbers, p and the precision"""
-    g, x, out, seed, *_, numbers, p, precision = given
+    """The launch of ``outer``: g, x, out, seed, what is known of the jobs, p and the precision"""
+    g, x, out, seed, jobs, p, precision = given
     (M, R), (_, K) = g.shape, x.shape
     assert x.shape == (M, K) and x.dtype in FLOATS and g.dtype == x.dtype
     # With a mask, sm_100 takes float32 from 64 ranks on to its tensor cores, as TF32 or not at all, whatever is asked.
     BLOCK_R = pad_rank(R, most=32 if x.dtype == torch.float32 else 128)
     tile = tile_for("outer", x.device, x.dtype.itemsize, BLOCK_R)
     columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
-    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 256 - len(numbers) * columns)
+    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 256 - len(jobs) * columns)
     return Launch(
-        _outer_kernel, [columns, strips + len(numbers)],
+        _outer_kernel, [columns, strips + len(jobs)],
         M=M, K=K, stride_gm=g.stride[0], stride_gr=g.stride[1], stride_xm=x.stride[0], stride_xk=x.stride[1],
         stride_or=out.stride[0], stride_ok=out.stride[1], steps=steps, threshold=threshold_of(p),
         R=R, HAS_DROP=seed is not None, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
@@ -134,8 +134,8 @@ def outer(
     out = tl_utils.empty((R, K), dtype or x.dtype, x)
     if M == 0 and not more:
         return out.zero_()
-    seed, jobs, tensors, numbers = dropping(p, seed), *_jobs(more)
-    launch = prepared(_outer, (g, x, out, seed, *tensors), numbers, p, dot_precision(x.dtype))
+    seed, (jobs, keys) = dropping(p, seed), _jobs(more)
+    launch = prepared(_outer, (g, x, out, seed), keys, p, dot_precision(x.dtype))
     columns, strips, _ = launch.grid
     part = tl_utils.empty((strips if strips > 1 else 0, R, K), torch.float32, x)
     tickets = tl_utils.tickets(columns, x)
@@ -143,10 +143,10 @@ def outer(
     return out
 
 
-def _jobs(more: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor | None], tuple[int, ...]]:
-    """The jobs, their tensors and their numbers"""
-    jobs = tuple(sum_job(one) for one in more)
-    return jobs, [t for job in jobs for t in job[:4]], tuple(job[4:] for job in jobs)
+def _jobs(more: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The jobs, and what is known of them"""
+    jobs = tuple([sum_job(one) for one in more])
+    return jobs, tuple([job_key(job) for job in jobs])
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -243,22 +243,22 @@ def sweep_pays(M: int, K: int, R: int, columns: int, strips: int, itemsize: int)
 
 
 def _project_outer(*given: Any) -> Launch | None:
-    """The launch of ``project_outer``: x, up, h, d, the jobs' tensors and numbers, the dtype of out, the precision
+    """The launch of ``project_outer``: x, up, h, d, what is known of the jobs, the dtype of out and the precision
 
     None where two passes are cheaper.
     """
-    x, up, h, d, *_, numbers, _, precision = given
+    x, up, h, _, jobs, _, precision = given
     (M, K), (_, R) = x.shape, up.shape
     assert up.shape == (K, R) and h.shape == (M, R)
     assert x.dtype in FLOATS and h.dtype == x.dtype
     BLOCK_R = pad_rank(R, most=64)  # above, two passes are cheaper than the partial sums
     tile = tile_for("project_outer", x.device, x.dtype.itemsize, BLOCK_R)
     columns = triton.cdiv(K, tile["BLOCK_K"])
-    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 128 - len(numbers) * columns)
+    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 128 - len(jobs) * columns)
     if R > BLOCK_R or not sweep_pays(M, K, R, columns, strips, x.dtype.itemsize):
         return None
     return Launch(
-        _project_outer_kernel, [columns, strips + len(numbers)],
+        _project_outer_kernel, [columns, strips + len(jobs)],
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_uk=up.stride[0], stride_ur=up.stride[1],
         stride_hm=h.stride[0], stride_hr=h.stride[1], steps=steps,
         R=R, EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
@@ -276,8 +276,8 @@ def sweep(
 ) -> tuple[Tensor, Tensor] | None:  # (M, R), dtype of x; (K, R), dtype given or that of x
     """``project_outer`` in one pass over x; None where two are cheaper"""
     (M, K), R, dtype = x.shape, up.shape[1], dtype or x.dtype
-    jobs, tensors, numbers = _jobs(more)
-    launch = prepared(_project_outer, (x, up, h, start, *tensors), numbers, dtype, dot_precision(x.dtype)) if M else None
+    jobs, keys = _jobs(more)
+    launch = prepared(_project_outer, (x, up, h, start), keys, dtype, dot_precision(x.dtype)) if M else None
     if launch is None:
         return None
     columns, strips, _ = launch.grid

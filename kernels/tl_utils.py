@@ -28,7 +28,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def pad_rank(R: int, most: int = 128) -> int:
+#: Ranks that a program takes at most.
+MOST_BLOCK = 128
+
+
+def pad_rank(R: int, most: int = MOST_BLOCK) -> int:
     """The rank as a block size: tensor cores want 16 at least, registers ``most`` at most"""
     return min(most, max(16, triton.next_power_of_2(R)))
 
