@@ -233,7 +233,7 @@ class _Described(TensorDescriptor):
     """One whose matrix was checked by ``describable`` when the launch was prepared, and is not checked again."""
 
     def __init__(self, base: Tensor, shape: Sequence[int], strides: Sequence[int], block_shape: list[int]):
-        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape  # type: ignore[assignment]
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
 
 
 def _operands(launch: Launch, pairs: Sequence[Tensor], y: Tensor, turned: bool) -> list[Any]:
