@@ -6,6 +6,7 @@ loss = model(**batch).loss + fl.penalty(model)
 """
 
 from . import methods, ops, penalties, training
+from .budget import fit_budget
 from .calibrate import calibrate
 from .checkpoint.io import export_lora, load, save
 from .consolidate import consolidate
@@ -15,6 +16,7 @@ from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
 from .model import adapt, adapters, drift, explain, penalty, record_drift, remove
 from .peft.swap import swap_in, swap_out
 from .penalties import Decay, Laplace, NullSpace, OutputDeviation, SourceDeviation, WeightDeviation
+from .retain import retain
 from .switch import disabled, fuse_penalty, scaled
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ __all__ = [
     "drift",
     "explain",
     "export_lora",
+    "fit_budget",
     "fuse_penalty",
     "load",
     "merge",
@@ -48,6 +51,7 @@ __all__ = [
     "penalty",
     "record_drift",
     "remove",
+    "retain",
     "save",
     "scaled",
     "swap_in",

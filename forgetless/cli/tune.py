@@ -150,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="forgetless tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", action="append", metavar="NxK", help="out_features x in_features, of siblings N+N+NxK; repeatable")
+    parser.add_argument(
+        "--shape", action="append", metavar="NxK", help="out_features x in_features, of siblings N+N+NxK; repeatable"
+    )
     parser.add_argument("--rank", type=int, action="append", help="repeatable; default 16")
     parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 1024 and 8192")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

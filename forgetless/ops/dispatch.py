@@ -127,9 +127,12 @@ def route_of(choice: Choice, problem: plans.Problem | None = None) -> Route:
     return Route(module, choice.plan, choice.tile if module is kernels else (), problem)
 
 
-def measured_route(route: Route, run: Callable[[Route], Sequence[Tensor]], device: torch.device) -> Route:
-    """The route to take from the first use of a problem: see ``forgetless.ops.first_use``."""
-    return first_use.first_use([route, route_of(Choice("hybrid", ""), route.problem), BLAS], run, device)
+def measured_route(
+    route: Route, run: Callable[[Route], Sequence[Tensor]], device: torch.device, others: Sequence[str] = ("hybrid",)
+) -> Route:
+    """The route to take from the first use of a problem, this one, another plan or BLAS: see ``first_use``."""
+    tried = [route_of(Choice(plan, ""), route.problem) for plan in others]
+    return first_use.first_use([route, *tried, BLAS], run, device)
 
 
 def tiles_of(route: Route, device: torch.device) -> AbstractContextManager[Any]:
@@ -153,7 +156,9 @@ def failed(route: Route, error: Exception) -> Route:
     return BLAS
 
 
-def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: int) -> tuple[str, str]:
+def explain_path(
+    device: torch.device, dtype: torch.dtype, N: int, K: int, R: int, sweep: str = "forward"
+) -> tuple[str, str]:
     """The plan's name for a layer, and the reason in words; for 4096 tokens where it depends on them.
 
     Args:
@@ -162,6 +167,7 @@ def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: in
         N: out_features.
         K: in_features.
         R: rank.
+        sweep: "forward", or that of a stack of experts.
 
     Raises:
         ValueError: ``FORGETLESS_PLAN`` holds something else than a plan or "strict".
@@ -169,7 +175,7 @@ def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: in
     asked = asked_module()
     module = module_for(device.type == "cuda", dtype, asked)
     if module is kernels and kernels is not None:
-        choice = plans.choose(plans.problem_of(device, "forward", 4096, ((N, R),), K, dtype))
+        choice = plans.choose(plans.problem_of(device, sweep, 4096, ((N, R),), K, dtype))
         return choice.plan, choice.reason
     if module is reference:
         return "reference", ""

@@ -30,6 +30,7 @@ CHUNK = 1 << 18
 #: Calls of one timing.
 CALLS = 8
 
+
 def checkable(device: torch.device) -> bool:
     """Whether a first use may be checked there now: launches can be timed and nothing is being recorded."""
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from . import blas
 
-SKINNY = ("project", "project_terms", "project_outer", "outer")
+#: What the kernels do; all that experts need, for whom no vendor's GEMM adds onto what is there.
+KERNELS = (
+    "project", "project_terms", "project_outer", "outer",
+    "grouped_project", "grouped_matmul_lowrank", "grouped_outer", "grouped_sum",
+)  # fmt: skip
 
 
 class Hybrid:
@@ -25,7 +29,7 @@ class Hybrid:
         self.kernels = kernels
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in SKINNY:
+        if name not in KERNELS:
             raise AttributeError(name)
         launcher: Callable[..., Any] = getattr(self.kernels, name)
         return launcher

@@ -23,6 +23,7 @@ from .config import CONFIG, differing, essential, write_config
 from .data import Collator, Domain, load_domain
 from .encoding import CHAT, IGNORED, Encoded, encode_domain, encode_for_training, template_for
 from .evaluate import facts, nll
+from .extras import Extras
 from .machine import machine, versions
 from .models import load_model
 from .options import (
@@ -30,12 +31,12 @@ from .options import (
     FACTS,
     BadInput,
     FinetuneOptions,
-    Plan,
     check_dtype,
     check_numbers,
-    parse_method,
     positive,
 )
+from .plans import Plan, parse_method
+from .samples import answers, before_and_after
 from .session import calibrates, check_distinct, check_fit, checksum, source_rows, take_tokens
 from .tables import Table, figure
 from .train import DIVERGED, FINISHED, INTERRUPTED, TrainConfig, train, trainable
@@ -78,7 +79,7 @@ def check(options: FinetuneOptions) -> Plan:
     check_dtype(options.dtype)
     check_report(options.report)
     plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
-    if plan.alters:
+    if plan.full or plan.extras != Extras():
         raise BadInput(f"{plan.label}: finetune trains one adapter; full and consolidate are rows of compare")
     if not options.overwrite and not options.dry_run:
         check_out(options)
@@ -158,7 +159,8 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
     if work.source:
         ui.say(f"calibrating on {len(work.source)} sequences of {', '.join(options.source)}")
         fl.calibrate(model, collate.batches(work.source))
-    before = measure(work, collate)
+    before, asked = measure(work, collate), work.measured[work.domain.name]
+    samples = {"before": answers(model, tokenizer, asked)}
     checkpoints = work.checkpoints
     if processes.number() == 0:
         write_config(options.out / CONFIG, options)
@@ -187,7 +189,9 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
             told = f"{result.note}; {told}; the same command goes on after step {checkpoints.step}"
         else:
             log["after"] = after = measure(work, collate)
+            log["samples"] = samples | {"after": answers(model, tokenizer, asked)}
             ui.table(changes(before, after))
+            ui.say(f"held-out answers:\n{before_and_after(**log['samples'])}")
             name = work.domain.name
             learnt = f"held-out loss {before[name]:.3f} -> {after[name]:.3f} nats per token"
             told = f"{result.note}; {told}" if result.stopped == DIVERGED else f"{learnt}; {told}"

@@ -10,9 +10,8 @@ import torch
 
 from forgetless.cli import doctor
 from forgetless.cli import main as cli
-from forgetless.ops import blas
+from forgetless.ops import blas, plans
 from forgetless.ops import dispatch as ops
-from forgetless.ops import plans
 
 #: The kernels' launchers that the op calls, by the plan that calls them.
 LAUNCHERS = {

@@ -364,7 +364,9 @@ def test_tune_measures_stores_and_resumes(tune, tmp_path, capsys):
     capsys.readouterr()
     assert tune.main(["--toy", "--dtype", "float32"]) == 0
     assert "2 problems, 2 measured before" in capsys.readouterr().out
-    assert "measured on this card" in plans.choose(plans.Problem("cpu", "forward", 32, ((48, 4),), 40, "float32")).reason
+    assert (
+        "measured on this card" in plans.choose(plans.Problem("cpu", "forward", 32, ((48, 4),), 40, "float32")).reason
+    )
 
 
 def test_tune_leaves_out_a_candidate_that_is_wrong(tune, tmp_path, monkeypatch, capsys):

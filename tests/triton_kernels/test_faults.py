@@ -17,9 +17,8 @@ from helpers import stir
 from torch import Tensor, nn
 
 import forgetless as fl
-from forgetless.ops import blas
+from forgetless.ops import blas, first_use
 from forgetless.ops import dispatch as plans
-from forgetless.ops import first_use
 from forgetless.ops import plans as choices
 from forgetless.ops.autograd import lowrank_linear
 

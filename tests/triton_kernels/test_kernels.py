@@ -186,7 +186,9 @@ def test_nothing_beside_the_operands_of_a_whole_pass_is_touched(plan, dtype, mon
     x, weight, h, up, bias = operands("matmul_lowrank", 33, 50, 65, 24, dtype)
     down = draw(24, 65) / 65**0.5
     sweep = plan == "project_outer"
-    with guarded([x, draw(65, 24), h] if sweep else [x, weight, down, up, bias], monkeypatch, contiguous=True) as tensors:
+    with guarded(
+        [x, draw(65, 24), h] if sweep else [x, weight, down, up, bias], monkeypatch, contiguous=True
+    ) as tensors:
         if sweep:
             results = fused.project_outer(*tensors)
         else:
