@@ -25,7 +25,6 @@ COLOURS = {
     "lora+replay": "#6A3D9A",
     "lora+self-replay": "#999933",
     "lora+kl": "#A6761D",
-    "lora+retain": "#DC267F",
     "lora+source+retain": "#117733",
     "full": "#000000",
     "base": "#7F7F7F",
