@@ -34,7 +34,7 @@ from .plans import Choice, Route
 
 kernels: Any = None
 try:
-    from forgetless_kernels import fused as kernels
+    from forgetless_kernels import fused as kernels  # type: ignore[no-redef]
     from forgetless_kernels import tiles
     from forgetless_kernels.tl_utils import LaunchError
 except ImportError as error:
