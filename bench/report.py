@@ -212,9 +212,9 @@ def suite_section() -> str:
 
 HEAD = """# Benchmarks
 
-Written by `python -m bench report` from the JSON in `bench/results`; change nothing here by hand. The providers of one
-table ran interleaved in one process, one call of each per round, every round in another order. Times are medians, ± the
-median absolute deviation. Compare within a table, never across machines. `-style` rows are our own code with that
+Written by `python -m bench report` from `bench/results`. The providers of one table ran interleaved in one process, one
+call of each per round, every round in another order. Times are medians, ± the median absolute deviation. Compare within
+a table, never across machines. `-style` rows are our own code with that
 project's order of operations; `tests/benchmarks` proves each provider equal to the reference. Rows of Unsloth-style and
 of products alone (the eight matrix products without autograd) are of an earlier bench, which measured them too; so are
 the command `lowrank` and the options `--curves` and `--no-compile`.

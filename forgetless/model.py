@@ -21,7 +21,7 @@ from .layers.passes import Passes
 from .layers.stack import Stack
 from .layers.wrapped import wrap
 from .methods.base import Method
-from .names import wraps
+from .names import checked, wraps
 from .offload import check_here
 from .ops.bodies import exact_products
 from .ops.rows import Products
@@ -122,7 +122,7 @@ def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> adapted layer, in the model's order; empty for a model without adapters."""
     result: dict[str, AdaptedLinear] = {}
-    _collect(model, "", result, set())
+    _collect(checked(model), "", result, set())
     return result
 
 
