@@ -32,7 +32,7 @@ def retain(
         argmin over D' of  E_task ||(D' - D) x||^2 + weight E_kept ||D' x||^2  =  D S_task (S_task + weight S_kept)^-1,
 
     which is A' = A S_task (S_task + weight S_kept)^-1 with the same B: the rank, the scale and the file format stay.
-    It is the regression mean of Jin et al. (RegMean, arXiv 2212.09849), with a weight, of the tuned and the base weights.
+    It is the regression mean of Jin et al. (RegMean, arXiv 2212.09849), weighted, of the tuned and the base weights.
     Directions that neither text has keep the update. S_kept is that of the layer's ``SourceDeviation``, measured by
     ``fl.calibrate`` and ``fl.consolidate`` (with earlier tasks); give it a weight of 0 to measure without a penalty.
 
@@ -82,7 +82,7 @@ def _state(name: str, layer: AdaptedLinear) -> Any:
 
 
 class _Solver:
-    """Of layers that are given the same inputs: S_task with the ridge, weight S_kept, the Cholesky factor of the sum."""
+    """Of layers with the same inputs: S_task with the ridge, S_kept, the Cholesky factor of their weighted sum."""
 
     def __init__(self, task: Covariance, kept: Covariance, weight: float):
         self.task, self.kept = task.dense().double().clone(), kept.dense().double()
