@@ -202,8 +202,10 @@ def pass_through(one: Any, dtype: torch.dtype) -> torch.Tensor:
 def launches(card: phantom.Trace, spec: Any) -> None:
     """Of n siblings, forward: project and a GEMM each; backward: a sweep each, dx and ddown. No mask, no penalty."""
     groups = (3, 1, 2, 1)  # q, k and v; o; gate and up; down
+    model = fl.adapt(llama(), spec)
+    model.enable_input_require_grads()  # there are blocks below
     with phantom.environment(FORGETLESS_PLAN="split,strict"):
-        steady(card, partial(train, fl.adapt(llama(), spec)))
+        steady(card, partial(train, model))
     count = sum((1 + n) + (n + 1 + 1) for n in groups)
     names = [launch.kernel for launch in card.launches]
     assert len(names) == count <= 4.5 * sum(groups), f"{len(names)} launches a block, {count} expected: {names}"
