@@ -106,8 +106,10 @@ def step_shares(results: Results) -> list[str]:
 def step_text(results: Results) -> str:
     times = select(results, phase="step", metric="time")
     text = f"{times[0]['case']}; forward and backward, {len(times[0]['rounds'])} interleaved rounds.\n\n"
-    text += provider_table(times, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
-    text += against_text(results, "step")
+    if "against" in results:  # the JSON has the times
+        text += against_text(results, "step").lstrip()
+    else:
+        text += provider_table(times, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
     if shares := step_shares(results):
         text += f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
     return text
@@ -194,18 +196,20 @@ def layer_text(results: Results) -> str:
 
 
 def saved_text(results: Results) -> str:
-    """What each provider saves for the backward pass; the sweep's rows are in its JSON."""
-    saved = by_case(select(results, phase="both", metric="saved"))
-    rows, names = [], unique(name for name in saved if results["kind"] == "layer")
-    for provider in unique(p for name in names for p in saved[name] if not p.startswith(FROZEN)):
-        for (method, dtype, dropout), cases in layer_groups(results).items():
-            sizes = [saved[name][provider]["value"] / MIB for name in cases if provider in saved.get(name, {})]
-            if len(sizes) == len(cases):
-                rows.append([f"{method}, {dtype}, dropout {dropout:g}: {provider}", *(number(v, 3) for v in sizes)])
-    if not rows:
+    """What each provider saves for the backward pass at each dropout; the sweep's rows are in its JSON."""
+    lines: dict[str, dict[str, list[str]]] = {}
+    for row in select(results, phase="both", metric="saved"):
+        case = results["cases"][row["case"]]
+        if results["kind"] == "layer" and not row["provider"].startswith(FROZEN):
+            line = lines.setdefault(f"{case['method']}, {case['dtype']}: {row['provider']}", {})
+            line.setdefault(title_of(case), []).append(number(row["value"] / MIB))
+    if not lines:
         return ""
     shapes = unique(title_of(case) for case in results["cases"].values())
-    return "\nSaved for the backward pass, MiB:\n\n" + table(["", *shapes], sorted(rows))
+    cells = [[name, *(" / ".join(unique(of.get(shape, [NONE]))) for shape in shapes)] for name, of in lines.items()]
+    return "\nSaved for the backward pass, MiB, at dropout 0 / 0.1 where they differ:\n\n" + table(
+        ["", *shapes], sorted(cells)
+    )
 
 
 def fastest(case: Mapping[str, Any], peaks: Mapping[str, float]) -> float:
