@@ -165,7 +165,7 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(no_plans, monkeypatch)
     for a, b, c in zip(expected, first, second, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
     monkeypatch.setenv("FORGETLESS_PLAN", "strict")
-    dispatch.forget()
+    plans.forget()
     with fl.ops.backend("triton"), pytest.raises(dispatch.LaunchError):
         gradients(ours, leaves, rows, True, True)
 
