@@ -7,7 +7,7 @@ import torch
 from helpers import assert_as_good_as_eager
 
 import forgetless as fl
-from forgetless.ops import dispatch, reference
+from forgetless.ops import dispatch, plans, reference
 from forgetless.ops.grouped import Factors, grouped_lowrank, sort_rows
 
 T, K, N, E, R, TOP = 9, 10, 14, 5, 3, 2
