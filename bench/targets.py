@@ -5,8 +5,7 @@
     python -m bench targets --triton 3.9.0   with another Triton, installed beside this one under .cache/
 
 The launchers themselves run, on tensors without storage and under a driver that names a card but has none: what is
-compiled is what a real call would compile, arguments, tiles, divisibility and all. Nothing is executed. The layer has
-M=8192, N=K=4096, bfloat16 activations and float32 factors unless a case says otherwise.
+compiled is what a real call would compile, arguments, tiles, divisibility and all. Nothing is executed.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from forgetless.ops.rows import More, Rows, Term
-from forgetless_kernels import fused, launcher, matmul_lowrank, sums, tiles
+from forgetless_kernels import launcher, matmul_lowrank, sums, tiles
 
 from .harness import RESULTS, ROOT, Parser, Results, read, row, start, write_json
+from .target_cases import Case, calls, everything, subset
 
 # ---------------------------------------------------------------------------------- what is compiled
 
 Record = dict[str, Any]
 ARCHS = (80, 86, 89, 90, 100, 120)
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-M, N, K = 8192, 4096, 4096
 
 
 class _NoDriver:
@@ -85,141 +83,6 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield launches
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call to compile: a launcher with operands of some kind"""
-
-    name: str
-    R: int
-    dtype: str = "bfloat16"
-    default_tile: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name} R={self.R} {self.dtype}" + (" default tile" if self.default_tile else "")
-
-
-def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], object]]]:
-    """Name: (the kernel's tile row, the call), on operands without storage and factors in float32"""
-
-    def on(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    factor = torch.float32
-    x, dy, weight, h = on(M, K), on(M, N), on(N, K), on(M, R)
-    down, up, seed = on(R, K, dtype=factor), on(N, R, dtype=factor), on(2, dtype=torch.int32)
-    small, narrow = on(M, N // 4), on(N // 4, K)  # of k and v beside q
-    odd_x, odd_weight = on(M, K + 4)[:, 1 : K - 3], on(N, K + 4)[:, 1 : K - 3]  # not 16-byte aligned, K not even
-    odd_down, bias = on(R, K - 4, dtype=factor), on(N)
-    return {
-        "project": ("project", lambda: fused.project(x, down)),
-        "project dropout": ("project", lambda: fused.project(x, down, 1.0, 0.1, seed)),
-        "project ragged": ("project", lambda: fused.project(odd_x, odd_down)),
-        "project dy": ("project", lambda: fused.project(dy, up.T)),
-        "forward": ("matmul_lowrank", lambda: fused.matmul_lowrank(x, weight, h, up)),
-        "forward bias": ("matmul_lowrank", lambda: fused.matmul_lowrank(x, weight, h, up, bias)),
-        "forward ragged": ("matmul_lowrank", lambda: fused.matmul_lowrank(odd_x, odd_weight, h, up)),
-        "dx": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, weight.T, h, down.T)),
-        "dx dropout": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, weight.T, h, down.T, None, 0.1, seed)),
-        "dx ragged": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, odd_weight.T, h, odd_down.T)),
-        "dx siblings": (
-            "matmul_lowrank_t",
-            lambda: fused.dx_and_ddown([dy, small, small], [weight, narrow, narrow], on(M, 3 * R), [down] * 3, None),
-        ),
-        **penalised(x, dy, h, down, up),
-        "mask": ("mask", lambda: fused.keep_bits(seed, 0.1, M, K)),
-        "outer": ("outer", lambda: fused.outer(h, x, dtype=factor)),
-        "outer dropout": ("outer", lambda: fused.outer(h, x, 0.1, seed, factor)),
-        "sweep": ("project_outer", lambda: fused.project_outer(dy, up.T, h, 1.0, factor)),
-        **{
-            f"{plan}{' dropout' if p else ''}": (
-                plan,
-                functools.partial(fused.linear_lowrank, x, weight, down, up, None, 1.0, p, seed, plan=plan),
-            )
-            for plan in ("full", "once")
-            for p in (0.0, 0.1)
-        },
-        **{
-            f"{plan} dx dropout": (
-                plan,
-                functools.partial(
-                    fused.linear_lowrank, dy, weight.T, up.T, down.T, None, 1.0, 0.1, seed, drop_output=True, plan=plan
-                ),
-            )
-            for plan in ("full", "once")
-        },
-    }  # fmt: skip
-
-
-def penalised(
-    x: torch.Tensor, dy: torch.Tensor, h: torch.Tensor, down: torch.Tensor, up: torch.Tensor
-) -> dict[str, tuple[str, Callable[[], object]]]:
-    """The skinny passes with what penalties want of a layer: by penalty, its rows of 256"""
-
-    def on(*shape: int, dtype: torch.dtype = x.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    factor, (N, R), K, k = torch.float32, up.shape, down.shape[1], 256
-    byte, index = torch.int8, torch.int64
-    terms = {
-        "null space": (Rows("down", on(K, k).T), Rows("up", on(N, k).T)),
-        "shared": (Rows("down", on(K, k).T, on(K, dtype=byte)), Rows("up", on(N, k).T, on(N, dtype=byte))),
-        "hadamard": tuple(
-            Rows(of, None, on(dim, dtype=byte), on(k, dtype=index)) for of, dim in (("down", K), ("up", N))
-        ),
-        "source": (
-            Rows("up"),
-            Rows("down", None, on(K, dtype=factor)),
-            Rows("down", on(K, 32, dtype=factor).T),
-        ),
-        "output": (Rows("up"), Rows("hidden")),
-    }
-    made: dict[str, tuple[str, Callable[[], object]]] = {}
-    for name, rows in terms.items():
-        d = [on(one.length(R), R, dtype=factor) for one in rows]
-        ups = [More(one, up.T, part) for one, part in zip(rows, d, strict=True) if one.of == "up"]
-        downs = [More(one, down, part) for one, part in zip(rows, d, strict=True) if one.of == "down"]
-        start = d[-1] if name == "output" else None
-        project = functools.partial(fused.project_terms, x, [down], [up], [Term(0, rows)])
-        made[f"project {name}"] = "project", project
-        made[f"sweep {name}"] = (
-            "project_outer",
-            functools.partial(fused.project_outer, dy, up.T, h, 1.0, factor, ups, start),
-        )
-        made[f"outer {name}"] = "outer", functools.partial(fused.outer, h, x, 0.0, None, factor, downs)
-    many = [Term(i, terms["null space"]) for i in range(3)]
-    made["project siblings"] = "project", functools.partial(fused.project_terms, x, [down] * 3, [up] * 3, many)
-    return made
-
-
-PENALISED = [
-    f"{kernel} {name}" for name in ("null space", "hadamard", "source", "output") for kernel in ("project", "sweep")
-]
-PENALISED += ["outer null space", "outer hadamard", "outer source", "project siblings", "project shared"]
-
-
-def subset() -> list[Case]:
-    """What the tests compile on every card"""
-    names = ("project dropout", "forward", "dx dropout", "dx siblings", "mask", "outer dropout", "sweep", "once")
-    return [Case(name, 16) for name in names]
-
-
-def everything() -> list[Case]:
-    """Every call at R=16, and the hardest of them at other ranks, dtypes and on the default tiles"""
-    hard = ["project dropout", "forward", "dx dropout", "outer dropout", "sweep", "full", "once"]
-    ragged = ["project ragged", "forward ragged", "dx ragged"]
-    cases = [Case(name, 16) for name in calls(16, torch.bfloat16)]
-    cases += [Case(name, R) for name in PENALISED for R in (64, 128)]
-    cases += [Case(name, 16, default_tile=True) for name in PENALISED if name != "project source"]
-    cases += [Case("dx siblings", R) for R in (32, 40, 64)]
-    cases += [Case(name, 64) for name in [*hard, *ragged, "dx", "once dropout", "full dx dropout"]]
-    cases += [Case(name, 128) for name in [*hard[:4], *ragged, "dx"]]
-    cases += [Case(name, 200) for name in [*hard[:4], "forward ragged"]]
-    cases += [Case(name, 8, "float16") for name in hard]
-    cases += [Case(name, 16, "float32") for name in hard[:5]] + [Case("outer dropout", 64, "float32")]
-    cases += [Case(name, 16, default_tile=True) for name in hard]
-    return cases
 
 
 def measure(case: Case, arch: int) -> list[Record]:
