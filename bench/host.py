@@ -13,7 +13,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -26,7 +26,20 @@ from triton.runtime.driver import driver
 import forgetless as fl
 from forgetless_kernels import tiles
 
-from .harness import FROZEN, OURS, PEFT, BadInput, Results, finish, interleave, parser, row, start, time_rows
+from .harness import (
+    FROZEN,
+    OURS,
+    PEFT,
+    BadInput,
+    Results,
+    begin,
+    finish,
+    interleave,
+    one_thread,
+    parser,
+    row,
+    time_rows,
+)
 from .providers import NO_PEFT, have_peft
 
 ARCH, WIDTH, TOKENS, BLOCKS, RANK = 90, 64, 16, 4, 16
@@ -136,16 +149,9 @@ def steps() -> dict[str, Step]:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "host", 101)
-    options = made.parse_args(arguments)
-    if options.smoke:
-        options.rounds = 2
-    results = start("host", options, arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a second one would do the CPU's products, which are not what is measured
-    with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)
-        card = stack.enter_context(no_card(NoCard()))
+    options, _, results = begin(parser(__doc__, "host", 101), "host", arguments)
+    # a second thread would do the CPU's products, which are not what is measured
+    with one_thread(results), no_card(NoCard()) as card:
         runs = steps()
         times = interleave(runs, options.rounds, 2 if options.smoke else 10, "cpu", options.seconds)
         results["rows"] = time_rows(CASE, times, ("forward", "backward"))
@@ -155,5 +161,4 @@ def main(arguments: list[str] | None = None) -> Results:
             results["rows"].append(row(CASE, name, "both", "launches", card.launches / LAYERS, "1"))
     if PEFT not in runs:
         results["notes"].append(NO_PEFT)
-    results["machine"]["threads"] = 1
     return finish(results, options)

@@ -6,6 +6,7 @@ Ratios are computed here, from the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,26 @@ def unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+Key = Callable[[Row], str]
+
+
+def nested(rows: Iterable[Row], first: str = "case", second: str = "provider") -> dict[str, dict[str, Row]]:
     """case -> provider -> row, of rows of one phase and metric."""
     result: dict[str, dict[str, Row]] = {}
     for row in rows:
-        result.setdefault(row["case"], {})[row["provider"]] = row
+        result.setdefault(row[first], {})[row[second]] = row
     return result
+
+
+def pivot(rows: Iterable[Row], head: str, line: str | Key, column: str | Key, cell: Key) -> str:
+    """A line and a column for each value of these fields, in the order of the rows; empty without rows."""
+    line_of, column_of = (itemgetter(key) if isinstance(key, str) else key for key in (line, column))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(line_of(row), {})[column_of(row)] = cell(row)
+    columns = unique(name for each in cells.values() for name in each)
+    lines = [[name, *(each.get(name_of, NONE) for name_of in columns)] for name, each in cells.items()]
+    return table([head, *columns], lines) if lines else ""
 
 
 def source(results: Results, path: Path | None = None) -> str:
@@ -46,7 +61,7 @@ def source(results: Results, path: Path | None = None) -> str:
     parts = []
     if machine:
         threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-        parts.append(machine["gpu"] or f"{machine['processor']}, {threads}")
+        parts.append(f"{machine['processor']}, {threads}" if machine["device"] == "cpu" else machine["device"])
     parts.append(", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "peft") if name in versions))
     parts.append(f"commit {commit[:12]}{' with changes' if plus else ''}, {results['created']}")
     against = f", against commit {results['against'][:12]}" if "against" in results else ""
@@ -69,10 +84,8 @@ def provider_table(
     """
     cells: dict[str, dict[str, float]] = {}
     for row in rows:
-        cell = cells.setdefault(row["provider"], {})
-        cell[row["metric"]] = row["value"]
-        if "spread" in row:
-            cell["spread"] = row["spread"]
+        more = {"spread": row["spread"]} if "spread" in row else {}
+        cells.setdefault(row["provider"], {}).update({row["metric"]: row["value"], **more})
     if floor is not None:
         for name, cell in cells.items():
             own = floor + "".join(name.partition(" @ ")[1:])  # the floor of the same process
@@ -116,23 +129,15 @@ def step_text(results: Results) -> str:
 def against_text(results: Results, phase: str) -> str:
     """This checkout's times over the other commit's, within every round."""
     rows = []
-    for case, times in by_case(select(results, phase=phase, metric="time")).items():
-        for name in times:
+    for case, times in nested(select(results, phase=phase, metric="time")).items():
+        for name, other in times.items():
             ours, mark, _ = name.partition(" @ ")
             if mark:
-                pairs = zip(times[ours]["rounds"], times[name]["rounds"], strict=True)
-                middle, spread = median_and_spread([a / b for a, b in pairs])
-                rows.append([case, ours, f"{middle:.3f} ± {spread:.3f}"])
+                pairs = zip(times[ours]["rounds"], other["rounds"], strict=True)
+                rows.append([case, ours, "{:.3f} ± {:.3f}".format(*median_and_spread([a / b for a, b in pairs]))])
     if not rows:
         return ""
     return f"\nThis checkout's time over commit {results['against'][:8]}'s:\n\n" + table(["case", "", "ratio"], rows)
-
-
-def by_provider(rows: Iterable[Row]) -> dict[str, list[float]]:
-    result: dict[str, list[float]] = {}
-    for row in rows:
-        result.setdefault(row["provider"], []).append(row["value"])
-    return result
 
 
 # ------------------------------------------------------------------------------------------ one layer
@@ -162,12 +167,12 @@ def layer_groups(results: Results) -> dict[tuple[Any, ...], list[str]]:
 
 
 def title_of(case: Mapping[str, Any], more: Sequence[str] = ()) -> str:
-    sizes = "".join(f" {key}={case[key]}" for key in more)
-    return f"{case['models'].split(',')[0]} {case['projection']} {case['N']}×{case['K']}{sizes}"
+    parts = case["models"].split(",")[0], case["projection"], f"{case['N']}×{case['K']}"
+    return " ".join([*filter(None, parts), *(f"{key}={case[key]}" for key in more)])
 
 
 def layer_text(results: Results) -> str:
-    times = by_case(select(results, phase="both", metric="time"))
+    times = nested(select(results, phase="both", metric="time"))
     peaks = {row["provider"]: row["value"] for row in select(results, case="machine")}
     text = (
         "Forward and backward, the gradient of the input included: times the frozen layer, in brackets the overhead "
@@ -195,17 +200,15 @@ def layer_text(results: Results) -> str:
 
 def saved_text(results: Results) -> str:
     """What each provider saves for the backward pass; the sweep's rows are in its JSON."""
-    saved = by_case(select(results, phase="both", metric="saved"))
-    rows, names = [], unique(name for name in saved if results["kind"] == "layer")
-    for provider in unique(p for name in names for p in saved[name] if not p.startswith(FROZEN)):
-        for (method, dtype, dropout), cases in layer_groups(results).items():
-            sizes = [saved[name][provider]["value"] / MIB for name in cases if provider in saved.get(name, {})]
-            if len(sizes) == len(cases):
-                rows.append([f"{method}, {dtype}, dropout {dropout:g}: {provider}", *(number(v, 3) for v in sizes)])
-    if not rows:
-        return ""
-    shapes = unique(title_of(case) for case in results["cases"].values())
-    return "\nSaved for the backward pass, MiB:\n\n" + table(["", *shapes], sorted(rows))
+
+    def line(row: Row) -> str:
+        case = results["cases"][row["case"]]
+        return f"{case['method']}, {case['dtype']}, dropout {case['dropout']:g}: {row['provider']}"
+
+    rows = [] if results["kind"] == "sweep" else select(results, phase="both", metric="saved")
+    rows = sorted((row for row in rows if not row["provider"].startswith(FROZEN)), key=line)
+    text = pivot(rows, "", line, lambda r: title_of(results["cases"][r["case"]]), lambda r: number(r["value"] / MIB, 3))
+    return text and f"\nSaved for the backward pass, MiB:\n\n{text}"
 
 
 def fastest(case: Mapping[str, Any], peaks: Mapping[str, float]) -> float:
@@ -216,7 +219,7 @@ def fastest(case: Mapping[str, Any], peaks: Mapping[str, float]) -> float:
 
 def lora_times(results: Results) -> dict[float, list[dict[str, Row]]]:
     """dropout -> for each LoRA case its providers' times."""
-    times = by_case(select(results, phase="both", metric="time"))
+    times = nested(select(results, phase="both", metric="time"))
     result: dict[float, list[dict[str, Row]]] = {}
     for name, case in results["cases"].items():
         if case["method"] == "lora" and OURS in times[name]:
@@ -270,9 +273,9 @@ def memory_text(results: Results) -> str:
 
 
 def qlora_text(results: Results) -> str:
-    losses = by_provider(select(results, metric="loss"))
+    losses = nested(select(results, metric="loss"), "provider", "phase")
     columns = [(f"{metric} MiB", metric, 1 / MIB, 1) for metric in ("weights", "saved", "peak")]
-    last = {name: " ".join(number(loss) for loss in values) for name, values in losses.items()}
+    last = {name: " ".join(number(row["value"]) for row in steps.values()) for name, steps in losses.items()}
     rows = select(results, phase="step")
     return (
         f"{rows[0]['case']}. Weights: of the frozen linear layers, scales included. Saved: for the backward pass. "
@@ -289,11 +292,12 @@ def dispatch_text(results: Results) -> str:
 
 def host_overheads(results: Results) -> dict[str, dict[str, float]]:
     """provider -> phase -> seconds of the host over the frozen model, per layer."""
-    times: dict[str, dict[str, float]] = {}
-    for row in select(results, metric="time"):
-        times.setdefault(row["provider"], {})[row["phase"]] = row["value"]
+    times = nested(select(results, metric="time"), "provider", "phase")
     frozen = times.pop(FROZEN)
-    return {name: {phase: value - frozen[phase] for phase, value in each.items()} for name, each in times.items()}
+    return {
+        name: {phase: row["value"] - frozen[phase]["value"] for phase, row in each.items()}
+        for name, each in times.items()
+    }
 
 
 def host_share(results: Results, name: str) -> float | None:
@@ -314,20 +318,17 @@ def host_bench_text(results: Results) -> str:
 def check_text(results: Results) -> str:
     """How near each kernel's worst result comes to its limit; what is over it or without a result is in the notes."""
     rows = []
-    for kernel, values in by_provider(select(results, phase="check")).items():
-        right = [value for value in values if value is not None and value <= 1]
-        rows.append([kernel, f"{len(right)} of {len(values)}", number(max(right, default=None))])
+    for kernel, cases in nested(select(results, phase="check"), "provider", "case").items():
+        right = [row["value"] for row in cases.values() if row["value"] is not None and row["value"] <= 1]
+        rows.append([kernel, f"{len(right)} of {len(cases)}", number(max(right, default=None))])
     return table(["kernel", "right", "worst error of these, of the limit"], rows)
 
 
 def host_text(results: Results) -> str:
     """What the host takes to issue a layer's work."""
-    times = by_case(select(results, phase="both", metric="host time"))
-    rows = []
-    for name in unique(name for case in times.values() for name in case):
-        cells = [number(case[name]["value"] * 1e6, 0) if name in case else NONE for case in times.values()]
-        rows.append([name, *cells])
-    return "\nThe host's time for the same, µs:\n\n" + table(["provider", *times], rows) if rows else ""
+    rows = select(results, phase="both", metric="host time")
+    cells = pivot(rows, "provider", "provider", "case", lambda r: number(r["value"] * 1e6, 0))
+    return cells and f"\nThe host's time for the same, µs:\n\n{cells}"
 
 
 #: kind -> (title, text).

@@ -27,7 +27,7 @@ from forgetless_bench.shapes import Case  # noqa: E402
 
 CPU = torch.device("cpu")
 KINDS = ("layer", "penalty", "step", "memory", "dispatch")
-TINY = {"shape": "tiny", "M": 8, "R": 4, "dtype": "float32", "dropout": 0.0, "method": "lora"}
+TINY = {"shape": "tiny.q", "M": 8, "R": 4, "dtype": "float32", "dropout": 0.0, "method": "lora"}
 CHECKOUT = (harness.ROOT / ".git").exists()
 
 
@@ -85,8 +85,8 @@ def test_rows_of_layers(smoke):
 def test_the_sweeps_are_a_run_of_their_own(sweep):
     assert sweep["kind"] == "sweep" and sweep["command"].startswith("python -m bench layer --sweep")
     sizes = [(case["shape"], case["M"], case["R"]) for case in sweep["cases"].values()]
-    tiny = [("tiny", 8, 2), ("tiny", 8, 4), ("tiny.k", 4, 4), ("tiny.k", 8, 4)]
-    assert sorted(set(sizes)) == tiny and {case["dropout"] for case in sweep["cases"].values()} == {0.0}
+    tiny = [("tiny.q", 8, 2), ("tiny.q", 8, 4), ("tiny.k", 4, 4), ("tiny.k", 8, 4)]
+    assert sorted(set(sizes)) == sorted(tiny) and {case["dropout"] for case in sweep["cases"].values()} == {0.0}
 
 
 def test_rows_of_the_others(smoke):
@@ -229,7 +229,7 @@ def test_tables_from_results(smoke, sweep, house, capsys):
 def made_up(providers_of: dict[str, list[list[float]]]) -> dict[str, Any]:
     """Results of as many LoRA cases as there are lists of rounds."""
     count = len(next(iter(providers_of.values())))
-    cases = [Case("tiny", M, 4, "float32", 0.0, "lora") for M in range(8, 8 + count)]
+    cases = [Case("tiny.q", M, 4, "float32", 0.0, "lora") for M in range(8, 8 + count)]
     rows = [
         harness.time_row(case.name, provider, "both", rounds[index])
         for index, case in enumerate(cases)
