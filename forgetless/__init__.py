@@ -6,6 +6,7 @@ loss = model(**batch).loss + fl.penalty(model)
 """
 
 from . import methods, ops, penalties, training
+from .budget import fit_budget
 from .calibrate import calibrate
 from .checkpoint.io import export_lora, load, save
 from .consolidate import consolidate
@@ -38,6 +39,7 @@ __all__ = [
     "drift",
     "explain",
     "export_lora",
+    "fit_budget",
     "fuse_penalty",
     "load",
     "merge",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from .layers.frozen import site_of
 from .layers.linear import AdaptedLinear
 from .methods.curlora import CURLoRAAdapter, weight_hash
 from .siblings import share_statistics
+from .switch import scaled
 
 
 @dataclass
@@ -57,6 +59,7 @@ def consolidate(
     loss: LossFunction | None = None,
     on_batch: Callable[[int], None] | None = None,
     undo: bool = False,
+    scale: float = 1.0,
 ) -> Consolidation:
     """Fold the update of the finished task into the frozen weights and start afresh, with the task among the kept.
 
@@ -72,11 +75,15 @@ def consolidate(
         on_batch: as of ``fl.calibrate``.
         undo: keep a copy of the weights and adapters, so that ``.undo()`` restores them bit for bit. (While it works,
             consolidate holds such a copy in any case, so that a failure changes nothing.)
+        scale: factor of the update that is folded, not 0: below 1 it keeps more of the base and of earlier tasks, see
+            ``fl.fit_budget``.
 
     Raises:
-        ValueError: no adapters; an adapter holds NaN or Inf; a weight is tied to another module's; batches are
-            missing. Nothing is changed then.
+        ValueError: no adapters; ``scale`` is 0 or not finite; an adapter holds NaN or Inf; a weight is tied to another
+            module's; batches are missing. Nothing is changed then.
     """
+    if scale == 0:
+        raise ValueError("scale is 0, wants another number: nothing would be consolidated; fl.remove drops an update")
     result = check_foldable(model, "consolidated")
     asking = [s for layer in result.values() for s in layer.adapter.penalty_states() if s.statistics]
     if asking and batches is None:
@@ -91,12 +98,13 @@ def consolidate(
     current = [copies[id(state.shared())] for state in asking]
     rounding = {}
     try:
-        for name, layer in result.items():
-            if isinstance(layer.adapter, CURLoRAAdapter) and layer.adapter.weight_sha256 is None:
-                layer.adapter.weight_sha256 = weight_hash(layer.weight)
-            rounding[name] = layer.fold()
-            layer.trace = None
-            layer.adapter.restart(site_of(name, layer.base))
+        with scaled(model, scale) if scale != 1.0 else nullcontext():
+            for name, layer in result.items():
+                if isinstance(layer.adapter, CURLoRAAdapter) and layer.adapter.weight_sha256 is None:
+                    layer.adapter.weight_sha256 = weight_hash(layer.weight)
+                rounding[name] = layer.fold()
+                layer.trace = None
+                layer.adapter.restart(site_of(name, layer.base))
         if asking:
             assert batches is not None
             calibrate(model, batches, loss, on_batch)

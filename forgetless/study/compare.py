@@ -23,13 +23,14 @@ import forgetless as fl
 
 from ..cli.console import Ui
 from . import results as book
+from .baselines import KL, examples_of, factor_of, scaling, source_batches
 from .data import Collator, Domain
 from .encoding import encode_domain
-from .evaluate import facts, nll
+from .evaluate import facts, log_probs, nll
 from .machine import commit, machine, versions
 from .metrics import continual, summary
 from .models import describe
-from .options import Plan
+from .plans import Plan
 from .runs import Store, put_aside, slug
 from .session import CompareOptions, Session, checksum, needs_calibration, prepare
 from .stats import mean
@@ -47,14 +48,16 @@ def evaluate(session: Session, plan: Plan | None, after: int = -1, midway: bool 
     """
     model, collate = session.model, Collator(session.tokenizer)
     domains = (session.tasks[: after + 1] if midway else session.tasks) + session.kept
-    matches: dict[str, Any] = {"losses": {}, "accuracies": {}, "drift": {}}
+    matches: dict[str, Any] = {"losses": {}, "accuracies": {}, "drift": {}, "divergence": {}}
     layers: dict[str, float] = {}
     watched = session.original.watching() if plan is not None and plan.full and session.original else nullcontext()
     with watched:
         for domain in domains:
-            score = nll(model, session.held_out[domain.name], collate)
+            score = nll(model, session.held_out[domain.name], collate, reference=session.reference.get(domain.name))
             matches["losses"][domain.name] = score.loss
             matches["accuracies"][domain.name] = score.accuracy
+            if score.divergence is not None:
+                matches["divergence"][domain.name] = score.divergence
             if plan is not None and domain in session.kept:
                 layers = drift(session, plan)
                 if layers:
@@ -81,7 +84,7 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
     started = time.perf_counter()
     set_seed(seed)
     row |= {"label": plan.label, "seed": seed, "settings": plan.settings, "family": plan.family}
-    row |= {"stages": [], "points": [], "tasks": []}
+    row |= {"stages": [], "points": [], "tasks": [], "extra_forwards": 0}
     if plan.full:
         model.requires_grad_(True)
     else:
@@ -89,21 +92,28 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
     row["trainable"] = sum(p.numel() for p in trainable(model))
     if needs_calibration(model):
         began = time.perf_counter()
-        fl.calibrate(model, Collator(session.tokenizer).batches(session.source))
+        counts = fl.calibrate(model, source_batches(session))
         row["calibrate_seconds"] = time.perf_counter() - began
+        row["extra_forwards"] += counts["batches"]
     config = TrainConfig.of(options, options.steps, plan.lr, seed)
+    extra = KL(plan.extras.kl, source_batches(session, options.batch_size)) if plan.extras.kl else None
     for i, task in enumerate(session.tasks):
         with ui.training(f"{plan.label}, seed {seed}: {task.name}", options.steps) as on_step:
             watched = watching(session, plan, i, row, on_step)
-            result = train(model, session.tokenizer, task.train, config, watched)
+            result = train(
+                model, session.tokenizer, examples_of(session, plan, task, seed, row), config, watched, extra=extra
+            )
         row["tasks"].append({"task": task.name, **dataclasses.asdict(result)})
         if result.stopped == INTERRUPTED:
             raise KeyboardInterrupt
-        row["stages"].append({"after": task.name, **evaluate(session, plan)})
+        factor = factor_of(session, plan, row) if result.stopped == FINISHED else 1.0
+        with scaling(model, factor):
+            row["stages"].append({"after": task.name, "factor": factor, **evaluate(session, plan)})
         if result.stopped != FINISHED:
             break
-        if plan.consolidate and i < len(session.tasks) - 1:
-            consolidate(session, task, row)
+        if plan.extras.consolidate and i < len(session.tasks) - 1:
+            consolidate(session, task, row, factor)
+    row["extra_forwards"] += 2 * extra.calls if extra else 0
     row["stopped"] = row["tasks"][-1]["stopped"]
     row["seconds_per_step"] = statistics.median(t["seconds_per_step"] for t in row["tasks"])
     row["peak_mib"] = max(t["peak_mib"] for t in row["tasks"])
@@ -129,14 +139,14 @@ def watching(
     return stepped
 
 
-def consolidate(session: Session, task: Domain, row: dict[str, Any]) -> None:
+def consolidate(session: Session, task: Domain, row: dict[str, Any], factor: float) -> None:
     """Fold a learnt task into the base; its own text joins what the penalties protect."""
     began = time.perf_counter()
     expected = None
     if needs_calibration(session.model):
         encoded = encode_domain(task.train, session.tokenizer, session.options.max_length)
         expected = Collator(session.tokenizer).batches(encoded[: session.options.calibration])
-    lost = fl.consolidate(session.model, expected).rounding
+    lost = fl.consolidate(session.model, expected, scale=factor).rounding
     row.setdefault("consolidated", []).append(
         {"after": task.name, "rounding": statistics.fmean(lost.values()), "seconds": time.perf_counter() - began}
     )
@@ -250,6 +260,11 @@ def run_all(session: Session, path: Path, ui: Ui) -> None:
             ui.say(f"{plan.label}, seed {seed}: finished earlier, reused")
             results["rows"].append(known)
             continue
+        if not session.reference:  # of the base model, whose row may be an earlier run's
+            collate = Collator(session.tokenizer)
+            session.reference = {
+                t.name: log_probs(session.model, session.held_out[t.name], collate) for t in session.tasks
+            }
         row = results["unfinished"] = {"fingerprint": mark, "commit": commit()}
         run_row(session, plan, seed, row, ui)
         if row["stopped"] == DIVERGED:

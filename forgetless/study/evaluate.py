@@ -63,21 +63,61 @@ FACTS: tuple[FactProbe, ...] = (
 
 @dataclass(frozen=True)
 class Score:
-    """Mean negative log-likelihood in nats per label token, how many those are, the share that is the likeliest."""
+    """Mean negative log-likelihood in nats per label token, how many those are, the share that is the likeliest.
+
+    ``divergence`` is the mean of KL(model || reference) over label tokens, in nats, where there is a reference.
+    """
 
     loss: float
     tokens: int
     accuracy: float = 0.0
+    divergence: float | None = None
+
+
+#: log p of every label token of a text (tokens, vocabulary), batch by batch, as a model gave them; bfloat16.
+LogProbs = list[Tensor]
 
 
 def nll(
-    model: torch.nn.Module, encoded: Sequence[dict[str, list[int]]], collate: Collator, batch_size: int = 8
+    model: torch.nn.Module,
+    encoded: Sequence[dict[str, list[int]]],
+    collate: Collator,
+    batch_size: int = 8,
+    reference: LogProbs | None = None,
 ) -> Score:
     """The mean loss over all label tokens of `encoded` (every token weighs the same, not every row).
 
-    Rows are sorted by length so that little is padded; the head runs only on positions that some row of
-    the batch has a label for, where the model can do that (`logits_to_keep`); the logits become float32
-    at label positions only. The mode (train or eval) of every module is as before afterwards.
+    `reference` is what `log_probs` gave for the same rows. The mode (train or eval) of every module is as before
+    afterwards.
+    """
+    total, tokens, right, divergence = 0.0, 0, 0, 0.0
+    for i, (logits, labels) in enumerate(predictions(model, encoded, collate, batch_size)):
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        total += losses.double().sum().item()
+        right += int((logits.argmax(-1) == labels).sum())
+        tokens += labels.numel()
+        if reference is not None:
+            own = logits.log_softmax(-1)
+            divergence += F.kl_div(reference[i].float(), own, reduction="sum", log_target=True).item()
+    if not tokens:
+        raise ValueError("nothing to evaluate: no example has a label after its first token")
+    return Score(total / tokens, tokens, right / tokens, None if reference is None else divergence / tokens)
+
+
+def log_probs(
+    model: torch.nn.Module, encoded: Sequence[dict[str, list[int]]], collate: Collator, batch_size: int = 8
+) -> LogProbs:
+    """What `nll` takes as a reference."""
+    return [logits.log_softmax(-1).bfloat16() for logits, _ in predictions(model, encoded, collate, batch_size)]
+
+
+def predictions(
+    model: torch.nn.Module, encoded: Sequence[dict[str, list[int]]], collate: Collator, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per batch the logits (tokens, vocabulary) in float32 and the labels (tokens,), at label positions only.
+
+    Rows are sorted by length so that little is padded; the head runs only on positions that some row of the batch has
+    a label for, where the model can do that (`logits_to_keep`).
     """
     if not encoded:
         raise ValueError("nothing to evaluate: encoded is empty")
@@ -86,31 +126,24 @@ def nll(
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
     rows = sorted(encoded, key=lambda row: len(row["input_ids"]))
-    total, tokens, right = 0.0, 0, 0
-    with _evaluating(model), torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            batch = {k: v.to(device) for k, v in collate(rows[start : start + batch_size]).items()}
-            # The logits at position t predict token t + 1.
-            labels = batch.pop("labels")[:, 1:]  # (B, T-1)
-            if not (labels != IGNORED).any():
-                continue
-            extra: dict[str, Any] = {}
-            if keeps:
-                positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)  # (P,)
-                labels = labels[:, positions]
-                extra["logits_to_keep"] = positions
+    for start in range(0, len(rows), batch_size):
+        batch = {k: v.to(device) for k, v in collate(rows[start : start + batch_size]).items()}
+        # The logits at position t predict token t + 1.
+        labels = batch.pop("labels")[:, 1:]  # (B, T-1)
+        if not (labels != IGNORED).any():
+            continue
+        extra: dict[str, Any] = {}
+        if keeps:
+            positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)  # (P,)
+            labels = labels[:, positions]
+            extra["logits_to_keep"] = positions
+        with _evaluating(model), torch.inference_mode():
             logits = model(**batch, use_cache=False, **extra).logits  # (B, P, V) or (B, T, V)
             if not keeps:
                 logits = logits[:, :-1]
             expected = labels != IGNORED
-            logits, labels = logits[expected].float(), labels[expected]
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            total += losses.double().sum().item()
-            right += int((logits.argmax(-1) == labels).sum())
-            tokens += labels.numel()
-    if not tokens:
-        raise ValueError("nothing to evaluate: no example has a label after its first token")
-    return Score(total / tokens, tokens, right / tokens)
+            logits = logits[expected].float()
+        yield logits, labels[expected]
 
 
 def facts(

@@ -23,6 +23,7 @@ from .config import CONFIG, differing, essential, write_config
 from .data import Collator, Domain, load_domain
 from .encoding import CHAT, IGNORED, Encoded, encode_domain, encode_for_training, template_for
 from .evaluate import facts, nll
+from .extras import Extras
 from .machine import machine, versions
 from .models import load_model
 from .options import (
@@ -30,12 +31,11 @@ from .options import (
     FACTS,
     BadInput,
     FinetuneOptions,
-    Plan,
     check_dtype,
     check_numbers,
-    parse_method,
     positive,
 )
+from .plans import Plan, parse_method
 from .session import calibrates, check_distinct, check_fit, checksum, source_rows, take_tokens
 from .tables import Table, figure
 from .train import DIVERGED, FINISHED, INTERRUPTED, TrainConfig, train, trainable
@@ -78,7 +78,7 @@ def check(options: FinetuneOptions) -> Plan:
     check_dtype(options.dtype)
     check_report(options.report)
     plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
-    if plan.alters:
+    if plan.full or plan.extras != Extras():
         raise BadInput(f"{plan.label}: finetune trains one adapter; full and consolidate are rows of compare")
     if not options.overwrite and not options.dry_run:
         check_out(options)

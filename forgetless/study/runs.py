@@ -12,7 +12,7 @@ from typing import Any
 from ..cli.console import Ui
 from . import results as book
 from .machine import commit, machine, versions
-from .options import Plan
+from .plans import Plan
 from .session import Session
 
 FOLDER = "runs"

@@ -19,20 +19,19 @@ from forgetless.targets import find_layers
 
 from .data import Domain, load_domain
 from .encoding import Encoded, encode, encode_domain, encode_for_training
-from .evaluate import Original
+from .evaluate import LogProbs, Original
 from .models import load_model
 from .options import (
     DTYPES,
     FACTS,
     BadInput,
     CompareOptions,
-    Plan,
     at_least,
     check_dtype,
     check_numbers,
-    parse_method,
     positive,
 )
+from .plans import Plan, parse_method
 from .results import writable
 from .train import TrainConfig
 
@@ -53,6 +52,8 @@ class Session:
     checksum: str
     swept: list[Plan] = field(default_factory=list)
     original: Original | None = None
+    protected: list[Domain] = field(default_factory=list)
+    reference: dict[str, LogProbs] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -132,10 +133,10 @@ def prepare(options: CompareOptions) -> Session:
     """Load and check all inputs: after this, only training can fail."""
     plans = check(options)
     writable(options.out)
-    unkept = [plan.label for plan in plans if calibrates(plan)]
+    unkept = [plan.label for plan in plans if calibrates(plan) or plan.extras.needs_source]
     named = options.keep if options.source is None else options.source
     if unkept and not set(named) - {FACTS}:
-        raise BadInput(f"{', '.join(unkept)}: calibrated on text to keep, and --keep names none")
+        raise BadInput(f"{', '.join(unkept)}: needs source text, and neither --source nor --keep names any")
     tasks = [load_domain(spec) for spec in options.tasks]
     kept = [load_domain(spec) for spec in options.keep if spec != FACTS]
     model, tokenizer = load_model(options.model, DTYPES[options.dtype], options.device)
@@ -169,6 +170,7 @@ def prepare(options: CompareOptions) -> Session:
         checksum(model),
         sweep(swept, options.sweep),
         Original(model, options.targets) if altered else None,
+        protected,
     )
 
 

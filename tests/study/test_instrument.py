@@ -21,7 +21,8 @@ from forgetless.study import compare as module
 from forgetless.study import metrics, runs
 from forgetless.study.data import Example
 from forgetless.study.evaluate import Original
-from forgetless.study.options import BadInput, Full, parse_method
+from forgetless.study.options import BadInput
+from forgetless.study.plans import Full, parse_method
 from forgetless.study.report import published, verdicts
 from forgetless.study.session import CompareOptions, check, sweep
 from forgetless.study.train import TrainConfig, train
@@ -52,7 +53,7 @@ def read(out: Path) -> dict[str, Any]:
 def test_rows_beyond_the_methods_are_parsed() -> None:
     plan = parse_method("source+consolidate:covariance=full,weight=0.1", lr=2e-3)
     assert plan.method == fl.LoRA(rank=16, alpha=32, penalties=(fl.SourceDeviation(0.1, "full"),))
-    assert plan.consolidate and plan.alters and not plan.plain and not plan.full
+    assert plan.extras.consolidate and plan.alters and not plan.plain and not plan.full
     assert plan.label == "LoRA+source+consolidate:covariance=full,weight=0.1" and plan.settings["consolidate"] is True
     plan = parse_method("clora+decay:decay.weight=0.2,weight=3,basis=hadamard", lr=2e-3)
     assert plan.method.weight == 3 and plan.method.basis == "hadamard" and plan.method.penalties == (fl.Decay(0.2),)
