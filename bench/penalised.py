@@ -20,7 +20,7 @@ from forgetless_kernels.rows import GRAM_GROUP, PRODUCT_ROWS, SUM_COLUMNS, SUM_R
 from forgetless_kernels.sums import strips_of
 from forgetless_kernels.tl_utils import pad_rank
 
-from .harness import Parser
+from .harness import Results, Row, begin, finish, parser, row
 from .static import CARDS, Bytes, Rate, Sizes, cdiv, designs, outer_traffic, project_outer_traffic
 
 
@@ -209,23 +209,22 @@ PENALTIES = (
 )
 
 
-def text() -> str:
-    """The table, in Markdown"""
-    step = lora_seconds()
-    titles = f"penalty, {LAYERS * len(SHAPES)} layers", "held", "torch operations", "GB", "GFLOP", "ms", "of the step"
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+def rows() -> list[Row]:
+    """What each penalty costs on both ways, and the predicted step that it is a part of"""
+    made_rows = [row("LoRA", "forgetless split", "step", "predicted time", lora_seconds(), "s")]
     for penalty in PENALTIES:
         items = items_of(penalty)
         fields = [f"{f.name}={getattr(penalty, f.name)}" for f in dataclasses.fields(penalty)[1:3]]
         name = f"{type(penalty).__name__}({', '.join(fields)})"
-        for way, cost in (("in the pass", made(items)), ("grouped", grouped(items))):
-            cells = [f"{held(items) / 2**20:.0f} MiB", str(cost.operations), f"{cost.moved / 1e9:.2f}"]
-            cells += [f"{cost.flops / 1e9:.0f}", f"{cost.time() * 1e3:.2f}", f"{cost.time() / step:.2%}"]
-            lines.append(f"| {name}, {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        for way, cost in (("grouped", grouped(items)), ("in the pass", made(items))):
+            values = {"held": held(items), "moved": cost.moved, "predicted time": cost.time()}
+            values |= {"operations": cost.operations, "FLOPs": cost.flops}
+            units = {"held": "B", "moved": "B", "predicted time": "s"}
+            made_rows += [row(name, way, "penalty", metric, v, units.get(metric, "1")) for metric, v in values.items()]
+    return made_rows
 
 
-def main(arguments: list[str] | None = None) -> int:
-    Parser(prog="forgetless bench penalised", description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
-    print(text(), end="")
-    return 0
+def main(arguments: list[str] | None = None) -> Results:
+    options, _, results = begin(parser(__doc__, "penalised", 1), "penalised", arguments)
+    results["rows"] = rows()
+    return finish(results, options)

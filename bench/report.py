@@ -5,7 +5,6 @@ Written are docs/benchmarks.md and docs/static.md, and the text between the mark
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -14,22 +13,20 @@ from typing import Any
 
 from forgetless.files import write_atomically
 
+from .bytes import MIB
 from .harness import FROZEN, OURS, PEFT, RESULTS, ROOT, Parser, Results, read, select
 from .tables import (
     NONE,
     SECTIONS,
-    clora_speedup,
-    host_overheads,
-    host_share,
+    host_bench_text,
     layer_verdict,
-    lora_times,
     nested,
     number,
+    penalised_text,
     pivot,
     ratio,
     section,
     source,
-    step_shares,
     table,
     unique,
 )
@@ -93,90 +90,76 @@ def targets_text(results: Results, path: Path) -> str:
 # ------------------------------------------------------------------------------------------ README
 
 
-def compare_section(results: dict[str, Any]) -> str:
-    from forgetless.study.tables import main_table
-
-    rows = main_table(results)
-    machine, options = results["machine"], results["options"]
-    seeds = ", ".join(str(seed) for seed in options["seeds"])
-    return (
-        "**What each method learnt and forgot** (`make demo`). One adapter learns both tasks in sequence; losses are "
-        f"nats per token on held-out text, in brackets the change; {options['steps']} steps a task, seed {seeds}. "
-        "One short run on a small model: an example of the instrument, not a ranking of methods.\n\n"
-        + table(list(rows.columns), [list(row) for row in rows.rows])
-        + f"\n{results['model']['name']}, {options['dtype']}; {machine['processor']}, {machine['cores']} cores; "
-        f"`bench/results/compare-smollm2.json`.\n"
-    )
-
-
 def layer_section(results: Results) -> str:
-    by_dropout = lora_times(results)
-    providers = unique(p for cases in by_dropout.values() for times in cases for p in times)
+    """Each provider's time over the frozen layer's: by dtype and dropout, the median over shapes, and the ends."""
+    times = nested(select(results, phase="both", metric="time"))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, case in results["cases"].items():
+        if case["method"] == "lora" and OURS in times[name]:
+            groups.setdefault(f"{case['dtype']}, dropout {case['dropout']:g}", []).append(times[name])
     rows = []
-    for provider in providers:
+    for provider in unique(p for cases in groups.values() for case in cases for p in case if p != FROZEN):
         cells = []
-        for cases in by_dropout.values():
-            ratios = [ratio(times, provider) for times in cases if provider in times]
-            text = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else NONE
-            cells.append(text + (f", {len(ratios)} cases" if 0 < len(ratios) < len(cases) else ""))
-        rows.append([provider, *cells])
-    columns = [f"dropout {p:g}, {len(cases)} cases" for p, cases in by_dropout.items()]
-    verdict = " ".join(layer_verdict(results))
+        for cases in groups.values():
+            ratios = [ratio(case, provider) for case in cases if provider in case]
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else NONE)
+        rows.append([NAMES.get(provider, provider), *cells])
     return (
-        "**One layer**, times the frozen layer, median over shapes and dtypes (lowest to highest). "
-        f"{verdict}\n\n{table(['provider', *columns], rows)}\n{source(results)}.\n"
+        f"**One layer**, forward and backward, times the frozen layer: median of {len(next(iter(groups.values())))} "
+        f"shapes (lowest–highest). {' '.join(layer_verdict(results))}\n\n{table(['', *groups], rows)}"
     )
 
 
-def rest_section(results: Mapping[str, Results]) -> str:
-    """What the benchmarks of a whole model say, in a few rows."""
-    rows: list[list[str]] = []
-    if "step" in results:
-        times = {row["provider"]: row for row in select(results["step"], phase="step", metric="time")}
-        for dropout in unique(name.partition(", ")[2] for name in times if name.startswith(f"{OURS}, ")):
-            names = [n for who in (OURS, PEFT, f"{PEFT} bf16 adapters") if (n := f"{who}, {dropout}") in times]
-            title = f"training step, {dropout}: × frozen, {' / '.join(name.partition(', ')[0] for name in names)}"
-            rows.append([title, " / ".join(number(ratio(times, name)) for name in names)])
-        if shares := step_shares(results["step"]):
-            rows.append(["training step: our overhead / PEFT's, within rounds", ", ".join(shares)])
-    if "penalty" in results:
-        text = clora_speedup(results["penalty"])
-        rows.append(["CLoRA's penalty: times faster than the authors' loop, by basis", text])
-    if "memory" in results:
-        rows += memory_shares(results["memory"])
-    if "host" in results:
-        names = [name for name in host_overheads(results["host"]) if name.startswith(OURS)]
-        hosts = ", ".join(f"{name} {number(host_share(results['host'], name))}" for name in names)
-        rows.append(["host time over frozen on the CUDA path, without a card: / PEFT's", hosts])
-    if not rows:
-        return ""
-    text = table(["whole model", "measured"], rows)
-    return f"{text}\nEvery row, model, machine and commit: [docs/benchmarks.md](docs/benchmarks.md).\n"
+#: What README calls a provider.
+NAMES = {
+    "eager PyTorch": "eager PyTorch, adapter in the layer's dtype",
+    "LoRAFusion-style": "a 20-line autograd function: LoRAFusion's order of products",
+    PEFT: "PEFT (float32 adapters)",
+}
 
 
-def memory_shares(results: Results) -> list[list[str]]:
-    """Rows of README: our saved bytes over PEFT's, all of them and those beyond the frozen model's."""
-    saved = {row["provider"]: row["value"] for row in select(results, phase="step", metric="saved")}
-    pairs = [(name, name.replace(OURS, PEFT)) for name in saved if name.startswith(f"{OURS}, dropout")]
+def step_section(step: Results, memory: Results) -> str:
+    """A whole step: times the frozen one, and what is saved for the backward pass beyond it."""
+    times = {row["provider"]: row for row in select(step, phase="step", metric="time")}
+    saved = {row["provider"]: row["value"] for row in select(memory, phase="step", metric="saved")}
+    dropouts = unique(name.partition(", ")[2] for name in times if name.startswith(f"{OURS}, "))
     rows = []
-    for title, floor in (
-        ("training step: bytes saved / PEFT's", 0),
-        ("the same beyond the frozen model's", saved[FROZEN]),
-    ):
-        shares = [(a, (saved[a] - floor) / (saved[b] - floor)) for a, b in pairs if b in saved]
-        rows.append([title, ", ".join(f"{value:.2f} at {name.partition(', ')[2]}" for name, value in shares)])
-    return [row for row in rows if row[1]]
+    for who in (OURS, PEFT, f"{PEFT} bf16 adapters"):
+        cells = [number(ratio(times, f"{who}, {dropout}")) for dropout in dropouts]
+        more = [number(mib(saved, f"{who}, {dropout}"), 0) for dropout in dropouts]
+        rows.append([who, *cells, *more])
+    columns = [f"time, {dropout}" for dropout in dropouts] + [f"MiB saved, {dropout}" for dropout in dropouts]
+    case = next(iter(times.values()))["case"]
+    return (
+        f"**A training step**: {case}; times the frozen model, and MiB saved for the backward pass beyond it. "
+        f"{source(step)}.\n\n{table(['', *columns], rows)}"
+    )
+
+
+def mib(saved: Mapping[str, float], name: str) -> float | None:
+    return (saved[name] - saved[FROZEN]) / MIB if name in saved else None
 
 
 def readme_section() -> str:
     """The text between README's marks."""
-    parts = []
-    if (path := RESULTS / "compare-smollm2.json").exists():
-        parts.append(compare_section(json.loads(path.read_text(encoding="utf-8"))))
     results = {kind: read(path) for kind in SECTIONS if (path := RESULTS / f"{kind}-cpu.json").exists()}
+    parts = []
     if "layer" in results:
         parts.append(layer_section(results["layer"]))
-    return "\n" + "\n".join(filter(None, [*parts, rest_section(results)])) + "\n"
+    if {"step", "memory"} <= results.keys():
+        parts.append(step_section(results["step"], results["memory"]))
+    if "host" in results:
+        text = host_bench_text(results["host"]).partition("\n\n")[2]
+        parts.append(
+            f"**The host's time on the CUDA path**, per layer, without a card ({source(results['host'])}):\n\n{text}"
+        )
+    if "penalised" in results:
+        text = penalised_text(results["penalised"]).partition("\n\n")[2]
+        parts.append(
+            "**Penalties in a step of Llama-3-8B**, counted and predicted for an H100: all layers at once → in the "
+            f"kernels' passes:\n\n{text}"
+        )
+    return "\n" + "\n".join(parts) + "\n"
 
 
 # -------------------------------------------------------------------------------------- other pages

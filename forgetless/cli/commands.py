@@ -22,7 +22,8 @@ from ..study.config import read_config
 from ..study.finetune import finetune as run_finetune
 from ..study.finetune import how_to_load
 from ..study.options import FACTS, BadInput, CompareOptions, FinetuneOptions, at_least, parse_targets
-from ..study.report import published, write_page, write_report
+from ..study.page import published, write_page
+from ..study.report import write_report
 from ..study.tables import further_tables, main_table
 from ..study.train import DIVERGED, FINISHED, INTERRUPTED
 from .arguments import fail

@@ -36,6 +36,7 @@ from .options import (
     positive,
 )
 from .plans import Plan, parse_method
+from .samples import answers, before_and_after
 from .session import calibrates, check_distinct, check_fit, checksum, source_rows, take_tokens
 from .tables import Table, figure
 from .train import DIVERGED, FINISHED, INTERRUPTED, TrainConfig, train, trainable
@@ -158,7 +159,8 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
     if work.source:
         ui.say(f"calibrating on {len(work.source)} sequences of {', '.join(options.source)}")
         fl.calibrate(model, collate.batches(work.source))
-    before = measure(work, collate)
+    before, asked = measure(work, collate), work.measured[work.domain.name]
+    samples = {"before": answers(model, tokenizer, asked)}
     checkpoints = work.checkpoints
     if processes.number() == 0:
         write_config(options.out / CONFIG, options)
@@ -187,7 +189,9 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
             told = f"{result.note}; {told}; the same command goes on after step {checkpoints.step}"
         else:
             log["after"] = after = measure(work, collate)
+            log["samples"] = samples | {"after": answers(model, tokenizer, asked)}
             ui.table(changes(before, after))
+            ui.say(f"held-out answers:\n{before_and_after(**log['samples'])}")
             name = work.domain.name
             learnt = f"held-out loss {before[name]:.3f} -> {after[name]:.3f} nats per token"
             told = f"{result.note}; {told}" if result.stopped == DIVERGED else f"{learnt}; {told}"

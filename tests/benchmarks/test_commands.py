@@ -221,7 +221,7 @@ def test_tables_from_results(smoke, sweep, house, capsys):
     page, readme = (house / "docs" / "benchmarks.md").read_text(), (house / "README.md").read_text()
     texts = ("LoRAFusion-style", "authors' CURLoRA", "Dispatch", "| R=2 |", "M=4")
     assert [text for text in texts if text.replace("| R=2 |", "R=2") not in page] == []
-    assert readme.startswith("before\n") and readme.endswith("after\n") and "training step, dropout 0.1" in readme
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "time, dropout 0.1" in readme
     (house / "docs" / "benchmarks.md").write_text(page.replace("forgetless", "x", 1))
     assert cli.main(["report", "--check"]) == 1
     assert "benchmarks.md" in capsys.readouterr().err
@@ -245,8 +245,7 @@ def test_tables_say_what_the_rows_say_and_where_we_lose():
     results = made_up({name: [[v + d for d in drift] for v in values] for name, values in times.items()})
     text = tables.layer_text(results)
     assert "| forgetless | 1.12 (0.50) | 1.15 (0.60) |" in text, "medians 4.5 / 4 and 4.6 / 4, shares within rounds"
-    assert "eager PyTorch is faster than forgetless in 1 of 2 cases" in text
-    assert "PEFT is faster than forgetless in 0 of 2 cases" in text
+    assert "Faster than forgetless at dropout 0, of 2 cases: eager PyTorch 1, PEFT 0." in text
     results["rows"] += [{**row, "provider": "x"} for row in results["rows"] if row["provider"] == "PEFT"]
     noise = made_up({"frozen": [[1, 1, 1]], "forgetless": [[1.5, 1.5, 1.5]], "PEFT": [[1.1, 0.8, 1.3]]})
     assert f"| forgetless | 1.50 ({tables.NONE}) |" in tables.layer_text(noise), "PEFT's overhead is noise there"
@@ -256,7 +255,7 @@ def test_the_readme_has_medians_over_the_cases():
     times = {"frozen": [[1.0]] * 4, "forgetless": [[1.1], [1.2], [1.4], [1.5]], "PEFT": [[2.0]] * 4}
     results = {**made_up(times), "machine": {}, "versions": {}, "commit": None, "created": "2026-01-01"}
     assert statistics.median([1.1, 1.2, 1.4, 1.5]) == pytest.approx(1.3)
-    assert "| forgetless | 1.30 (1.10 to 1.50) |" in report.layer_section(results)
+    assert "| forgetless | 1.30 (1.10–1.50) |" in report.layer_section(results)
 
 
 def test_the_committed_pages_are_those_of_the_committed_results():

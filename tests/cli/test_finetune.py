@@ -26,6 +26,7 @@ from forgetless.cli.main import main
 from forgetless.study import finetune
 from forgetless.study.config import read_config, write_config
 from forgetless.study.options import BadInput, FinetuneOptions
+from forgetless.study.samples import border
 from forgetless.study.train import Step, trainable
 
 
@@ -198,6 +199,29 @@ def test_what_is_kept_is_measured_before_and_after(
     assert finetune.advice("upper", {"upper": 1.0, "a": 1.0}, {"upper": 3.0, "a": 1.0}) == ""
     told = finetune.advice("upper", {"upper": 1.0, "a": 1.0, "b": 1.0}, {"upper": 0.5, "a": 1.1, "b": 1.2})
     assert "b has become 0.200 nats per token less likely. To keep more: --method source with --source b" in told
+
+
+def test_answers_before_and_after_are_shown_and_saved(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tune(inputs, tmp_path / "adapter", "--steps", "40")) == 0
+    samples = json.loads((tmp_path / "adapter" / "training.json").read_text())["samples"]
+    before, after = samples["before"], samples["after"]
+    assert len(before) == len(after) == 2
+    assert all(
+        a["prompt"] == b["prompt"] and a["expected"] == b["expected"] for a, b in zip(before, after, strict=True)
+    )
+    assert [a["answer"] for a in before] != [a["answer"] for a in after], "forty steps change what the model says"
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "held-out answers:" in shown and all(" ".join(a["answer"].split())[-20:] in shown for a in after)
+
+
+@pytest.mark.parametrize(
+    "labels, at",
+    [([-100, -100, 5, 6], 2), ([-100, -100, 5, -100, -100, 7], 5), ([-100, *range(9)], 5), ([-100, *range(99)], 32)],
+)
+def test_the_prompt_of_a_sample_ends_where_the_last_answer_begins(labels: list[int], at: int) -> None:
+    assert border({"input_ids": labels, "labels": labels}) == at
 
 
 def test_a_dry_run_shows_what_would_be_trained_and_writes_nothing(

@@ -21,8 +21,8 @@ from forgetless.study import compare as module
 from forgetless.study import results as book
 from forgetless.study.compare import CompareOptions
 from forgetless.study.evaluate import FACTS, facts
-from forgetless.study.report import main_table, settings_table
 from forgetless.study.session import checksum, prepare, take_tokens
+from forgetless.study.tables import main_table, settings_table
 from forgetless.study.train import Step, trainable
 
 METHODS = ("lora", "clora:k=8", "curlora:lr=0.1", "lalora", "lora+source")
@@ -107,7 +107,7 @@ def test_the_table_has_a_row_for_the_base_and_each_method(finished: Path, capsys
     table = main_table(found)
     assert [row[0] for row in table.rows] == ["base", *(dict.fromkeys(r["label"] for r in found["rows"]))]
     assert table.columns == [
-        "method", "upper learnt", "swap learnt", "upper at the end", "prose", "sums", "facts",
+        "method", "upper learned", "swap learned", "upper at the end", "prose", "sums", "facts",
         "forgetting", "drift", "trainable", "s/step", "peak MiB",
     ]  # fmt: skip
     assert all(len(row) == len(table.columns) for row in table.rows)
@@ -123,9 +123,9 @@ def test_the_report_is_one_file(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     assert (finished / "compare.png").read_bytes().startswith(b"\x89PNG")
     links = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(links) == 2 and all(link.startswith("data:image/png;base64,iVBOR") for link in links)
-    assert "http" not in page.replace(links[0], "").replace(links[1], "") and "<script" not in page
-    assert "How to read this" in page and "forgetless compare --model" in page
+    assert len(links) == 3 and all(link.startswith("data:image/png;base64,iVBOR") for link in links)
+    assert "http" not in re.sub(r'src="[^"]*"', "", page) and "<script" not in page
+    assert "Losses are mean negative log-likelihoods" in page and "forgetless compare --model" in page
     assert page.count("LoRA+source") >= 2
 
 

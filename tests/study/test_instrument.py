@@ -22,10 +22,11 @@ from forgetless.study import metrics, runs
 from forgetless.study.data import Example
 from forgetless.study.evaluate import Original
 from forgetless.study.options import BadInput
+from forgetless.study.page import published
 from forgetless.study.plans import Full, parse_method
-from forgetless.study.report import published, verdicts
 from forgetless.study.session import CompareOptions, check, sweep
 from forgetless.study.train import TrainConfig, train
+from forgetless.study.verdict import verdicts
 
 TEXTS = ("upper", "swap", "sums")
 
@@ -259,7 +260,7 @@ def test_verdicts_claim_only_what_the_intervals_show(low: float, high: float, sa
     equal = {"label": "X", "kept": part, "tasks": part, "share": interval(0.3, 0.5), "enough": False}
     paired = {"label": "X", "learnt": interval(-2.0, -1.0)}
     (line,) = verdicts({"baseline": "LoRA", "paired_with_baseline": [paired], "equal_learning": [equal]})
-    assert said in line and "it learnt less (-1.50" in line and "at 40% of LoRA's learning only" in line
+    assert said in line and "it learned less (-1.50" in line and "at 40% of LoRA's learning only" in line
 
 
 # Killed and gone on -----------------------------------------------------------------------------------
