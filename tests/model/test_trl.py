@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with PenaltyMixin: as many forward passes as without it. .ci/versions trl has an environment for it."""
+"""TRL's SFTTrainer with PenaltyMixin: as many forward passes as without it. ``.ci/versions trl`` runs it."""
 
 from __future__ import annotations
 
