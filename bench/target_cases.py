@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from forgetless.ops import grouped
 from forgetless.ops.rows import More, Rows, Term
 from forgetless_kernels import fused
 
@@ -59,6 +60,7 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
             lambda: fused.dx_and_ddown([dy, small, small], [weight, narrow, narrow], on(M, 3 * R), [down] * 3, None),
         ),
         **penalised(x, dy, h, down, up),
+        **experts(R, dtype),
         "mask": ("mask", lambda: fused.keep_bits(seed, 0.1, M, K)),
         "outer": ("outer", lambda: fused.outer(h, x, dtype=factor)),
         "outer dropout": ("outer", lambda: fused.outer(h, x, 0.1, seed, factor)),
@@ -124,6 +126,41 @@ def penalised(
     return made
 
 
+def experts(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], object]]]:
+    """The products of a stack of 128 experts, 8 a token, as Qwen3-MoE has it"""
+
+    def on(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    E, T, S, N, K, factor = 128, M, 8 * M, 1536, 2048, torch.float32
+    index, ends = on(S, dtype=torch.int64), on(E, dtype=torch.int32)
+    rows = grouped.Rows(index, index, ends, T)
+    rows.__dict__["places"] = index
+    x, dy, h, weight, bias = on(T, K), on(S, N), on(S, R), on(E, N, K), on(E, N)
+    down, up, seeds = on(E, R, K, dtype=factor), on(E, N, R, dtype=factor), on(E, 2, dtype=torch.int32)
+    odd_x, odd_weight, odd_down = on(T, K + 4)[:, 1 : K - 3], on(E, N, K + 4)[..., 1 : K - 3], down[..., : K - 4]
+    project, outer = (functools.partial(f, by_token=True) for f in (fused.grouped_project, fused.grouped_outer))
+    matmul = functools.partial(fused.grouped_matmul_lowrank, by_token=True)
+    dx = functools.partial(fused.grouped_matmul_lowrank, h=h, up=down.mT, rows=rows, p=0.1, seeds=seeds)
+    calls: dict[str, tuple[str, Callable[[], object]]] = {
+        "project": ("project", lambda: project(x, down, rows)),
+        "project dropout": ("project", lambda: project(x, down, rows, 1.0, 0.1, seeds)),
+        "project ragged": ("project", lambda: project(odd_x, odd_down, rows)),
+        "forward": ("matmul", lambda: matmul(x, weight, h, up, rows)),
+        "forward bias": ("matmul", lambda: matmul(x, weight, h, up, rows, bias)),
+        "forward by columns": ("matmul", lambda: matmul(x, on(E, K, N).mT, h, up, rows, bias)),
+        "forward autocast": ("matmul", lambda: matmul(x, weight.float(), h, up, rows)),
+        "forward ragged": ("matmul", lambda: matmul(odd_x, odd_weight, h, up, rows)),
+        "dx dropout": ("matmul", lambda: dx(dy, weight.mT)),
+        "dx alone": ("matmul", lambda: dx(h[:, :0], on(E, K, 0))),
+        "frozen": ("matmul", lambda: fused.grouped_matmul_lowrank(dy, weight.mT, h[:, :0], on(E, K, 0), rows)),
+        "outer": ("outer", lambda: fused.grouped_outer(h, dy, rows, dtype=factor)),
+        "outer dropout": ("outer", lambda: outer(h, x, rows, 0.1, seeds, factor)),
+        "sum": ("sum", lambda: fused.grouped_sum(dy, rows, on(S))),
+    }
+    return {f"experts {name}": (f"grouped_{row}", call) for name, (row, call) in calls.items()}
+
+
 PENALISED = [
     f"{kernel} {name}" for name in ("null space", "hadamard", "source", "output") for kernel in ("project", "sweep")
 ]
@@ -132,7 +169,8 @@ PENALISED += ["outer null space", "outer hadamard", "outer source", "project sib
 
 def subset() -> list[Case]:
     """What the tests compile on every card"""
-    names = ("project dropout", "forward", "dx dropout", "dx siblings", "mask", "outer dropout", "sweep", "once")
+    names = ["project dropout", "forward", "dx dropout", "dx siblings", "mask", "outer dropout", "sweep", "once"]
+    names += [f"experts {name}" for name in ("project dropout", "forward", "dx dropout", "outer dropout", "sum")]
     return [Case(name, 16) for name in names]
 
 
@@ -150,4 +188,9 @@ def everything() -> list[Case]:
     cases += [Case(name, 8, "float16") for name in hard]
     cases += [Case(name, 16, "float32") for name in hard[:5]] + [Case("outer dropout", 64, "float32")]
     cases += [Case(name, 16, default_tile=True) for name in hard]
+    cases += [Case(f"experts {name}", 64) for name in ("forward ragged", "forward by columns", "forward autocast")]
+    most = [f"experts {name}" for name in ("project dropout", "forward bias", "dx dropout", "dx alone", "outer")]
+    cases += [Case(name, R) for name in most for R in (64, 128, 200)]
+    cases += [Case(name, 8, "float16") for name in most] + [Case(name, 16, "float32") for name in most]
+    cases += [Case(name, 16, default_tile=True) for name in most]
     return cases

@@ -160,6 +160,7 @@ def usage(kernel: Any, launch: dict[str, Any]) -> Record:
     registers = number(r"REG:(\d+)", resources)
     shared = kernel.metadata.shared
     block = {k.removeprefix("BLOCK_"): v for k, v in launch.items() if k.startswith("BLOCK")}
+    block |= {k: 0 for k in "KR" if launch.get(k) == 0}  # without that product
     all_warps = kernel.metadata.num_warps
     return {
         "kernel": kernel.metadata.name.strip("_").removesuffix("_kernel"),
@@ -211,11 +212,11 @@ def occupancy(registers: int, shared: int, warps: int, arch: int) -> int:
 
 def macs_a_step(record: Record) -> int:
     """Multiply-adds that one step of the kernel's main loop, and what surrounds it, must hold"""
-    block, name = record["block"], record["kernel"]
+    block, name = record["block"], record["kernel"].removeprefix("grouped_")
     M, K, R, N = (block.get(axis, 0) for axis in "MKRN")
     if name in ("project", "outer", "project_outer"):
         return M * K * R * (2 if name == "project_outer" else 1)
-    if name.startswith("matmul_lowrank"):
+    if name.startswith("matmul"):
         return M * N * K + M * N * R
     if name == "linear_lowrank":
         return M * N * K + M * K * R + M * N * R
@@ -224,7 +225,7 @@ def macs_a_step(record: Record) -> int:
 
 def bytes_a_tile(record: Record) -> int:
     """Bytes that a program must store at least, whatever it stores them with"""
-    block, name = record["block"], record["kernel"]
+    block, name = record["block"], record["kernel"].removeprefix("grouped_")
     size = 4 if record["dtype"] == "float32" else 2
     if name == "project":
         return block["M"] * block["R"] * size
@@ -232,7 +233,7 @@ def bytes_a_tile(record: Record) -> int:
         return block["R"] * block["K"] * 4
     if name == "project_outer":
         return (block["M"] + block["K"]) * block["R"] * 4
-    if name in ("matmul_lowrank", "linear_lowrank"):
+    if name in ("matmul_lowrank", "linear_lowrank", "matmul", "sum"):
         return block["M"] * block["N"] * size
     return 0
 
@@ -252,7 +253,7 @@ def problems(record: Record) -> list[str]:
     elif record["macs"] < expected:
         result.append(f"{record['macs']} multiply-adds on tensor cores, a step needs {expected}")
     best = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(record["arch"])
-    wide = record["kernel"].startswith(("matmul", "linear")) and record["block"]["M"] >= 64
+    wide = record["kernel"].startswith(("matmul", "linear", "grouped_matmul")) and record["block"]["M"] >= 64
     if best and wide and record["dtype"] != "float32" and best not in record["mma"]:
         result.append(f"{record['mma']} where the card has {best}")
     if record["kernel"].endswith("descriptor"):

@@ -16,6 +16,7 @@ from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
 from .model import adapt, adapters, drift, explain, penalty, record_drift, remove
 from .peft.swap import swap_in, swap_out
 from .penalties import Decay, Laplace, NullSpace, OutputDeviation, SourceDeviation, WeightDeviation
+from .retain import retain
 from .switch import disabled, fuse_penalty, scaled
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "penalty",
     "record_drift",
     "remove",
+    "retain",
     "save",
     "scaled",
     "swap_in",

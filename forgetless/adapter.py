@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .offload import Stays
+
 
 @dataclass(frozen=True)
 class Site:
@@ -24,7 +26,7 @@ class Site:
     transposed: bool = False
 
 
-class Adapter(nn.Module):
+class Adapter(Stays):
     """The low-rank update of one layer: delta = scale * up @ down.
 
     Subclasses set ``scale`` (and ``dropout`` if they have one), hold their parameters and supply ``factors``; the

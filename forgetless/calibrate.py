@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from . import compat
 from .layers.experts import matrices
+from .layers.frozen import site_of
 from .layers.linear import AdaptedLinear
 from .model import _running
+from .penalties import SourceDeviation
+from .penalties.covariance import Covariance
 from .samples import Tokens, Window, entry, run
-from .siblings import Family, siblings, states_of
+from .siblings import Family, StatesOf, siblings, states_of
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -52,10 +55,34 @@ def calibrate(
     """
     running = matrices(_running(model))
     layers = {name: layer for name, layer in running.items() if states_of(layer)}
-    measured = _Measured(model, layers, loss)
-    counts = {"layers": len(layers), "batches": 0, "sequences": 0}
+    return _measure(_Measured(model, layers, loss), list(running.values()), batches, on_batch)
+
+
+def measure_inputs(
+    model: nn.Module, batches: Iterable[Any], form: str | int, loss: LossFunction | None = None
+) -> dict[str, Covariance]:
+    """Layer name -> E x x^T of its inputs, beside the penalties' own statistics, which stay. Siblings share one.
+
+    Args: as of ``calibrate``; ``form`` as of ``Covariance``. Raises: as of ``calibrate``.
+    """
+    layers = matrices(_running(model))
+    spec = SourceDeviation(covariance=form)
+    states: dict[AdaptedLinear, Any] = {
+        layer: spec.attach(layer.adapter, site_of(name, layer.base)) for name, layer in layers.items()
+    }
+    _measure(_Measured(model, layers, loss, lambda layer: [states[layer]]), list(layers.values()), batches)
+    return {name: states[layer].source for name, layer in layers.items()}
+
+
+def _measure(
+    measured: _Measured,
+    running: list[AdaptedLinear],
+    batches: Iterable[Any],
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, int]:
+    counts = {"layers": len(measured.layers), "batches": 0, "sequences": 0}
     try:
-        with _measuring(model, list(running.values()), measured.needs_gradients):
+        with _measuring(measured.model, running, measured.needs_gradients):
             measured.begin()
             for batch in batches:
                 counts["sequences"] += measured.take(batch, counts["batches"] + 1)
@@ -102,8 +129,14 @@ def _measuring(model: nn.Module, layers: list[AdaptedLinear], needs_gradients: b
 class _Measured:
     """The layers that are measured, and what is measured on them, batch by batch. Raises what ``calibrate`` does."""
 
-    def __init__(self, model: nn.Module, layers: dict[str, AdaptedLinear], loss: LossFunction | None):
-        self.model, self.layers, self.loss = model, layers, loss
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, AdaptedLinear],
+        loss: LossFunction | None,
+        of: StatesOf = states_of,
+    ):
+        self.model, self.layers, self.loss, self.of = model, layers, loss, of
         if not layers:
             raise ValueError("no attached penalty asks for statistics; only Laplace (LaLoRA) and SourceDeviation do")
         cut = next((name for name, layer in layers.items() if getattr(layer, "cut", None) is not None), None)
@@ -112,7 +145,7 @@ class _Measured:
                 f"the weight of {cut} is cut over processes: calibrate the model whole and fl.save; "
                 "fl.load after cutting"
             )
-        self.states = [state for layer in layers.values() for state in states_of(layer)]
+        self.states = [state for layer in layers.values() for state in of(layer)]
         draws = {getattr(s.spec, "fisher", None) == "true" for s in self.states if s.statistics != "inputs"}
         if len(draws) > 1:
             raise ValueError(
@@ -127,7 +160,7 @@ class _Measured:
     def begin(self) -> None:
         """Forget earlier statistics; siblings share what is to come."""
         self.reset()
-        for members in siblings(self.layers):
+        for members in siblings(self.layers, self.of):
             self.families.update(dict.fromkeys(members, Family(members)))
 
     def reset(self) -> None:
@@ -135,7 +168,7 @@ class _Measured:
         for family in self.families.values():
             family.drop()
         for layer in self.layers.values():
-            for state in states_of(layer):
+            for state in self.of(layer):
                 state.reset_caches()
                 state.begin_statistics(layer.adapter)
 
@@ -161,7 +194,7 @@ class _Measured:
                 for layer in self.layers.values():
                     if self.needs_gradients:
                         hooks.callback(layer.register_forward_pre_hook(window.start_graph).remove)
-                    hooks.callback(layer.register_forward_hook(_observer(window, self.families)).remove)
+                    hooks.callback(layer.register_forward_hook(_observer(window, self.families, self.of)).remove)
                 if self.generator is not None:
                     value = window.drawn_loss(self.model, self.generator)
                 else:
@@ -172,7 +205,7 @@ class _Measured:
                     if value.requires_grad:  # else the batch skips every layer
                         torch.autograd.grad(value, window.leaves, allow_unused=True)
                     for layer in self.layers.values():
-                        _finish(layer, window)  # what has not had all its gradients
+                        _finish(layer, window, self.of)  # what has not had all its gradients
             for family in self.families.values():
                 family.close()
             self._check_read()
@@ -182,29 +215,29 @@ class _Measured:
             window.drop()
 
 
-def _observer(window: Window, families: dict[nn.Module, Family]) -> Callable[..., None]:
+def _observer(window: Window, families: dict[nn.Module, Family], of: StatesOf) -> Callable[..., None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         assert isinstance(layer, AdaptedLinear)
         x, again = args[0].detach(), compat.in_backward()  # again: a checkpoint recomputes the call
         window.sequences = window.sequences or x.shape[0]
-        inputs = [state for state in states_of(layer) if state.statistics == "inputs" and not again]
+        inputs = [state for state in of(layer) if state.statistics == "inputs" and not again]
         rows = window.real(layer.name, x) if inputs else x
         for state in inputs:
             family = families.get(state)
             family.take(state, args[0], rows) if family else state.add_inputs(rows)
-        if not any(state.statistics != "inputs" for state in states_of(layer)):
+        if not any(state.statistics != "inputs" for state in of(layer)):
             return
         version, calls = x._version, window.calls_of(layer)
         calls.count += not again
         samples = window.split(layer.name, x)
-        mask = window.mask_of(layer.name, x) if any(s.statistics == "tokens" for s in states_of(layer)) else None
+        mask = window.mask_of(layer.name, x) if any(s.statistics == "tokens" for s in of(layer)) else None
 
         def take_gradient(dy: Tensor) -> None:
             if x._version != version:
                 raise ValueError(f"the input of {layer.name} was changed in place after the layer had run on it")
             calls.add(samples, window.split(layer.name, dy), mask)
             if len(calls.xs) == calls.count:
-                _finish(layer, window)
+                _finish(layer, window, of)
 
         if y.requires_grad:
             y.register_hook(take_gradient)
@@ -213,9 +246,9 @@ def _observer(window: Window, families: dict[nn.Module, Family]) -> Callable[...
 
 
 @torch.no_grad()
-def _finish(layer: AdaptedLinear, window: Window) -> None:
+def _finish(layer: AdaptedLinear, window: Window, of: StatesOf) -> None:
     """Give the layer's states what it was given in all calls of this batch, once."""
-    states = [state for state in states_of(layer) if state.statistics != "inputs"]
+    states = [state for state in of(layer) if state.statistics != "inputs"]
     calls = window.calls_of(layer)
     if not states or calls.finished:
         return

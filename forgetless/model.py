@@ -17,12 +17,12 @@ from .layers.expert_factors import build_experts
 from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
 from .layers.frozen import site_of
 from .layers.linear import AdaptedLinear, form_groups
-from .layers.offload import check_here
 from .layers.passes import Passes
 from .layers.stack import Stack
 from .layers.wrapped import wrap
 from .methods.base import Method
 from .names import wraps
+from .offload import check_here
 from .ops.bodies import exact_products
 from .penalties.base import Item
 from .report import LayerReport, Report
@@ -193,7 +193,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         hidden = None if layer.trace is None else layer.trace.hidden
         adapter = layer.adapter
         for state in adapter.penalty_states():
-            if _calibrated(state):
+            if state.spec.weight and _calibrated(state):  # with a weight of 0 it only holds statistics
                 z = _made(layer, state, token_weights)
                 key = type(state), _device(layer, adapter), z is not None
                 kinds.setdefault(key, []).append((Item(state, adapter, hidden), z))

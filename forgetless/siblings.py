@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,18 +11,20 @@ from .layers.groups import families
 from .layers.linear import AdaptedLinear
 from .model import running
 
+StatesOf = Callable[[AdaptedLinear], list[Any]]
+
 
 def states_of(layer: AdaptedLinear) -> list[Any]:
     """The layer's penalty states that need statistics."""
     return [state for state in layer.adapter.penalty_states() if state.statistics]
 
 
-def siblings(layers: dict[str, AdaptedLinear]) -> Iterator[list[Any]]:
+def siblings(layers: dict[str, AdaptedLinear], of: StatesOf = states_of) -> Iterator[list[Any]]:
     """Groups of states of sibling layers that may have one set of statistics, by names alone."""
     for names in families(list(layers)):
         groups: dict[Any, list[Any]] = {}
         for name in names:
-            for index, state in enumerate(states_of(layers[name])):
+            for index, state in enumerate(of(layers[name])):
                 if state.shareable() is not None:
                     groups.setdefault((index, state.shareable()), []).append(state)
         yield from (members for members in groups.values() if len(members) > 1)

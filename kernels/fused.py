@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles, tl_utils
+from .grouped import grouped_matmul_lowrank, grouped_outer, grouped_project, grouped_sum
 from .launcher import Facts, Launch, prepared
 from .mask import keep_bits
 from .matmul_lowrank import MOST_RANKS, add_products, matmul_lowrank, most_pairs
@@ -57,6 +58,10 @@ PLANS = ("split", "full", "once")
 __all__ = [
     "PLANS",
     "dx_and_ddown",
+    "grouped_matmul_lowrank",
+    "grouped_outer",
+    "grouped_project",
+    "grouped_sum",
     "keep_bits",
     "linear_lowrank",
     "matmul_lowrank",

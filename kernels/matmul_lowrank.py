@@ -17,6 +17,7 @@ from .launcher import Facts, Launch, prepared
 from .tiles import has_row, tile_for
 from .tl_utils import (
     FLOATS,
+    cast,
     dot,
     dot_precision,
     dropping,
@@ -36,7 +37,7 @@ MOST_RANKS = 128
 
 
 @triton.jit
-def _add_product(
+def add_product(
     acc, x_ptr, weight_ptr, rows_m, rows_n, K, stride_xm, stride_xk, stride_wn, stride_wk,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +53,7 @@ def _add_product(
             mask_k = offs_k < K - k * BLOCK_K
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-        acc = dot(x, w, acc, PRECISION)
+        acc = dot(x, cast(w, x.dtype), acc, PRECISION)
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
     return acc
@@ -84,17 +85,17 @@ def _matmul_lowrank_kernel(
         up_ptr, pid_n * BLOCK_N, N, stride_un, stride_ur,
         seed_ptr, threshold, x_ptr.dtype.element_ty, R, HAS_DROP, PRECISION, BLOCK_R, BLOCK_M, BLOCK_N, PARTS,
     )  # fmt: skip
-    acc = _add_product(
+    acc = add_product(
         acc, x_ptr, weight_ptr, rows_m, rows_n, K, stride_xm, stride_xk, stride_wn, stride_wk,
         EVEN_K, PRECISION, BLOCK_K,
     )  # fmt: skip
     if x1_ptr is not None:
-        acc = _add_product(
+        acc = add_product(
             acc, x1_ptr, weight1_ptr, rows_m, rows_n, K1, stride_xm1, stride_xk1, stride_wn1, stride_wk1,
             EVEN_K, PRECISION, BLOCK_K,
         )  # fmt: skip
     if x2_ptr is not None:
-        acc = _add_product(
+        acc = add_product(
             acc, x2_ptr, weight2_ptr, rows_m, rows_n, K2, stride_xm2, stride_xk2, stride_wn2, stride_wk2,
             EVEN_K, PRECISION, BLOCK_K,
         )  # fmt: skip

@@ -121,6 +121,31 @@ TABLE: dict[str, dict[tuple[int, int], Tile]] = {
         (100, 2): Tile(64, 0, 512, 8, 3),
         (120, 2): Tile(32, 0, 256, 8, 4),
     },
+    # of experts: an expert's last block of rows is half empty on average, so blocks are small
+    "grouped_project": {
+        (0, 2): Tile(32, 0, 64, 4, 3),
+        (0, 4): Tile(32, 0, 32, 4, 2),
+        (80, 2): Tile(64, 0, 64, 4, 4),
+        (90, 2): Tile(64, 0, 64, 4, 4),
+        (100, 2): Tile(64, 0, 64, 4, 4),
+    },
+    "grouped_matmul": {
+        (0, 2): Tile(64, 64, 32, 4, 3),
+        (0, 4): Tile(64, 64, 32, 4, 2),
+        (80, 2): Tile(64, 128, 64, 4, 3),
+        (86, 2): Tile(64, 128, 32, 4, 3),
+        (89, 2): Tile(64, 128, 32, 4, 3),
+        (90, 2): Tile(64, 128, 64, 4, 4),
+        (100, 2): Tile(64, 128, 64, 4, 4),
+        (120, 2): Tile(64, 128, 32, 4, 3),
+    },
+    "grouped_outer": {
+        (0, 2): Tile(32, 0, 64, 4, 3),
+        (0, 4): Tile(32, 0, 64, 4, 2),
+        (80, 2): Tile(64, 0, 128, 4, 3),
+        (90, 2): Tile(64, 0, 128, 4, 3),
+        (100, 2): Tile(64, 0, 128, 4, 3),
+    },
 }
 
 #: Kernel and the fields that are forced on it, the last one first.
@@ -177,6 +202,7 @@ def has_row(kernel: str, device: torch.device) -> bool:
 
 def stage_bytes(kernel: str, tile: Tile, R: int, itemsize: int) -> int:
     """Shared memory of one step of the kernel's main loop"""
+    kernel = kernel.removeprefix("grouped_")
     if kernel in ("outer", "project_outer"):
         return tile.BLOCK_M * (tile.BLOCK_K + R) * itemsize
     if kernel == "project":
@@ -188,6 +214,7 @@ def stage_bytes(kernel: str, tile: Tile, R: int, itemsize: int) -> int:
 def fit(kernel: str, tile: Tile, R: int, itemsize: int, arch: int) -> Tile:
     """The tile made smaller until accumulators of rank R fit the registers and its stages the shared memory"""
     BLOCK_N, BLOCK_K, num_warps = tile.BLOCK_N, tile.BLOCK_K, tile.num_warps
+    kernel = kernel.removeprefix("grouped_")
     if kernel == "project":
         BLOCK_K, num_warps = min(BLOCK_K, 4096 // R), max(num_warps, R // 16)
     elif kernel == "outer":

@@ -8,7 +8,7 @@ matrices: ``matrices`` gives one ``Expert`` for each.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +20,16 @@ from ..adapter import Adapter
 from ..methods.base import Method
 from ..ops.autograd import lowrank_linear
 from ..ops.bodies import exact_products
-from ..ops.grouped import Factors, Rows, grouped_lowrank, sort_rows
+from ..ops.dispatch import explain_path
+from ..ops.grouped import Factors, Rows, experts_sweep, grouped_lowrank, sort_rows
 from .expert_factors import parts
 from .frozen import hooked
 from .linear import AdaptedLinear
 from .stack import Stack, give_back, run_by, verify, verify_once
 from .trace import DRIFT_TOKENS, Trace
+
+#: What the experts do between their two products, row by row.
+Inside = Callable[[Tensor], Tensor]
 
 
 def check_experts(layers: dict[str, nn.Module], method: Method, all_linear: bool) -> dict[str, nn.Module]:
@@ -89,7 +93,12 @@ class AdaptedExperts(AdaptedLinear):
         return False
 
     def path(self, rank: int) -> tuple[str, str]:
-        return "experts", f"{self.base.weight.shape[0]} experts, one after another on the rows that are routed to them"
+        weight, E = self.weight, self.base.weight.shape[0]
+        sweep = experts_sweep("forward", E)
+        plan, why = explain_path(weight.device, weight.dtype, self.out_features, self.in_features, rank, sweep)
+        if plan in ("blas", "reference"):
+            return "experts", f"{E} experts, one after another on the rows that are routed to them: {why}"
+        return "experts", f"{E} experts, each product of all of them in one launch: {why}"
 
     def install(self) -> None:
         """Go into the experts module, and let it run by ``experts_forward``."""
@@ -104,32 +113,35 @@ class AdaptedExperts(AdaptedLinear):
             give_back(module)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, stack: Stack, rows: Rows, sums: Tensor | None, by_token: bool
+        self, x: Tensor, stack: Stack, rows: Rows, sums: Tensor | None, inside: Inside | None
     ) -> Tensor:
         self.called = True
         if any(hooked(expert) for expert in self.experts):
-            return self._one_by_one(x, rows, sums, by_token)
+            return self._one_by_one(x, rows, sums, inside)
         adapter = self.adapter
         factors = Factors(*adapter.factors(), adapter.scale, adapter.dropout if self.training else 0.0)
-        y, h = grouped_lowrank(x, stack.matrices(), stack.bias, factors, rows, sums, by_token)
-        self._record_rows(x, h, rows, by_token)
+        y, h = grouped_lowrank(x, stack.matrices(), stack.bias, factors, rows, sums, sums is None, inside)
+        self._record_rows(x, h, rows, sums is None, inside)
         return y
 
-    def _record_rows(self, x: Tensor, h: Tensor, rows: Rows, by_token: bool) -> None:
+    @torch.no_grad()
+    def _sample(self, x: Tensor, rows: Rows, by_token: bool, inside: Inside | None) -> tuple[Tensor, Tensor]:
+        """Some rows of what the experts are given, and the expert of each"""
+        S = rows.tokens.shape[0]
+        places = torch.arange(0, S, max(1, -(-S // DRIFT_TOKENS)), device=x.device)
+        x = x[rows.tokens[places] if by_token else places]
+        return x if inside is None else inside(x), torch.searchsorted(rows.ends, places, right=True)
+
+    def _record_rows(self, x: Tensor, h: Tensor, rows: Rows, by_token: bool, inside: Inside | None) -> None:
         sampled = self.records_drift or not (self.training and torch.is_grad_enabled())
-        seen = ids = None
-        if sampled:
-            S = rows.tokens.shape[0]
-            places = torch.arange(0, S, max(1, -(-S // DRIFT_TOKENS)), device=x.device)
-            ends = torch.tensor(rows.counts, device=x.device).cumsum(0)
-            ids = torch.searchsorted(ends, places, right=True)
-            seen = x.detach()[rows.tokens[places] if by_token else places]
+        seen, ids = self._sample(x, rows, by_token, inside) if sampled else (None, None)
         keeps = sampled or self.needs_hidden
         self.trace = ExpertsTrace(seen, ids, h if self.needs_hidden else None, rows) if keeps else None
 
-    def _one_by_one(self, x: Tensor, rows: Rows, sums: Tensor | None, by_token: bool) -> Tensor:
+    def _one_by_one(self, x: Tensor, rows: Rows, sums: Tensor | None, inside: Inside | None) -> Tensor:
         """The same, each expert called as a layer of its own on all tokens, the rest zero: for who watches it."""
-        made = []
+        by_token, made = sums is None, []
+        x = x if inside is None else inside(x)
         for e, part in rows.slices():
             expert, tokens = self.experts[e], rows.tokens[part]
             expert.tokens = tokens
@@ -293,17 +305,24 @@ def _forward(experts: Any, layers: dict[str, AdaptedExperts], x: Tensor, index: 
     rows = sort_rows(index, experts.num_experts)
     sums = shares.reshape(-1)[rows.order]
 
-    def product(key: str, x: Tensor, sums: Tensor | None, by_token: bool) -> Tensor:
+    def product(key: str, x: Tensor, sums: Tensor | None, inside: Inside | None = None) -> Tensor:
         stack = Stack(experts, key)
         if key in layers:
-            return layers[key](x, stack, rows, sums, by_token)
+            return layers[key](x, stack, rows, sums, inside)
         weight = stack.matrices()
         E, N, K = weight.shape
         none = Factors(weight.new_zeros(E, 0, K), weight.new_zeros(E, N, 0))
-        return grouped_lowrank(x, weight, stack.bias, none, rows, sums, by_token)[0]
+        return grouped_lowrank(x, weight, stack.bias, none, rows, sums, sums is None, inside)[0]
 
-    if experts.has_gate:
-        inside = experts._apply_gate(product("gate_up_proj", x, None, True))
-    else:
-        inside = experts.act_fn(product("up_proj", x, None, True))
-    return product("down_proj", inside, sums, False).to(x.dtype)
+    made = product("gate_up_proj" if experts.has_gate else "up_proj", x, None)
+    act = experts._apply_gate if experts.has_gate else experts.act_fn
+    if _trains(experts):
+        return product("down_proj", act(made), sums).to(x.dtype)
+    return product("down_proj", made, sums, act).to(x.dtype)
+
+
+def _trains(experts: Any) -> bool:
+    """Whether anything between the two products may be trained: then autograd has to see it."""
+    named = ((name, p) for name, p in experts.named_parameters() if SUFFIX not in name.partition(".")[0])
+    own = {name for key in ("gate_up_proj", "up_proj", "down_proj") for name in (key, f"{key}_bias")}
+    return any(p.requires_grad for name, p in named if name not in own)

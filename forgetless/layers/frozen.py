@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapter import Site, whole
+from ..offload import execution_device, onloaded
 from ..ops.bodies import exact_products
 from ..ops.check import FLOATS
-from .offload import execution_device, onloaded
 from .quantized import kind_of, stand_in
 from .stack import Stack
 from .tensor_parallel import cut_of
@@ -90,7 +90,11 @@ def stored(base: Any) -> tuple[Tensor, Tensor | None]:
 def site_of(name: str, base: Any, values: bool = False) -> Site:
     """The layer as a method sees it; a weight that is packed, cut or offloaded is a stand-in but for its ``values``."""
     if isinstance(base, Stack):
-        return Site(name, base.matrices().detach())  # (E, N, K)
+        if values:
+            with onloaded(base):
+                return Site(name, base.matrices().detach())  # (E, N, K)
+        whole_stack = stand_in(base, base.weight.dtype) if execution_device(base) is not None else base.weight.detach()
+        return Site(name, whole_stack.mT if base.transposed else whole_stack)
     kind, transposed = kind_of(base), is_conv1d(base)
     if values:
         with onloaded(base):

@@ -13,6 +13,7 @@ from .. import compat
 from ..adapter import Adapter
 from ..methods.base import Method
 from ..names import bare_modules
+from ..offload import check_here
 from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..ops.autograd import LowrankLinear, hidden, like_x, prepare
@@ -22,7 +23,6 @@ from ..ops.dispatch import runs_kernels
 from .frozen import hooked, is_conv1d, is_plain, runs_by, stored
 from .groups import Group, families
 from .made import Made, made_of, terms_of
-from .offload import check_here
 from .passes import Passes
 from .seen import seen
 from .states import Standing
@@ -77,6 +77,7 @@ class AdaptedLinear(Standing):
         super().__init__()
         self.base = base
         self.adapter = adapter
+        adapter.__dict__["beside"] = base
         self.method = method
         self.name = name
         self.transposed = is_conv1d(base)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import compat
+from ..offload import check_not_around
 
 
 def alive(handles: list[RemovableHandle]) -> list[RemovableHandle]:
@@ -29,7 +30,7 @@ class Passes:
     """
 
     def __init__(self, model: nn.Module, layers: list[Any], members: list[Any]):
-        self.members = members
+        self.layers, self.members = layers, members
         self.level: int | None = None  # of the module whose call is the pass under way
         self.fails = False  # until its end is seen
         self.completed = False  # whether any pass was
@@ -60,6 +61,8 @@ class Passes:
             return
         self.level, self.fails = level, True
         self.graded = torch.is_grad_enabled()
+        if "_hf_hook" in module.__dict__:
+            check_not_around(self.layers)
         self._forget()
 
     def finish(self, level: int, module: nn.Module, args: Any, output: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import whole
-from .offload import execution_device, onloaded
+from ..offload import execution_device, onloaded
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .offload import execution_device
+from ..offload import execution_device
 
 
 class Standing(nn.Module):

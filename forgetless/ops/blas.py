@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import LEVELS, MIX_1, MIX_2, PAIRS, drop_threshold, linear_lowrank_of, mix, project_terms_of
+from .reference import (
+    LEVELS,
+    MIX_1,
+    MIX_2,
+    PAIRS,
+    drop_threshold,
+    grouped_of,
+    linear_lowrank_of,
+    mix,
+    project_terms_of,
+)
 from .rows import add_pulled, started
 
 # Hash words made at a time: both scratch arrays stay in a core's cache.
@@ -195,3 +205,4 @@ def dx_and_ddown(
 
 linear_lowrank = linear_lowrank_of(project, matmul_lowrank)
 project_terms = project_terms_of(project)
+grouped_project, grouped_matmul_lowrank, grouped_outer, grouped_sum = grouped_of(project, matmul_lowrank, outer)

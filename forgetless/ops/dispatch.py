@@ -206,7 +206,9 @@ def failed(route: Route, error: Exception) -> Route:
     return BLAS
 
 
-def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: int) -> tuple[str, str]:
+def explain_path(
+    device: torch.device, dtype: torch.dtype, N: int, K: int, R: int, sweep: str = "forward"
+) -> tuple[str, str]:
     """The plan's name for a layer, and the reason in words; for 4096 tokens where it depends on them.
 
     Args:
@@ -215,6 +217,7 @@ def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: in
         N: out_features.
         K: in_features.
         R: rank.
+        sweep: "forward", or that of a stack of experts.
 
     Raises:
         ValueError: ``FORGETLESS_PLAN`` holds something else than a plan or "strict".
@@ -222,7 +225,7 @@ def explain_path(device: torch.device, dtype: torch.dtype, N: int, K: int, R: in
     asked = asked_module()
     module = module_for(device.type == "cuda", dtype, asked)
     if module is kernels and kernels is not None:
-        choice = choose(problem_of(device, "forward", 4096, N, K, R, dtype))
+        choice = choose(problem_of(device, sweep, 4096, N, K, R, dtype))
         return choice.plan, choice.reason
     if module is reference:
         return "reference", ""

@@ -4,23 +4,28 @@
     y_s   = x_s @ weight_e.T + bias_e + h_s @ up_e.T         e is the expert of row s
     out_t = sum over the rows s of token t of w_s * y_s      where the rows of a token are summed
 
-Rows are sorted by expert, and one expert after another runs the products of the backend. So nothing of the size of the
-stack is made. Saved for backward: x and h, and w; no row of y, because dw_s = <dout_t, y_s> is taken from products
-that the backward pass makes anyway: <dout_t @ weight_e, x_s> + <dout_t @ up_e, h_s> + <dout_t, bias_e>.
+Rows are sorted by expert. The kernels make each product of all experts in one launch, and the host never reads how many
+rows an expert has; BLAS takes one expert after another. Nothing of the size of the stack is made. Saved for backward: x
+and h, and w; no row of y, because dw_s = <dout_t, y_s> is taken from products that the backward pass makes anyway:
+<dout_t @ weight_e, x_s> + <dout_t @ up_e, h_s> + <dout_t, bias_e>. Where x is made by a function of what another op
+made (``inside``), that is saved in its place, and the backward pass calls the function again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import blas, dispatch
+from . import dispatch
 from .autograd import refuse_second_derivative
 from .bodies import autocasts, device_type, exact_products, quantized_rate
+from .dispatch import LaunchError
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,31 @@ class Rows:
     Attributes:
         order: (S,) int64, the place of each row among all pairs, token by token.
         tokens: (S,) int64, the token of each row.
-        counts: rows of each expert.
-        size: tokens.
+        ends: (E,) int32, where the rows of each expert end.
+        size: tokens, T.
     """
 
     order: Tensor
     tokens: Tensor
-    counts: list[int]
+    ends: Tensor
     size: int
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Rows of each expert. The host waits for the device once."""
+        ends = self.ends.tolist()
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+    @cached_property
+    def places(self) -> Tensor:  # (S,) int64
+        """The row of each pair, token by token: the inverse of ``order``."""
+        count = torch.arange(len(self.order), device=self.order.device)
+        return torch.empty_like(self.order).scatter_(0, self.order, count)
+
+    def experts(self) -> Tensor:  # (S,) int64
+        """The expert of each row."""
+        rows = torch.arange(len(self.order), device=self.order.device)
+        return torch.searchsorted(self.ends, rows, right=True)
 
     def slices(self) -> Iterator[tuple[int, slice]]:
         """Expert and its rows, of each expert that has any."""
@@ -52,13 +74,20 @@ def sort_rows(
     index: Tensor,  # (T, k) int, the experts of each token
     experts: int,
 ) -> Rows:
-    """Rows in the order of their experts; those of one expert stay in the order of their tokens."""
-    flat = index.reshape(-1)
+    """Rows in the order of their experts; those of one expert stay in the order of their tokens.
+
+    Raises:
+        ValueError: there is no such expert. On CUDA the device stops with an assertion, as for every index.
+    """
+    flat = index.reshape(-1).long()
+    if flat.is_cpu and flat.numel():
+        for chosen in torch.stack(flat.aminmax()).tolist():
+            if not 0 <= chosen < experts:
+                raise ValueError(f"the router chose expert {chosen}, there are {experts}")
     order = torch.argsort(flat, stable=True)
-    counts: list[int] = torch.bincount(flat, minlength=experts).tolist()
-    if len(counts) > experts:
-        raise ValueError(f"the router chose expert {len(counts) - 1}, there are {experts}")
-    return Rows(order, order // max(index.shape[-1], 1), counts, index.shape[0])
+    counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
+    tokens = order // max(index.shape[-1], 1)
+    return Rows(order, tokens, counts.cumsum(0).to(torch.int32), index.shape[0])
 
 
 class Factors(NamedTuple):
@@ -80,15 +109,23 @@ class _Call:
     up_scale: float
     p: float
     seeds: Tensor | None  # (E, 2) int32
+    dtype: torch.dtype  # of the products
+    autocast: torch.dtype | None  # of the forward pass
+    inside: Callable[[Tensor], Tensor] | None
     module: Any
 
-    def expert(self, e: int) -> dict[str, Any]:
-        """The dropout of one expert."""
-        return {"p": self.p, "seed": None if self.seeds is None else self.seeds[e]}
+    def lift(self, up: Tensor) -> Tensor:
+        """up, or in float32 with the scale in it"""
+        return up if self.up_scale == 1.0 else self.up_scale * up.float()
 
-    def lift(self, up: Tensor, dtype: torch.dtype) -> Tensor:
-        """up in the dtype of the products, or float32 with the scale in it."""
-        return up.to(dtype) if self.up_scale == 1.0 else self.up_scale * up.float()
+    def x_of(self, given: Tensor) -> Tensor:
+        """What the products take: what was given, or what ``inside`` makes of it, as in the forward pass"""
+        if self.inside is None:
+            return given
+        device = device_type(given)
+        again = nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast)
+        with again:
+            return self.inside(given).to(self.dtype)
 
 
 def grouped_lowrank(
@@ -99,6 +136,7 @@ def grouped_lowrank(
     rows: Rows,
     sums: Tensor | None = None,  # (S,), any floating dtype
     by_token: bool = True,
+    inside: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y and h of all rows, differentiable in every tensor.
 
@@ -110,6 +148,8 @@ def grouped_lowrank(
         rows: of ``sort_rows``.
         sums: what to weigh the rows with before those of a token are summed, in at least float32.
         by_token: x has one row for each token, else one for each row of ``rows``.
+        inside: a function that makes x of what is given here, row by row. It is called in the backward pass, too, so
+            its result is not saved. It has no other differentiable inputs, and draws no random numbers.
 
     Returns:
         y (S, N) or, with ``sums``, (T, N) in the dtype of the products; and h (S, R), scale included.
@@ -118,11 +158,13 @@ def grouped_lowrank(
         ValueError: a shape does not fit.
     """
     device, E = device_type(x), weight.shape[0]
-    dtype = torch.get_autocast_dtype(device) if autocasts(device) and x.dtype != torch.float64 else weight.dtype
+    autocast = torch.get_autocast_dtype(device) if autocasts(device) else None
+    dtype = autocast if autocast is not None and x.dtype != torch.float64 else weight.dtype
     down, up, scale, dropout = factors
     N, K = weight.shape[1:]
+    length = rows.size if by_token else rows.tokens.shape[0]
     for name, t, shape in (
-        ("x", x, (rows.size if by_token else rows.tokens.shape[0], K)),
+        ("x", x, (length, K if inside is None else x.shape[1])),
         ("down", down, (E, down.shape[1], K)),
         ("up", up, (E, N, down.shape[1])),
     ):
@@ -131,107 +173,133 @@ def grouped_lowrank(
     p = quantized_rate(dropout)
     s = scale / (1.0 - p)
     seeds = torch.randint(-(1 << 31), (1 << 31) - 1, (E, 2), dtype=torch.int32, device=x.device) if p else None
-    module = dispatch.module_for(False, dtype, dispatch.asked_module()) if down.shape[1] else blas
-    call = _Call(rows, by_token, *((1.0, s) if dtype == torch.float16 else (s, 1.0)), p, seeds, module)
-    y, h = _Grouped.apply(call, x.to(dtype), sums, weight, bias, down, up)
+    scales = (1.0, s) if dtype == torch.float16 else (s, 1.0)
+    call = _Call(rows, by_token, *scales, p, seeds, dtype, autocast, inside, dispatch.asked_module())
+    y, h = _Grouped.apply(call, x if inside else x.to(dtype), sums, weight, bias, down, up)
     return y, h if call.up_scale == 1.0 else h * call.up_scale
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, sums: Tensor | None, *stack: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: _Call, given: Tensor, sums: Tensor | None, *stack: Any) -> tuple[Tensor, Tensor]:
         weight, bias, down, up = stack
-        rows, run, dtype = call.rows, call.module, x.dtype
-        h = x.new_zeros(rows.tokens.shape[0], down.shape[1])
-        if sums is None:
-            y = x.new_empty(rows.tokens.shape[0], weight.shape[1])
-        else:
-            y = x.new_zeros(rows.size, weight.shape[1], dtype=torch.promote_types(dtype, torch.float32))
-        with exact_products(device_type(x)):
-            for e, part in rows.slices():
-                tokens = rows.tokens[part]
-                more = None if bias is None else bias[e].to(dtype)
-                own = x[tokens] if call.by_token else x[part]
-                h[part] = run.project(own, down[e], call.scale, **call.expert(e))
-                y_e = run.matmul_lowrank(own, weight[e].to(dtype), h[part], call.lift(up[e], dtype), more)
-                if sums is None:
-                    y[part] = y_e
-                else:
-                    y.index_add_(0, tokens, y_e.to(y.dtype) * sums[part, None].to(y.dtype))
+        x = call.x_of(given)
+        if x.shape != (len(given), weight.shape[2]):
+            raise ValueError(f"inside makes {tuple(x.shape)}, the stack {tuple(weight.shape)} wants {weight.shape[2]}")
+
+        def run(backend: Any) -> list[Tensor]:
+            h = backend.grouped_project(x, down, call.rows, call.scale, call.p, call.seeds, call.by_token)
+            lift = call.lift(up)
+            y = backend.grouped_matmul_lowrank(x, weight, h, lift, call.rows, bias, by_token=call.by_token)
+            return [y if sums is None else backend.grouped_sum(y, call.rows, sums), h]
+
+        y, h = _routed(call, "forward", x, down, up, run)
         ctx.call = call
-        ctx.save_for_backward(x, h, sums, *stack)
+        ctx.save_for_backward(given, h, sums, *stack)
         ctx.set_materialize_grads(False)
-        return y.to(dtype), h
+        return y, h
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        x, h, sums, weight, bias, down, up = ctx.saved_tensors
+        given, h, sums, *stack = ctx.saved_tensors
         call: _Call = ctx.call
         if dy is None:
             if dh is None:
                 return (None,) * 7
-            dy = x.new_zeros(call.rows.size if sums is not None else h.shape[0], weight.shape[1])
-        _, *needed = ctx.needs_input_grad
-        like = (x, sums, weight, bias, down, up)
-        grads: list[Any] = [torch.zeros_like(t) if n else None for t, n in zip(like, needed, strict=True)]
-        if needed[0] and call.by_token:  # a token's rows are summed
-            grads[0] = grads[0].to(torch.promote_types(x.dtype, torch.float32))
-        with exact_products(device_type(x)):
-            for e, part in call.rows.slices():
-                _expert_gradients(call, e, part, (x, h, *like[1:]), (dy, dh), grads)
-        if needed[0]:
-            grads[0] = grads[0].to(x.dtype)
-        return (None, *grads)
+            dy = h.new_zeros(call.rows.size if sums is not None else h.shape[0], stack[0].shape[1])
+        with torch.set_grad_enabled(call.inside is not None and ctx.needs_input_grad[1]):
+            leaf = given.detach().requires_grad_() if torch.is_grad_enabled() else given
+            x = call.x_of(leaf)
+        saved = _Saved(x.detach(), h, sums, *stack)
+        dx, *others = _routed(
+            call, "backward", dy, saved.down, saved.up,
+            lambda backend: _gradients(call, backend, saved, dy, dh, ctx.needs_input_grad[1:]),
+        )  # fmt: skip
+        if leaf is not given:
+            (dx,) = torch.autograd.grad(x, leaf, dx)
+        return (None, dx, *others)
 
 
-def _expert_gradients(
-    call: _Call,
-    e: int,
-    part: slice,
-    saved: tuple[Any, ...],  # x, h, sums, weight, bias, down, up
-    incoming: tuple[Tensor, Tensor | None],  # dy, dh
-    grads: list[Any],  # of x, sums, weight, bias, down, up; None where none is needed
-) -> None:
-    """Add what the rows of one expert give: g = scale * (w dy @ up + dh), dup = dy.T @ (w h), and so on."""
+class _Saved(NamedTuple):
+    """What the backward pass reads"""
+
+    x: Tensor
+    h: Tensor  # (S, R)
+    sums: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor
+    up: Tensor
+
+
+def _routed(call: _Call, sweep: str, like: Tensor, down: Tensor, up: Tensor, run: Callable[[Any], list[Any]]) -> list:
+    """``run`` of the backend that dispatch chooses, or of BLAS where a kernel fails"""
+
+    def attempt(route: Any) -> list[Any]:
+        try:
+            return run(route.module)
+        except LaunchError as error:
+            return attempt(dispatch.failed(route, error))
+
+    with exact_products(device_type(like)):
+        route = dispatch.choose_route(experts_sweep(sweep, len(up)), like, up[0], down[0], call.module)
+        if route.unchecked:
+            route = dispatch.first_use(route, lambda r: [t for t in attempt(r) if t is not None], like.device)
+        return attempt(route)
+
+
+def experts_sweep(sweep: str, experts: int) -> str:
+    """The name of a pass over a stack, for ``forgetless.ops.dispatch``."""
+    return f"{sweep} of {experts} experts"
+
+
+def _gradients(
+    call: _Call, run: Any, saved: _Saved, dy: Tensor, dh: Tensor | None, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of x, sums, weight, bias, down, up: g = scale * (w dy @ up + dh), dup = dy.T @ (w h), and so on."""
     x, h, sums, weight, bias, down, up = saved
-    dx, dsums, dweight, dbias, ddown, dup = grads
-    dy, dh = incoming
-    run, dtype, tokens = call.module, x.dtype, call.rows.tokens[part]
-    own = x[tokens] if call.by_token else x[part]
-    dy = dy[part] if sums is None else dy[tokens]
-    w = None if sums is None else sums[part, None].to(torch.promote_types(dtype, torch.float32))
-    frozen, lift = weight[e].to(dtype), call.lift(up[e], dtype)
+    need_x, need_sums, need_weight, need_bias, need_down, need_up = needed
+    rows, by_dy, drop = call.rows, sums is not None, (call.p, call.seeds)
+    wide = torch.promote_types(call.dtype, torch.float32)
+    w = None if sums is None else sums[:, None].to(wide)
+    dx = dsums = dweight = dbias = ddown = dup = None
 
     def weighed(t: Tensor) -> Tensor:
         return t if w is None else (t * w).to(t.dtype)
 
-    q, more = run.project_outer(dy, lift.t(), weighed(h[part]), 1.0, up.dtype)
-    if dup is not None:
-        dup[e] = more.t() if call.up_scale == 1.0 else call.up_scale * more.t()
-    g = weighed(q)
-    g = call.scale * (g if dh is None else g + dh[part])
-    products = ([dy], [frozen]) if w is None else ([None], [None])
-    need = {"need_dx": dx is not None, "dtype": down.dtype, **call.expert(e)}
-    low, more = run.dx_and_ddown(*products, g, [down[e]], own if ddown is not None else None, **need)
-    if ddown is not None:
-        ddown[e] = more
-    if w is not None and (dx is not None or dsums is not None):
-        v = dy @ frozen
-        if dx is not None:
-            low = low + weighed(v)
-        if dsums is not None:
-            value = _dots(v, own) + _dots(q, h[part])
-            dsums[part] = value if bias is None else value + _dots(dy, bias[e].expand_as(dy))
-    if dx is not None:
-        if call.by_token:
-            dx.index_add_(0, tokens, low.to(dx.dtype))
-        else:
-            dx[part] = low
-    if dweight is not None:
-        dweight[e] = weighed(dy).t() @ own
-    if dbias is not None:
-        dbias[e] = weighed(dy).sum(0)
+    lift = call.lift(up)
+    q = run.grouped_project(dy, lift.mT, rows, by_token=by_dy)
+    if need_up:
+        dup = run.grouped_outer(weighed(h), dy, rows, dtype=up.dtype, by_token=by_dy).mT
+        dup = dup if call.up_scale == 1.0 else call.up_scale * dup
+    if need_x or need_down:
+        g = weighed(q) if dh is None else weighed(q) + dh
+        g = g if call.scale == 1.0 else call.scale * g
+        if need_down:
+            ddown = run.grouped_outer(g, x, rows, *drop, dtype=down.dtype, by_token=call.by_token)
+    if w is None:
+        if need_x:
+            dx = run.grouped_matmul_lowrank(dy, weight.mT, g, down.mT, rows, None, *drop)
+    elif need_x or need_sums:  # the frozen product apart: dsums is made of it, and dx of what w makes of it
+        of_none, to_none = h[:, :0], weight[:, :0].mT  # (S, 0), (E, K, 0)
+        v = run.grouped_matmul_lowrank(dy, weight.mT, of_none, to_none, rows, by_token=True)
+        if need_x:
+            dx = run.grouped_matmul_lowrank(of_none, to_none, g, down.mT, rows, None, *drop).addcmul_(v, w)
+        if sums is not None and need_sums:
+            dsums = _dots(v, x[rows.tokens] if call.by_token else x) + _dots(q, h)
+            if bias is not None:
+                dsums += (dy.to(wide) @ bias.to(wide).T)[rows.tokens, rows.experts()]
+            dsums = dsums.to(sums.dtype)
+    if need_x and call.by_token:
+        dx = run.grouped_sum(dx, rows)
+    if need_weight or need_bias:
+        own = weighed(dy[rows.tokens] if by_dy else dy)
+        if need_weight:
+            dweight = run.grouped_outer(own, x, rows, dtype=weight.dtype, by_token=call.by_token)
+        if need_bias:
+            dbias = run.grouped_outer(own, own.new_ones(len(own), 1), rows, dtype=weight.dtype)[..., 0]
+    return [dx, dsums, dweight, dbias, ddown, dup]
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:  # (n, F), (n, F) -> (n,)

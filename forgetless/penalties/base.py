@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Site
+from ..adapter import Adapter, Site, Stays
 from ..ops.rows import Rows
 
 #: Every penalty by its name, filled by ``register``.
@@ -71,7 +71,7 @@ class Penalty:
             raise ValueError(f"penalty {name!r}: {error}") from None
 
 
-class PenaltyState(nn.Module):
+class PenaltyState(Stays):
     """Buffers and value of one penalty on one layer.
 
     Persistent buffers are saved with the adapter (statistics of data that may be gone), the others are rebuilt.

@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..adapter import Stays
 
 #: Columns kept beyond q while data streams in.
 MARGIN = 16
@@ -26,7 +28,7 @@ MARGIN = 16
 BLOCK = 512
 
 
-class Covariance(nn.Module):
+class Covariance(Stays):
     """S of vectors of length K, filled by ``add``. Siblings that see the same x share one of these.
 
     Args:

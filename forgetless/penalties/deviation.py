@@ -258,8 +258,8 @@ class _SourceDeviation(PenaltyState):
         return _gram_total(items, [item.state.source for item in items])
 
     def rows(self) -> tuple[Rows, ...]:
-        if self.source.full or not self._known_calibrated:  # a matrix of K rows is no skinny product
-            return ()
+        if self.source.full or not self._known_calibrated or not self.spec.weight:
+            return ()  # a matrix of K rows is no skinny product
         own = Rows("up"), Rows("down", None, self.source.rest)
         return (*own, Rows("down", self.source.basis.t())) if self.source.columns else own
 

@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapter import Adapter, Site, wide
+from ..adapter import Adapter, Site, Stays, wide
 from ..ops.rows import Rows
 from .base import Item, Penalty, PenaltyState, register
 from .batched import grouped
@@ -152,7 +152,7 @@ def _square(t: Tensor) -> Tensor:
     return torch.dot(flat, flat)
 
 
-class _Basis(nn.Module):
+class _Basis(Stays):
     """Orthonormal columns P (dim, k), or with ``complement`` all those that are orthogonal to the stored columns."""
 
     complement = False

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 import forgetless as fl
 
 from .data import Collator, Domain, padding_id
-from .encoding import IGNORED, start_tokens
+from .encoding import IGNORED, encode_domain, start_tokens
 from .plans import Plan
 from .session import Session
 from .texts import Example
@@ -113,8 +113,20 @@ def examples_of(session: Session, plan: Plan, task: Domain, seed: int, row: dict
     return examples
 
 
-def factor_of(session: Session, plan: Plan, row: dict[str, Any]) -> float:
-    """What the update of a finished task is scaled by."""
+def task_batches(session: Session, task: Domain) -> list[dict[str, Tensor]]:
+    """Of the task's training text, as much as of the source text."""
+    encoded = encode_domain(task.train, session.tokenizer, session.options.max_length)
+    return Collator(session.tokenizer).batches(encoded[: session.options.calibration])
+
+
+def finish(session: Session, plan: Plan, task: Domain, row: dict[str, Any]) -> float:
+    """``fl.retain`` after a task, and what its update is to be scaled by."""
+    if plan.extras.retain:
+        began = time.perf_counter()
+        batches = task_batches(session, task)
+        fl.retain(session.model, batches, plan.extras.retain)
+        row["retain_seconds"] = row.get("retain_seconds", 0.0) + time.perf_counter() - began
+        row["extra_forwards"] += len(batches)
     if not plan.extras.budget:
         return plan.extras.scaled or 1.0
     began = time.perf_counter()

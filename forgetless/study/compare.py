@@ -23,9 +23,8 @@ import forgetless as fl
 
 from ..cli.console import Ui
 from . import results as book
-from .baselines import KL, examples_of, factor_of, scaling, source_batches
+from .baselines import KL, examples_of, finish, scaling, source_batches, task_batches
 from .data import Collator, Domain
-from .encoding import encode_domain
 from .evaluate import facts, log_probs, nll
 from .machine import commit, machine, versions
 from .metrics import continual, summary
@@ -106,7 +105,7 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
         row["tasks"].append({"task": task.name, **dataclasses.asdict(result)})
         if result.stopped == INTERRUPTED:
             raise KeyboardInterrupt
-        factor = factor_of(session, plan, row) if result.stopped == FINISHED else 1.0
+        factor = finish(session, plan, task, row) if result.stopped == FINISHED else 1.0
         with scaling(model, factor):
             row["stages"].append({"after": task.name, "factor": factor, **evaluate(session, plan)})
         if result.stopped != FINISHED:
@@ -142,10 +141,7 @@ def watching(
 def consolidate(session: Session, task: Domain, row: dict[str, Any], factor: float) -> None:
     """Fold a learnt task into the base; its own text joins what the penalties protect."""
     began = time.perf_counter()
-    expected = None
-    if needs_calibration(session.model):
-        encoded = encode_domain(task.train, session.tokenizer, session.options.max_length)
-        expected = Collator(session.tokenizer).batches(encoded[: session.options.calibration])
+    expected = task_batches(session, task) if needs_calibration(session.model) else None
     lost = fl.consolidate(session.model, expected, scale=factor).rounding
     row.setdefault("consolidated", []).append(
         {"after": task.name, "rounding": statistics.fmean(lost.values()), "seconds": time.perf_counter() - began}

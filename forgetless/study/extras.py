@@ -12,6 +12,7 @@ class Extras:
 
     Args:
         consolidate: fold each finished task into the base model (``fl.consolidate``).
+        retain: weight of ``fl.retain``, with which each finished task is turned away from kept text.
         scaled: factor of the update of each finished task, in (0, 1]; folds it too.
         budget: instead of ``scaled``: the largest factor with which the loss on the source text rises by at most so
             many nats per token (``fl.fit_budget``); folds too.
@@ -25,6 +26,7 @@ class Extras:
     """
 
     consolidate: bool = False
+    retain: float = 0.0
     scaled: float = 0.0
     budget: float = 0.0
     replay: float = 0.0
@@ -34,6 +36,7 @@ class Extras:
     #: Value of a part that is written without one.
     DEFAULTS: ClassVar[dict[str, float]] = {
         "consolidate": True,
+        "retain": 0.1,
         "scaled": 0.8,
         "budget": 0.02,
         "replay": 0.15,
@@ -42,7 +45,7 @@ class Extras:
     }
 
     def __post_init__(self) -> None:
-        for name in ("scaled", "budget", "replay", "self_replay", "kl"):
+        for name in ("retain", "scaled", "budget", "replay", "self_replay", "kl"):
             value = getattr(self, name)
             most = {"scaled": 1.0, "replay": 0.9, "self_replay": 0.9}.get(name, float("inf"))
             if isinstance(value, bool) or not 0.0 <= value <= most:
@@ -53,13 +56,13 @@ class Extras:
             raise ValueError(
                 f"replay and self-replay are {self.replay + self.self_replay:g} together, wants 0.9 at most"
             )
-        if (self.scaled or self.budget) and not self.consolidate:
+        if (self.retain or self.scaled or self.budget) and not self.consolidate:
             object.__setattr__(self, "consolidate", True)
 
     @property
     def needs_source(self) -> bool:
         """Whether source text is asked for."""
-        return bool(self.budget or self.replay or self.kl)
+        return bool(self.retain or self.budget or self.replay or self.kl)
 
     def to_json(self) -> dict[str, Any]:
         """What was asked for."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetless.methods import METHODS
-from forgetless.penalties import PENALTIES
+from forgetless.penalties import PENALTIES, SourceDeviation
 
 from .extras import Extras
 from .options import BadInput, near, number
@@ -35,7 +35,7 @@ LR_FACTOR = {"curlora": 1.5, "full": 0.025}
 #: Short for LoRA with the penalty that this project recommends.
 ALIASES = {"source": "lora+source"}
 #: What a sweep varies where there is no penalty, the first that is asked for; else the learning rate.
-STRENGTHS = ("kl", "scaled", "budget", "replay", "self_replay")
+STRENGTHS = ("retain", "kl", "scaled", "budget", "replay", "self_replay")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Plan:
     def swept(self, factor: float) -> Plan:
         """The same with its strength times ``factor``: a weight, else a scale or a share, else the learning rate."""
         strength = next((name for name in STRENGTHS if getattr(self.extras, name)), None)
-        if self.weight is None and strength is not None:
+        if strength is not None and (self.weight is None or self.extras.retain):
             value = getattr(self.extras, strength) * factor
             extras = dataclasses.replace(self.extras, **{strength: value})
             return dataclasses.replace(self, label=f"{self.label} @ {value:g}", extras=extras, family=self.label)
@@ -177,7 +177,18 @@ def parse_method(
     except (TypeError, ValueError) as error:
         raise BadInput(f"method {spec!r}: {error}") from None
     label = "+".join([TITLES.get(name, name), *extras]) + (f":{tail}" if tail else "")
+    if chosen.retain:
+        method = _measuring(method, spec)
     return Plan(label, method, rate, "seed" in expected, chosen)
+
+
+def _measuring(method: Any, spec: str) -> Any:
+    """The method with statistics of kept text, which ``fl.retain`` reads."""
+    if not hasattr(method, "penalties"):
+        raise BadInput(f"method {spec!r}: retain wants a method with the factors of LoRA")
+    if any(isinstance(penalty, SourceDeviation) for penalty in method.all_penalties()):
+        return method
+    return dataclasses.replace(method, penalties=(*method.penalties, SourceDeviation(0.0, "full")))
 
 
 def _extras(parts: list[str], spec: str) -> Extras:

@@ -1,14 +1,25 @@
 """The op on a stack of experts, against one expert after another in plain autograd."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import assert_as_good_as_eager
 
 import forgetless as fl
-from forgetless.ops import reference
+from forgetless.ops import dispatch, reference
 from forgetless.ops.grouped import Factors, grouped_lowrank, sort_rows
 
 T, K, N, E, R, TOP = 9, 10, 14, 5, 3, 2
+
+
+@pytest.fixture(autouse=True)
+def _strict(request, monkeypatch):
+    """A kernel that fails is an error, but where that is tested."""
+    if "no_plans" not in request.fixturenames:
+        monkeypatch.setenv("FORGETLESS_PLAN", "split,strict")
+
+
 SCALE = 1.5
 
 
@@ -69,12 +80,15 @@ def test_values_and_gradients_are_those_of_one_expert_after_another(backend, by_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("summed", [False, True])
-def test_errors_are_those_of_eager_pytorch(dtype, summed):
+@pytest.mark.parametrize("backend", ["blas", "triton"])
+def test_errors_are_those_of_eager_pytorch(backend, dtype, summed):
     leaves, rows = tensors(dtype)
     wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
     truth = gradients(eager, wide, rows, summed, True)
     theirs = gradients(eager, leaves, rows, summed, True)
-    for a, b, c in zip(gradients(ours, leaves, rows, summed, True), theirs, truth, strict=True):
+    with fl.ops.backend(backend):
+        mine = gradients(ours, leaves, rows, summed, True)
+    for a, b, c in zip(mine, theirs, truth, strict=True):
         assert_as_good_as_eager(a.detach(), b.detach(), c.detach())
 
 
@@ -100,6 +114,60 @@ def test_gradcheck(summed):
         return ours({**leaves, **dict(zip(names, values, strict=True))}, rows, summed, True)
 
     assert torch.autograd.gradcheck(run, [leaves[name] for name in names])
+
+
+@pytest.mark.parametrize("backend", ["blas", "triton"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_x_may_be_made_inside_and_is_not_saved(backend, dropout):
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    leaves, rows = tensors(dtype, by_token=False)
+    wide = torch.cat([leaves["x"], leaves["x"].flip(0)], 1).detach().requires_grad_()
+    factors = Factors(leaves["down"], leaves["up"], SCALE, dropout)
+    used = [wide, *(leaves[name] for name in ("sums", "weight", "bias", "down", "up"))]
+    saved = []
+
+    def gate(t):
+        return torch.nn.functional.silu(t[:, :K]) * t[:, K:]
+
+    def grads(x, inside):
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y, h = grouped_lowrank(x, leaves["weight"], leaves["bias"], factors, rows, leaves["sums"], False, inside)
+        return [y, *torch.autograd.grad(y.sum() + h.sin().sum(), used)]
+
+    with fl.ops.backend(backend):
+        mine = grads(wide, gate)
+        assert {t.shape for t in saved if t.shape[:1] == wide.shape[:1]} == {wide.shape, (T * TOP, R), (T * TOP,)}
+        for a, b in zip(mine, grads(gate(wide), None), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_what_inside_makes_has_to_fit():
+    leaves, rows = tensors(torch.float32)
+    factors = Factors(leaves["down"], leaves["up"])
+    with pytest.raises(ValueError, match=r"inside makes \(9, 5\), the stack \(5, 14, 10\) wants 10"):
+        grouped_lowrank(leaves["x"], leaves["weight"], None, factors, rows, inside=lambda t: t[:, :5])
+
+
+def test_a_kernel_that_fails_is_replaced_with_one_warning(no_plans, monkeypatch):
+    def broken(*args, **kwargs):
+        raise dispatch.LaunchError("it does not compile")
+
+    leaves, rows = tensors(torch.float32)
+    expected = gradients(ours, leaves, rows, True, True)
+    monkeypatch.setattr(dispatch.kernels, "grouped_matmul_lowrank", broken)
+    with fl.ops.backend("triton"):
+        with pytest.warns(UserWarning, match="of 5 experts .* it does not compile"):
+            first = gradients(ours, leaves, rows, True, True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = gradients(ours, leaves, rows, True, True)
+    for a, b, c in zip(expected, first, second, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    monkeypatch.setenv("FORGETLESS_PLAN", "strict")
+    dispatch.forget()
+    with fl.ops.backend("triton"), pytest.raises(dispatch.LaunchError):
+        gradients(ours, leaves, rows, True, True)
 
 
 def test_no_token_and_no_rank():
@@ -139,9 +207,17 @@ def test_shapes_that_do_not_fit_are_named(change, says):
         ours({**leaves, **{name: torch.zeros(shape) for name, shape in change.items()}}, rows, False, True)
 
 
-def test_a_router_that_chooses_an_expert_too_many_is_refused():
-    with pytest.raises(ValueError, match="chose expert 5, there are 5"):
-        sort_rows(torch.tensor([[0, 5]]), 5)
+@pytest.mark.parametrize("chosen", [5, -1])
+def test_a_router_that_chooses_an_expert_that_there_is_not_is_refused(chosen):
+    with pytest.raises(ValueError, match=f"chose expert {chosen}, there are 5"):
+        sort_rows(torch.tensor([[0, chosen]]), 5)
+
+
+def test_rows_are_sorted_by_expert_and_known_by_their_ends():
+    rows = sort_rows(torch.tensor([[3, 0], [0, 1], [3, 1]]), 5)
+    assert rows.ends.tolist() == [2, 4, 4, 6, 6] and rows.counts == [2, 2, 0, 2, 0]
+    assert rows.tokens.tolist() == [0, 1, 1, 2, 0, 2] and rows.experts().tolist() == [0, 0, 1, 1, 3, 3]
+    assert torch.equal(rows.order[rows.places], torch.arange(6))
 
 
 def test_there_is_no_second_derivative():

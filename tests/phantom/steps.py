@@ -6,15 +6,18 @@ waited for. A scenario that fails is its reason.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -202,8 +205,33 @@ def every_plan(card: phantom.Trace) -> None:
             steady(card, partial(pass_through, one, torch.bfloat16))
 
 
+def experts(card: phantom.Trace, spec: Any) -> None:
+    """A mixture model: the router's choice stays on the card, and every product of all experts is one launch."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": WIDTH, "moe_intermediate_size": WIDTH}
+    counts = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_experts": 8, "num_experts_per_tok": 2}
+    config: Any = Qwen3MoeConfig(**sizes, **counts, use_cache=False, attn_implementation="eager")
+    model = Qwen3MoeForCausalLM(config).to(CUDA, torch.bfloat16).train()
+    model.enable_input_require_grads()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(phantom.environment(FORGETLESS_PLAN="split,strict"))
+        for module in ("experts", "stack"):  # how many rows an expert has is a number, and here every number is one
+            stack.enter_context(mock.patch(f"forgetless.layers.{module}.verify", lambda *_: True))
+        fl.adapt(model, spec, ["experts.gate_up_proj", "experts.down_proj"])
+        steady(card, partial(train, model))
+    kernels = Counter(launch.kernel.strip("_") for launch in card.launches)
+    # forward: h, y of each stack, and a sum; backward: q, dup, ddown and the products of dx
+    assert kernels == {
+        "grouped_project_kernel": 4, "grouped_matmul_kernel": 5, "grouped_outer_kernel": 4, "grouped_sum_kernel": 2
+    }, kernels  # fmt: skip
+    assert "each product of all of them in one launch" in str(fl.explain(model))
+
+
 SCENARIOS: dict[str, Callable[[phantom.Trace], None]] = {
     "a layer": layer,
+    "experts": partial(experts, spec=fl.LoRA(RANK)),
+    "experts dropout": partial(experts, spec=fl.CLoRA(RANK, k=32, dropout=0.1)),
     **{name: partial(method, spec=spec) for name, spec in METHODS.items()},
     "every plan": every_plan,
     "quantized": partial(quantized, dropout=0.0),

@@ -30,6 +30,7 @@ def test_kernels_fit_use_tensor_cores_and_spill_nothing(arch):
     records = json.loads(done.stdout.splitlines()[-1])
     kernels = {record.get("kernel") for record in records}
     assert {"project", "outer", "project_outer", "linear_lowrank"} <= kernels
+    assert {"grouped_project", "grouped_matmul", "grouped_outer", "grouped_sum"} <= kernels
     assert ("matmul_lowrank_descriptor" in kernels) == (arch in (90, 100))
     assert {str(r["case"]): r["problems"] for r in records if r["problems"]} == {}
 
@@ -58,6 +59,10 @@ FAULTS = [
     ({"kernel": "matmul_lowrank_descriptor", "bulk_stores": 1}, "bulk stores"),
     ({"blocks_per_sm": 0}, "fits"),
     ({"serialized": "6 waits for 6 wgmma"}, "serialized"),
+    ({"kernel": "grouped_matmul"}, None),
+    ({"kernel": "grouped_matmul", "macs": 128 * 256 * 64}, "multiply-adds"),
+    ({"kernel": "grouped_matmul", "written": 0}, "bytes stored"),
+    ({"kernel": "grouped_sum", "written": 0}, "bytes stored"),
 ]
 
 
