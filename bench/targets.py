@@ -33,7 +33,7 @@ from triton.runtime.jit import JITFunction
 
 from forgetless_kernels import launcher, matmul_lowrank, sums, tiles
 
-from .harness import RESULTS, ROOT, Parser, Results, read, row, start, write_json
+from .harness import RESULTS, ROOT, Parser, Results, begin, read, row, write_json
 from .target_cases import Case, calls, everything, subset
 
 # ---------------------------------------------------------------------------------- what is compiled
@@ -318,19 +318,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--triton", help="another version of Triton")
-    options = parser.parse_args(given)
+    parser.set_defaults(device="cpu", smoke=False)
+    options, _, results = begin(parser, "targets", given)
     if options.triton and options.triton != triton.__version__:  # Triton is imported: go on in a process with that one
         path = [str(beside(options.triton)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
         return subprocess.run([sys.executable, "-m", "bench", "targets", *given], env=environment, cwd=ROOT).returncode
     cases = [case for case in (everything() if options.all else subset()) if options.only in str(case)]
     records = collect(cases, options.archs, options.jobs, show=True)
-    bad = [r for r in records if r["problems"]]
     if options.all and not options.only and options.archs == ARCHS:
-        options.device, options.smoke = "cpu", False
-        write(records, start("targets", options, given))
+        write(records, results)
     else:
         for r in records:
             print(json.dumps({key: value for key, value in r.items() if key != "problems"}))
-    print(f"Triton {triton.__version__}: {len(records)} kernels compiled, {len(bad)} with problems")
+    bad = sum(bool(r["problems"]) for r in records)
+    print(f"Triton {triton.__version__}: {len(records)} kernels compiled, {bad} with problems")
     return bool(bad)
