@@ -9,7 +9,6 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from forgetless.files import write_atomically
 
@@ -20,6 +19,7 @@ from .tables import (
     SECTIONS,
     host_bench_text,
     layer_verdict,
+    lora_times,
     nested,
     number,
     penalised_text,
@@ -92,11 +92,8 @@ def targets_text(results: Results, path: Path) -> str:
 
 def layer_section(results: Results) -> str:
     """Each provider's time over the frozen layer's: by dtype and dropout, the median over shapes, and the ends."""
-    times = nested(select(results, phase="both", metric="time"))
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for name, case in results["cases"].items():
-        if case["method"] == "lora" and OURS in times[name]:
-            groups.setdefault(f"{case['dtype']}, dropout {case['dropout']:g}", []).append(times[name])
+    named = lora_times(results, "dtype", "dropout").items()
+    groups = {f"{dtype}, dropout {dropout:g}": cases for (dtype, dropout), cases in named}
     rows = []
     for provider in unique(p for cases in groups.values() for case in cases for p in case if p != FROZEN):
         cells = []

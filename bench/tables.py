@@ -103,27 +103,20 @@ SECONDS = ("seconds", "time", 1.0, 3), ("±", "spread", 1.0, 3)
 # ------------------------------------------------------------------------------------- one training step
 
 
-def step_shares(results: Results) -> list[str]:
-    """Our share of PEFT's overhead over the frozen step, by dropout."""
-    times = {row["provider"]: row for row in select(results, phase="step", metric="time")}
-    texts = []
-    for name in times:
+def step_text(results: Results) -> str:
+    rows = select(results, phase="step", metric="time")
+    times = {row["provider"]: row for row in rows}
+    text = f"{rows[0]['case']}; forward and backward, {rows[0]['count']} interleaved rounds.\n\n"
+    text += provider_table(rows, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
+    shares = []
+    for name, time in times.items():
         library, _, dropout = name.partition(", dropout ")
         if library == OURS and dropout and f"{PEFT}, dropout {dropout}" in times:
-            part = overhead(times[name], times[f"{PEFT}, dropout {dropout}"], times[FROZEN])
-            text = "within the noise" if part is None else f"{part[0]:.2f} ± {part[1]:.2f}"
-            texts.append(f"{text} at dropout {dropout}")
-    return texts
-
-
-def step_text(results: Results) -> str:
-    times = select(results, phase="step", metric="time")
-    text = f"{times[0]['case']}; forward and backward, {len(times[0]['rounds'])} interleaved rounds.\n\n"
-    text += provider_table(times, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
-    text += against_text(results, "step")
-    if shares := step_shares(results):
-        text += f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
-    return text
+            part = overhead(time, times[f"{PEFT}, dropout {dropout}"], times[FROZEN])
+            share = "within the noise" if part is None else f"{part[0]:.2f} ± {part[1]:.2f}"
+            shares.append(f"{share} at dropout {dropout}")
+    verdict = f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
+    return text + against_text(results, "step") + (verdict if shares else "")
 
 
 def against_text(results: Results, phase: str) -> str:
@@ -185,9 +178,7 @@ def layer_text(results: Results) -> str:
         providers = unique(provider for name in names for provider in times[name])
         rows = [[p, *(layer_cell(times[name], p, rival(method)) for name in names)] for p in providers]
         if dtype in peaks:
-            least = [
-                fastest(case, peaks) / times[name][FROZEN]["value"] for name, case in zip(names, cases, strict=True)
-            ]
+            least = (fastest(results["cases"][name], peaks) / times[name][FROZEN]["value"] for name in names)
             rows.append(["at the machine's peaks", *map(number, least)])
         fixed = [key for key in ("M", "R") if len({case[key] for case in cases}) == 1]
         titles = [title_of(case, [key for key in ("M", "R") if key not in fixed]) for case in cases]
@@ -217,26 +208,22 @@ def fastest(case: Mapping[str, Any], peaks: Mapping[str, float]) -> float:
     return max(flops / (peaks[case["dtype"]] * 1e12), size / (peaks["bytes"] * 1e9))
 
 
-def lora_times(results: Results) -> dict[float, list[dict[str, Row]]]:
-    """dropout -> for each LoRA case its providers' times."""
+def lora_times(results: Results, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Row]]]:
+    """What cases have in these fields -> for each LoRA case its providers' times."""
     times = nested(select(results, phase="both", metric="time"))
-    result: dict[float, list[dict[str, Row]]] = {}
+    result: dict[tuple[Any, ...], list[dict[str, Row]]] = {}
     for name, case in results["cases"].items():
         if case["method"] == "lora" and OURS in times[name]:
-            result.setdefault(case["dropout"], []).append(times[name])
+            result.setdefault(tuple(case[key] for key in keys), []).append(times[name])
     return result
 
 
 def layer_verdict(results: Results) -> list[str]:
     """How often each of the others has the smaller median."""
     lines = []
-    for dropout, cases in lora_times(results).items():
-        texts = []
-        for name in ADAPTERS:
-            both = [times for times in cases if name in times]
-            if both:
-                texts.append(f"{name} {sum(times[name]['value'] < times[OURS]['value'] for times in both)}")
-        if texts:
+    for (dropout,), cases in lora_times(results, "dropout").items():
+        faster = {name: [t[name]["value"] < t[OURS]["value"] for t in cases if name in t] for name in ADAPTERS}
+        if texts := [f"{name} {sum(each)}" for name, each in faster.items() if each]:
             lines.append(f"Faster than forgetless at dropout {dropout:g}, of {len(cases)} cases: {', '.join(texts)}.")
     return lines
 
@@ -249,18 +236,15 @@ def penalty_text(results: Results) -> str:
     columns = [("ms", "time", 1e3, 2), ("±", "spread", 1e3, 2), ("% of a step", "ratio", 100, 1)]
     columns += [("state MiB", "state", 1 / MIB, 1)]
     text = f"{rows[0]['case']}.\n\n" + provider_table(rows, "value and gradient", columns, "training step, LoRA")
-    text += f"\nTimes faster than the authors' loop, by basis: {clora_speedup(results)}.\n"
+    times = {row["provider"]: row["value"] for row in rows if row["metric"] == "time"}
+    faster = ((name, times["authors' CLoRA"] / time) for name, time in times.items() if name.startswith("NullSpace, "))
+    texts = ", ".join(f"{name.partition(', ')[2]} {factor:.1f}" for name, factor in faster)
+    text += f"\nTimes faster than the authors' loop, by basis: {texts}.\n"
     calibrations = select(results, phase="calibrate")
     if calibrations:
         text += f"\n`fl.calibrate` on {calibrations[0]['case']}, and plain passes over them:\n\n"
         text += provider_table(calibrations, "pass", [*SECONDS, ("× forward", "ratio", 1, 2)], "forward")
     return text
-
-
-def clora_speedup(results: Results) -> str:
-    times = {row["provider"]: row["value"] for row in select(results, phase="penalty", metric="time")}
-    factors = {name: times["authors' CLoRA"] / value for name, value in times.items() if name.startswith("NullSpace")}
-    return ", ".join(f"{name.partition(', ')[2]} {factor:.1f}" for name, factor in factors.items())
 
 
 def memory_text(results: Results) -> str:
@@ -290,27 +274,15 @@ def dispatch_text(results: Results) -> str:
     return text + provider_table(rows, "provider", columns, rows[0]["provider"])
 
 
-def host_overheads(results: Results) -> dict[str, dict[str, float]]:
-    """provider -> phase -> seconds of the host over the frozen model, per layer."""
+def host_bench_text(results: Results) -> str:
+    launches = {row["provider"]: row["value"] for row in select(results, metric="launches")}
     times = nested(select(results, metric="time"), "provider", "phase")
     frozen = times.pop(FROZEN)
-    return {
-        name: {phase: row["value"] - frozen[phase]["value"] for phase, row in each.items()}
-        for name, each in times.items()
-    }
-
-
-def host_share(results: Results, name: str) -> float | None:
-    """A provider's overhead over PEFT's, forward and backward together."""
-    over = host_overheads(results)
-    return over[name]["both"] / over[PEFT]["both"] if PEFT in over else None
-
-
-def host_bench_text(results: Results) -> str:
-    rows, launches = [], {row["provider"]: row["value"] for row in select(results, metric="launches")}
-    for name, over in host_overheads(results).items():
-        times = [number(over[phase] * 1e6, 0) for phase in ("forward", "backward", "both")]
-        rows.append([name, *times, number(host_share(results, name)), number(launches.get(name))])
+    over = {name: [each[phase]["value"] - frozen[phase]["value"] for phase in frozen] for name, each in times.items()}
+    rows = []
+    for name, seconds in over.items():
+        share = seconds[-1] / over[PEFT][-1] if PEFT in over else None
+        rows.append([name, *(number(t * 1e6, 0) for t in seconds), number(share), number(launches.get(name))])
     text = f"{results['rows'][0]['case']}. Per adapted layer, without a card: what the host does.\n\n"
     return text + table(["µs over frozen", "forward", "backward", "both", "× PEFT", "Triton's launches"], rows)
 
