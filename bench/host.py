@@ -52,9 +52,8 @@ KERNELS, BLAS, CLORA = OURS, f"{OURS}, BLAS", f"{OURS}, CLoRA with its penalty"
 class NoCard:
     """A driver of Triton that compiles for a card and launches nothing; it counts the launches."""
 
-    def __init__(self) -> None:
-        self.launches = 0
-        self.utils = self
+    def __init__(self, arch: int = ARCH, device: int = 0) -> None:
+        self.arch, self.device, self.launches, self.utils = arch, device, 0, self
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(*arguments: Any) -> None:
@@ -69,13 +68,13 @@ class NoCard:
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": tiles.SHARED[ARCH], "multiprocessor_count": 132, "warpSize": 32}
+        return {"max_shared_mem": tiles.SHARED[self.arch], "multiprocessor_count": 132, "warpSize": 32}
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", ARCH, 32)
+        return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0

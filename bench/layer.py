@@ -26,24 +26,10 @@ from torch import Tensor, nn
 
 import forgetless as fl
 
+from . import harness
 from .against import Both, Measured, providers
 from .bytes import peak_bytes, saved_bytes
-from .harness import (
-    AGAINST,
-    DROPOUT,
-    FROZEN,
-    OURS,
-    HostTime,
-    Results,
-    Row,
-    begin,
-    finish,
-    interleave,
-    parser,
-    row,
-    save,
-    time_rows,
-)
+from .harness import FROZEN, OURS, Results, Row, interleave, row, time_rows
 from .providers import NO_PEFT, curlora_layers, frozen_linear, have_peft, lora_layers, random_factors
 from .shapes import CPU, GPU, METHODS, Case, fitting, grid, shape_name, shape_of, sweeps
 
@@ -142,7 +128,7 @@ def measure(
     times = interleave({name: one.runs for name, one in made.items()}, rounds, 2, device, seconds)
     rows = time_rows(case.name, times, PHASES)
     if device.type == "cuda":
-        hosts = {name: HostTime(one.runs) for name, one in made.items() if isinstance(one.runs, Sequence)}
+        hosts = {name: harness.HostTime(one.runs) for name, one in made.items() if isinstance(one.runs, Sequence)}
         rows += time_rows(case.name, interleave(hosts, rounds, 1, "cpu", seconds), PHASES, "host time")
     for name, one in made.items():
         if name != "torch.compile":
@@ -174,20 +160,20 @@ def peaks(device: torch.device, dtypes: Iterable[torch.dtype], smoke: bool = Fal
 def main(arguments: list[str] | None = None) -> Results:
     cuda = torch.cuda.is_available()
     several: dict[str, Any] = {"nargs": "+"}
-    made = parser(
+    made = harness.parser(
         __doc__, "layer", 9,
         shapes={**several, "type": shape_name, "default": list(GPU if cuda else CPU), "help": "names, or NxK"},
         tokens={**several, "type": int, "default": [8192] if cuda else [512]},
         ranks={**several, "type": int, "default": [16]},
         dtypes={**several, "default": ["bfloat16"] if cuda else ["bfloat16", "float32"]},
-        dropout=DROPOUT,
+        dropout=harness.DROPOUT,
         methods={**several, "choices": METHODS, "default": list(METHODS)},
         sweep={"action": "store_true", "help": "instead: a shape by rank, one by tokens; own file"},
         compile={"action": "store_true", "help": "torch.compile of the formula too"},
         budget={"type": float, "help": "leave out the cases that have not begun after so many seconds"},
-        against=AGAINST,
+        against=harness.AGAINST,
     )  # fmt: skip
-    options, device, results = begin(made, "layer", arguments, shapes=["tiny.q"], tokens=[8], ranks=[4])
+    options, device, results = harness.begin(made, "layer", arguments, shapes=["tiny.q"], tokens=[8], ranks=[4])
     started = time.monotonic()
     if options.smoke:
         options.dtypes = options.dtypes[:1]
@@ -208,8 +194,8 @@ def main(arguments: list[str] | None = None) -> Results:
             spec = {"case": asdict(case), "device": options.device, "compiled": options.compile}
             layers = providers(both, "layer", {**spec, "backends": other_backends(device)}, results)
             measure(case, layers, device, options.rounds, options.seconds, results)
-            save(results, options)
+            harness.save(results, options)
             print(f"measured {case.name}", flush=True)
             if options.compile:
                 torch._dynamo.reset()
-    return finish(results, options)
+    return harness.finish(results, options)

@@ -10,6 +10,7 @@ backward pass, and the peak of a step. Needs bitsandbytes, which runs NF4 on a C
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -45,23 +46,20 @@ def quantized(base: nn.Module) -> Any:
     return model
 
 
-def with_peft(base: nn.Module) -> Any:
+def with_peft(base: nn.Module, swap: bool = False) -> Any:
     """PEFT's LoRA on every linear layer but the head; equal draws every time."""
     torch.manual_seed(0)
-    return peers.peft_model(base, 0.0)
-
-
-def swapped(base: nn.Module) -> Any:
-    model = with_peft(base)
-    fl.swap_in(model)
+    model = peers.peft_model(base, 0.0)
+    if swap:
+        fl.swap_in(model)
     return model
 
 
-BUILDERS = {
+BUILDERS: dict[str, Callable[[Any], Any]] = {
     "bfloat16 base, PEFT": with_peft,
-    "bfloat16 base, swapped in": swapped,
+    "bfloat16 base, swapped in": partial(with_peft, swap=True),
     "NF4 base, PEFT": lambda base: with_peft(quantized(base)),
-    "NF4 base, swapped in": lambda base: swapped(quantized(base)),
+    "NF4 base, swapped in": lambda base: with_peft(quantized(base), swap=True),
 }
 
 

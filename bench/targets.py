@@ -27,13 +27,13 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from forgetless_kernels import launcher, matmul_lowrank, sums, tiles
 
 from .harness import RESULTS, ROOT, Parser, Results, begin, read, row, write_json
+from .host import NoCard
 from .target_cases import Case, calls, everything, subset
 
 # ---------------------------------------------------------------------------------- what is compiled
@@ -41,22 +41,6 @@ from .target_cases import Case, calls, everything, subset
 Record = dict[str, Any]
 ARCHS = (80, 86, 89, 90, 100, 120)
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-
-
-class _NoDriver:
-    """Answers what the compiler asks of a driver; each architecture is a device of its own."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
 
 
 @contextlib.contextmanager
@@ -77,7 +61,7 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         (matmul_lowrank, "programs_of", lambda device: PROCESSORS[arch]),
         (sums, "sweep_pays", lambda *sizes: True),
         (launcher, "KNOWN", False),  # every launch by the call that is patched here
-        (driver, "_active", _NoDriver(arch)),
+        (driver, "_active", NoCard(arch, device=arch)),  # each architecture is a device of its own
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in patches:
