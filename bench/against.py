@@ -18,8 +18,9 @@ import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from .harness import FROZEN, HERE, OURS, ROOT, BadInput, Clock, Provider, Results
 
@@ -66,7 +67,8 @@ class Worker:
         self.process.communicate()
 
 
-class Remote(NamedTuple):
+@dataclass
+class Remote:
     """A provider in a worker; it times itself there."""
 
     worker: Worker
