@@ -32,14 +32,14 @@ def retain(
         argmin over D' of  E_task ||(D' - D) x||^2 + weight E_kept ||D' x||^2  =  D S_task (S_task + weight S_kept)^-1,
 
     which is A' = A S_task (S_task + weight S_kept)^-1 with the same B: the rank, the scale and the file format stay.
-    It is the regression mean of the tuned and the base weights (Jin et al., arXiv 2212.09849, Eq. 3, with a weight);
-    directions that neither text has keep the update. S_kept is that of the layer's ``SourceDeviation``, measured by
+    It is the regression mean of Jin et al. (RegMean, arXiv 2212.09849), weighted, of the tuned and the base weights.
+    Directions that neither text has keep the update. S_kept is that of the layer's ``SourceDeviation``, measured by
     ``fl.calibrate`` and ``fl.consolidate`` (with earlier tasks); give it a weight of 0 to measure without a penalty.
 
     Args:
-        model: an adapted model whose method has a ``SourceDeviation`` with statistics; ``covariance="full"`` loses
-            nothing.
-        batches: of the task's text, as of ``fl.calibrate``; some dozens of sequences do. One forward pass over them.
+        model: an adapted model whose method has a ``SourceDeviation`` with statistics. Both covariances have its form:
+            "full" loses nothing and holds (K, K) numbers a layer for each of them; with the others less is told apart.
+        batches: a list, of the task's text, as of ``fl.calibrate``; some dozens of sequences do. One forward pass.
         weight: > 0; larger keeps more. A tenth costs little of what was learnt on SmolLM2-135M, see the docs.
         loss: as of ``fl.calibrate``.
 
@@ -53,50 +53,51 @@ def retain(
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
         raise ValueError(f"weight is {weight!r}, wants a number above 0")
     layers = matrices(_running(model))
-    kept = {name: _kept(name, layer) for name, layer in layers.items()}
-    task = measure_inputs(model, batches, "full", loss)
-    factors: dict[tuple[int, int], Tensor] = {}
-    changes, moved = {}, {}
+    states = {name: _state(name, layer) for name, layer in layers.items()}
+    forms = {state.spec.covariance for state in states.values()}
+    batches = list(batches) if len(forms) > 1 else batches
+    task = {form: measure_inputs(model, batches, form, loss) for form in forms}
+    alike: dict[tuple[Covariance, Covariance], list[str]] = {}
+    for name, state in states.items():
+        alike.setdefault((task[state.spec.covariance][name], state.source), []).append(name)
+    changes = {}
+    for (own, kept), names in alike.items():
+        solver = _Solver(own, kept, weight)
+        changes.update({name: solver.change(layers[name].adapter) for name in names})
     for name, layer in layers.items():
-        pair = id(kept[name]), id(task[name])
-        if pair not in factors:
-            factors[pair] = _filter(task[name], kept[name], weight)
-        down = layer.adapter.factors()[0]
-        changes[name] = (down.double() @ factors[pair].to(down.device)).to(down.dtype)
-        moved[name] = _moved(layer.adapter, changes[name], kept[name])
-    for name, layer in layers.items():
-        layer.adapter.factors()[0].copy_(changes[name])
-    return moved
+        layer.adapter.factors()[0].copy_(changes[name][0])
+    return {name: moved for name, (_, moved) in changes.items()}
 
 
-def _kept(name: str, layer: AdaptedLinear) -> Covariance:
+def _state(name: str, layer: AdaptedLinear) -> Any:
     if not trains_factors(layer.adapter):
         raise ValueError(f"{name}: {type(layer.adapter).__name__} does not train its two factors; retain wants LoRA's")
     for state in layer.adapter.penalty_states():
         if isinstance(state.spec, SourceDeviation) and state.calibrated:
-            source: Covariance = state.shared()
-            return source
+            return state
     raise ValueError(
         f"{name} has no statistics of kept text: adapt with fl.LoRA(penalties=[fl.SourceDeviation(0.01, 'full')]) and "
         "call fl.calibrate before training"
     )
 
 
-def _filter(task: Covariance, kept: Covariance, weight: float) -> Tensor:  # (K, K), float64
-    """S_task (S_task + weight S_kept)^-1, with the ridge on S_task."""
-    S, other = task.dense().double(), weight * kept.dense().double()
-    ridge = _RIDGE * (S.diagonal().mean() + other.diagonal().mean())
-    S.diagonal().add_(ridge.clamp(min=torch.finfo(torch.float64).tiny))
-    factor = torch.linalg.cholesky(S + other)
-    return torch.cholesky_solve(S, factor).T
+class _Solver:
+    """Of layers with the same inputs: S_task with the ridge, S_kept, the Cholesky factor of their weighted sum."""
 
+    def __init__(self, task: Covariance, kept: Covariance, weight: float):
+        self.task, self.kept = task.dense().double().clone(), kept.dense().double()
+        ridge = _RIDGE * (self.task.diagonal().mean() + weight * self.kept.diagonal().mean())
+        self.task.diagonal().add_(ridge.clamp(min=torch.finfo(torch.float64).tiny))
+        self.factor = torch.linalg.cholesky(self.task + weight * self.kept)
 
-def _moved(adapter: Adapter, down: Tensor, kept: Covariance) -> float:
-    before, up = (t.double() for t in adapter.factors())
-    S, outer = kept.dense().double(), up.T @ up
+    def change(self, adapter: Adapter) -> tuple[Tensor, float]:
+        """The new A (R, K), and how far the update moves in the inputs' norm of the kept text."""
+        down, up = (t.double() for t in adapter.factors())
+        new = torch.cholesky_solve(self.task @ down.T, self.factor).T
+        outer = up.T @ up
 
-    def size(rows: Tensor) -> Tensor:
-        return (outer * (rows @ S @ rows.T)).sum().clamp(min=0).sqrt()
+        def size(rows: Tensor) -> Tensor:
+            return (outer * (rows @ self.kept @ rows.T)).sum().clamp(min=0).sqrt()
 
-    whole = size(before)
-    return float(size(down.double() - before) / whole) if whole > 0 else 0.0
+        whole = size(down)
+        return new.to(adapter.factors()[0].dtype), float(size(new - down) / whole) if whole > 0 else 0.0

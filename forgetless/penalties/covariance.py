@@ -110,7 +110,9 @@ class Covariance(Stays):
             return self.matrix.diagonal()
         return self.rest + self.basis.square() @ self.spectrum if self.columns else self.rest
 
-    def dense(self) -> Tensor:  # (K, K), for tests and small layers
+    def dense(self) -> Tensor:  # (K, K), not to be written to
+        if self.full:
+            return self.matrix
         return self.apply_to(torch.eye(self.length()).to(self.tokens.device, self.diagonal().dtype))
 
     def apply_to(self, rows: Tensor) -> Tensor:  # (R, K) -> (R, K)

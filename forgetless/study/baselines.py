@@ -130,6 +130,8 @@ def finish(session: Session, plan: Plan, task: Domain, row: dict[str, Any]) -> f
     if not plan.extras.budget:
         return plan.extras.scaled or 1.0
     began = time.perf_counter()
-    factor = fl.fit_budget(session.model, source_batches(session), plan.extras.budget)
+    batches = source_batches(session)
+    factor = fl.fit_budget(session.model, batches, plan.extras.budget)
+    row["extra_forwards"] += len(batches) * (2 if factor == 1 else 7)  # what fit_budget runs
     row["budget_seconds"] = row.get("budget_seconds", 0.0) + time.perf_counter() - began
     return max(factor, 1 / 32)  # 0 would fold nothing

@@ -110,7 +110,7 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
             row["stages"].append({"after": task.name, "factor": factor, **evaluate(session, plan)})
         if result.stopped != FINISHED:
             break
-        if plan.extras.consolidate and i < len(session.tasks) - 1:
+        if plan.extras.folds and i < len(session.tasks) - 1:
             consolidate(session, task, row, factor)
     row["extra_forwards"] += 2 * extra.calls if extra else 0
     row["stopped"] = row["tasks"][-1]["stopped"]

@@ -56,8 +56,11 @@ class Extras:
             raise ValueError(
                 f"replay and self-replay are {self.replay + self.self_replay:g} together, wants 0.9 at most"
             )
-        if (self.retain or self.scaled or self.budget) and not self.consolidate:
-            object.__setattr__(self, "consolidate", True)
+
+    @property
+    def folds(self) -> bool:
+        """Whether each finished task is folded into the base model."""
+        return bool(self.consolidate or self.retain or self.scaled or self.budget)
 
     @property
     def needs_source(self) -> bool:

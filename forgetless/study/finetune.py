@@ -79,8 +79,8 @@ def check(options: FinetuneOptions) -> Plan:
     check_dtype(options.dtype)
     check_report(options.report)
     plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
-    if plan.full or plan.extras != Extras():
-        raise BadInput(f"{plan.label}: finetune trains one adapter; full and consolidate are rows of compare")
+    if plan.full or plan.extras != Extras(retain=plan.extras.retain):
+        raise BadInput(f"{plan.label}: finetune trains one adapter; full and all parts but retain are rows of compare")
     if not options.overwrite and not options.dry_run:
         check_out(options)
     return plan
@@ -172,6 +172,12 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
     with processes.stopping_together() as stop:
         with ui.training(f"{plan.label}: {work.domain.name}", work.steps) as on_step:
             result = train(model, tokenizer, work.domain.train, config, on_step, stop, checkpoints)
+        if plan.extras.retain and result.stopped != INTERRUPTED:
+            ui.say(
+                f"turning the update away from {', '.join(options.source)}: fl.retain, weight {plan.extras.retain:g}"
+            )
+            rows = encode_for_training(work.domain.train, tokenizer, config.max_length, work.template)
+            fl.retain(model, collate.batches(rows[: options.calibration]), plan.extras.retain)
         if processes.number() == 0:
             fl.save(model, options.out)
         log: dict[str, Any] = {
@@ -247,8 +253,8 @@ def advice(task: str, before: dict[str, float], after: dict[str, float]) -> str:
     if worst is None or rises[worst] <= NOTICEABLE:
         return ""
     return (
-        f"\n{worst} has become {rises[worst]:.3f} nats per token less likely. To keep more: --method source with "
-        f"--source {worst} (a penalty measured on that text), a larger --weight, or a lower --lr."
+        f"\n{worst} has become {rises[worst]:.3f} nats per token less likely. To keep more: --method lora+retain=0.3 "
+        f"with --source {worst} (the update is turned away from that text), a larger weight of it, or a lower --lr."
     )
 
 

@@ -69,7 +69,7 @@ class Plan:
     @property
     def alters(self) -> bool:
         """Whether the base model's own weights are changed."""
-        return self.full or self.extras.consolidate
+        return self.full or self.extras.folds
 
     @property
     def plain(self) -> bool:
@@ -184,7 +184,7 @@ def parse_method(
 
 def _measuring(method: Any, spec: str) -> Any:
     """The method with statistics of kept text, which ``fl.retain`` reads."""
-    if not hasattr(method, "penalties"):
+    if not getattr(method, "adapts_experts", False):  # which is where it has the factors of LoRA
         raise BadInput(f"method {spec!r}: retain wants a method with the factors of LoRA")
     if any(isinstance(penalty, SourceDeviation) for penalty in method.all_penalties()):
         return method
