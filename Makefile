@@ -44,7 +44,7 @@ types: install
 
 docs: install  ## the documentation as a site, in site/
 	$(PIP) install -q -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 targets: install  ## compile every kernel for every card, without one; TRITON=3.9.0 uses another Triton
 	$(BIN)/python -m bench targets --all $(if $(TRITON),--triton $(TRITON))

@@ -34,7 +34,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 #: Committed results lie beside this file; outside of a source checkout, in the current folder.
 RESULTS = HERE / "results" if (ROOT / "pyproject.toml").exists() else Path("bench-results")
-PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 SCHEMA = 3
 #: Providers that every bench has.
 OURS, FROZEN, PEFT = "forgetless", "frozen", "PEFT"
@@ -119,17 +118,6 @@ def cuda_times(name: str, runs: Sequence[Run]) -> list[float]:
             mark.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) * 1e-3 for a, b in zip(marks, marks[1:], strict=False)]
-
-
-class HostTime:
-    """What the host alone takes of each part: to issue the work, with nothing waiting on the card before it."""
-
-    def __init__(self, runs: Sequence[Run]):
-        self.runs = runs
-
-    def times(self) -> list[float]:
-        torch.cuda.synchronize()
-        return Clock().times("", self.runs)
 
 
 def interleave(
@@ -294,7 +282,7 @@ def start(kind: str, options: argparse.Namespace, arguments: Sequence[str] | Non
         "command": shlex.join(["python", "-m", "bench", kind, *without_out(given)]),
         "commit": machine.commit(),
         "machine": machine.machine(device),
-        "versions": machine.versions(PACKAGES),
+        "versions": machine.versions(("torch", "triton", "transformers", "peft", "numpy")),
         "smoke": options.smoke,
         "notes": [],
         "cases": {},

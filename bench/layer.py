@@ -72,6 +72,17 @@ class Layer:
         return {"saved": saved, "peak": peak_bytes(self.both, self.x.device)}
 
 
+class HostTime:
+    """What the host alone takes of each part: to issue the work, with nothing waiting on the card before it."""
+
+    def __init__(self, runs: Sequence[Callable[[], Any]]):
+        self.runs = runs
+
+    def times(self) -> list[float]:
+        torch.cuda.synchronize()
+        return harness.Clock().times("", self.runs)
+
+
 def within(name: str) -> AbstractContextManager[Any]:
     """The block in which the op runs on that backend, or by that plan, without another in its place."""
     if name in FUSED:
@@ -128,7 +139,7 @@ def measure(
     times = interleave({name: one.runs for name, one in made.items()}, rounds, 2, device, seconds)
     rows = time_rows(case.name, times, PHASES)
     if device.type == "cuda":
-        hosts = {name: harness.HostTime(one.runs) for name, one in made.items() if isinstance(one.runs, Sequence)}
+        hosts = {name: HostTime(one.runs) for name, one in made.items() if isinstance(one.runs, Sequence)}
         rows += time_rows(case.name, interleave(hosts, rounds, 1, "cpu", seconds), PHASES, "host time")
     for name, one in made.items():
         if name != "torch.compile":

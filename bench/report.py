@@ -156,7 +156,7 @@ def readme_section() -> str:
             "**Penalties in a step of Llama-3-8B**, counted and predicted for an H100: all layers at once → in the "
             f"kernels' passes:\n\n{text}"
         )
-    return "\n" + "\n".join(parts) + "\n"
+    return "\n".join(parts)
 
 
 # -------------------------------------------------------------------------------------- other pages
@@ -180,11 +180,9 @@ def suite_section() -> str:
     )
     text = f"\nPEFT {results['versions']['peft']}, LoRA configurations, without network. {verdict}\n\n"
     text += table(columns, rows)
-    for outcome in ("failed", "skipped"):
-        reasons = select(results, phase="reasons", metric=outcome)
-        if reasons:
-            rows = [[str(row["value"]), row["case"].replace("|", "\\|")] for row in reasons]
-            text += "\n" + table([outcome, "reason that PEFT's tests give"], rows)
+    reasons = [f"{row['value']}: {row['case']}" for row in select(results, phase="reasons", metric="failed")]
+    if reasons:
+        text += f"\nFailed: {'; '.join(reasons)}. The JSON has the reasons of what is skipped.\n"
     names = {"op": "our op", "onto": "in place onto the frozen layer's result", "base": "the frozen layer alone"}
     rows = []
     for row in select(results, phase="forward passes"):

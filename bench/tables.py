@@ -33,6 +33,7 @@ def unique(values: Iterable[Any]) -> list[Any]:
 
 
 Key = Callable[[Row], str]
+Columns = Sequence[tuple[str, str, float, int]]
 
 
 def nested(rows: Iterable[Row], first: str = "case", second: str = "provider") -> dict[str, dict[str, Row]]:
@@ -70,11 +71,7 @@ def source(results: Results, path: Path | None = None) -> str:
 
 
 def provider_table(
-    rows: Iterable[Row],
-    first: str,
-    columns: Sequence[tuple[str, str, float, int]],
-    floor: str | None = None,
-    last: Mapping[str, str] | None = None,
+    rows: Iterable[Row], first: str, columns: Columns, floor: str | None = None, last: Mapping[str, str] | None = None
 ) -> str:
     """A line for each provider.
 
@@ -107,7 +104,6 @@ def step_text(results: Results) -> str:
     rows = select(results, phase="step", metric="time")
     times = {row["provider"]: row for row in rows}
     text = f"{rows[0]['case']}; forward and backward, {rows[0]['count']} interleaved rounds.\n\n"
-    text += provider_table(rows, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
     shares = []
     for name, time in times.items():
         library, _, dropout = name.partition(", dropout ")
@@ -115,8 +111,13 @@ def step_text(results: Results) -> str:
             part = overhead(time, times[f"{PEFT}, dropout {dropout}"], times[FROZEN])
             share = "within the noise" if part is None else f"{part[0]:.2f} ± {part[1]:.2f}"
             shares.append(f"{share} at dropout {dropout}")
-    verdict = f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
-    return text + against_text(results, "step") + (verdict if shares else "")
+    if "against" in results:  # the JSON has the times
+        text += against_text(results, "step").lstrip()
+    else:
+        text += provider_table(rows, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
+    if shares:
+        text += f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
+    return text
 
 
 def against_text(results: Results, phase: str) -> str:
@@ -178,8 +179,10 @@ def layer_text(results: Results) -> str:
         providers = unique(provider for name in names for provider in times[name])
         rows = [[p, *(layer_cell(times[name], p, rival(method)) for name in names)] for p in providers]
         if dtype in peaks:
-            least = (fastest(results["cases"][name], peaks) / times[name][FROZEN]["value"] for name in names)
-            rows.append(["at the machine's peaks", *map(number, least)])
+            needs = (work(Case(**{key: case[key] for key in Case.__dataclass_fields__})) for case in cases)
+            least = (max(flops / (peaks[dtype] * 1e12), size / (peaks["bytes"] * 1e9)) for flops, size in needs)
+            frozen = (times[name][FROZEN]["value"] for name in names)
+            rows.append(["at the machine's peaks", *(number(a / b) for a, b in zip(least, frozen, strict=True))])
         fixed = [key for key in ("M", "R") if len({case[key] for case in cases}) == 1]
         titles = [title_of(case, [key for key in ("M", "R") if key not in fixed]) for case in cases]
         dropped = f", dropout {dropout:g}" if method == "lora" else ""
@@ -190,22 +193,17 @@ def layer_text(results: Results) -> str:
 
 
 def saved_text(results: Results) -> str:
-    """What each provider saves for the backward pass; the sweep's rows are in its JSON."""
-
-    def line(row: Row) -> str:
+    """What each provider saves for the backward pass at each dropout; the sweep's rows are in its JSON."""
+    lines: dict[str, dict[str, list[str]]] = {}
+    for row in select(results, phase="both", metric="saved") if results["kind"] == "layer" else []:
         case = results["cases"][row["case"]]
-        return f"{case['method']}, {case['dtype']}, dropout {case['dropout']:g}: {row['provider']}"
-
-    rows = [] if results["kind"] == "sweep" else select(results, phase="both", metric="saved")
-    rows = sorted((row for row in rows if not row["provider"].startswith(FROZEN)), key=line)
-    text = pivot(rows, "", line, lambda r: title_of(results["cases"][r["case"]]), lambda r: number(r["value"] / MIB, 3))
-    return text and f"\nSaved for the backward pass, MiB:\n\n{text}"
-
-
-def fastest(case: Mapping[str, Any], peaks: Mapping[str, float]) -> float:
-    """Seconds of the adapted layer at the machine's peaks."""
-    flops, size = work(Case(**{key: case[key] for key in Case.__dataclass_fields__}))
-    return max(flops / (peaks[case["dtype"]] * 1e12), size / (peaks["bytes"] * 1e9))
+        if not row["provider"].startswith(FROZEN):
+            line = lines.setdefault(f"{case['method']}, {case['dtype']}: {row['provider']}", {})
+            line.setdefault(title_of(case), []).append(number(row["value"] / MIB))
+    shapes = unique(title_of(case) for case in results["cases"].values())
+    cells = [[name, *(" / ".join(unique(of.get(shape, [NONE]))) for shape in shapes)] for name, of in lines.items()]
+    title = "\nSaved for the backward pass, MiB, at dropout 0 / 0.1 where they differ:\n\n"
+    return title + table(["", *shapes], sorted(cells)) if lines else ""
 
 
 def lora_times(results: Results, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Row]]]:

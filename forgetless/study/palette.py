@@ -17,15 +17,20 @@ COLOURS = {
     "lora+source+consolidate": "#7A5C00",
     "lora+consolidate": "#004D77",
     "lora+scaled": "#882255",
+    "lora+retain": "#228B22",
+    "lora+retain+scaled": "#0B5D1E",
+    "lora+source+scaled": "#F2C14E",
+    "lora+source+retain+scaled": "#8C5A2B",
     "lora+budget": "#44AA99",
     "lora+replay": "#6A3D9A",
     "lora+self-replay": "#999933",
     "lora+kl": "#A6761D",
+    "lora+source+retain": "#117733",
     "full": "#000000",
     "base": "#7F7F7F",
 }
 #: For combinations without an entry above: one of these, chosen by the name.
-OTHERS = ("#DC267F", "#117733", "#5D5D81", "#B15928", "#2F4B7C")
+OTHERS = ("#5D5D81", "#B15928", "#2F4B7C", "#A05195", "#665191")
 
 
 def method_of(label: str) -> str:

@@ -202,16 +202,35 @@ def test_a_command_line_that_cannot_be_read_is_refused(
     assert said in refused(words, capsys, tmp_path / "none")
 
 
-def test_help_and_version_import_no_study() -> None:
+def test_help_and_version_import_neither_torch_nor_the_study() -> None:
     code = """
         import sys
         from forgetless.cli.main import main
         assert main(["--version"]) == 0 and main(["--help"]) == 0 and main(["compare", "--help"]) == 0
-        sys.exit(sorted({"transformers", "matplotlib", "scipy", "rich"} & set(sys.modules)) or 0)
+        sys.exit(sorted({"torch", "transformers", "matplotlib", "scipy", "rich"} & set(sys.modules)) or 0)
     """
     done = subprocess.run([sys.executable, "-c", inspect.cleandoc(code)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"forgetless {fl.__version__}\n")
+
+
+@pytest.mark.parametrize("first", ["calibrate", "consolidate", "retain", "model", "peft.swap", "api"])
+def test_a_public_name_is_the_same_whatever_is_imported_first(first: str) -> None:
+    """``forgetless.calibrate`` is a module and a function; the import of the one leaves the other in its place."""
+    code = f"""
+        import importlib, sys
+        importlib.import_module("forgetless.{first}")
+        import forgetless as fl
+        from forgetless import api
+        names = set(fl.__all__)
+        assert names <= set(vars(api)) and all(getattr(fl, name) is getattr(api, name) for name in names)
+        assert fl.peft.swap.swap_in is fl.swap_in and names <= set(dir(fl))
+        modules = {{name for name in names if type(getattr(fl, name)) is type(sys) and name != "packed"}}
+        assert modules == set(fl.SUBMODULES), modules
+        assert not hasattr(fl, "adaptt")
+    """
+    done = subprocess.run([sys.executable, "-c", inspect.cleandoc(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_defaults_in_the_help_are_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,9 +149,7 @@ CHECKS: dict[str, Callable[[int, Namespace], None]] = {
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_every_block_runs_in_order(
-    page: str, fresh: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_block_runs_in_order(page: str, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     if "from peft" in text_of(page):
         pytest.importorskip("peft")
@@ -165,10 +163,6 @@ def test_every_block_runs_in_order(
     for index, block in enumerate(blocks(page)):
         exec(compile(block, f"{page}, block {index}", "exec"), space)  # noqa: S102
         CHECKS.get(page, lambda index, space: None)(index, space)
-    if page == "walkthrough.md":
-        printed = capsys.readouterr().out
-        assert printed.count(": True\n") == 3 and ": False" not in printed
-        assert all(re.search(rf"^{name} .* drift 0\.\d+$", printed, flags=re.M) for name in space["methods"])
 
 
 @pytest.mark.parametrize("page", ELSEWHERE)
