@@ -163,6 +163,7 @@ def serve(requests: Sequence[str] | Any, reply: Any) -> None:
             if "library" in request:
                 import forgetless
 
+                assert forgetless.LoRA is not None  # its modules are imported with the first name that is asked for
                 result: Any = forgetless.__file__
             elif "make" in request:
                 made.clear()
