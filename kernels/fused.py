@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles, tl_utils
-from .grouped import grouped_matmul_lowrank, grouped_outer, grouped_project, grouped_sum
+from .grouped import grouped_matmul_lowrank, grouped_outer, grouped_project
+from .grouped_sum import grouped_sum
 from .launcher import Facts, Launch, prepared
 from .mask import keep_bits
 from .matmul_lowrank import MOST_RANKS, add_products, matmul_lowrank, most_pairs
