@@ -283,7 +283,7 @@ def explain(model: nn.Module) -> Report:
     """
     from .peft.explain import reports
 
-    listed = reports(model)
+    listed = reports(checked(model))
     layers = adapters(model) if listed else _adapters(model)
     report = Report(listed, {} if listed else passed_over(model))
     idle = set(uncalled(layers))
