@@ -27,7 +27,7 @@ KERNELS: dict[str, Callable[[Any, Operands, Any], Sequence[Tensor | None]]] = {
         run.matmul_lowrank(t["dy"], t["weight"].T, t["h"], t["down"].T, None, *drop),  # as dx reads it
     ],
     "outer": lambda run, t, drop: [run.outer(t["h"], t["x"], *drop)],
-    "project_outer": lambda run, t, drop: run.project_outer(t["dy"], t["up"].T, t["h"], 0.5),
+    "project_outer": lambda run, t, drop: run.project_outer(t["dy"], t["up"], t["h"], 0.5),
     "dx_and_ddown": lambda run, t, drop: run.dx_and_ddown([t["dy"]], [t["weight"]], t["h"], [t["down"]], t["x"], *drop),
     **{
         plan: lambda run, t, drop, plan=plan: run.linear_lowrank(  # type: ignore[misc]

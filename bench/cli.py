@@ -19,7 +19,8 @@ BENCHES = {
 OTHERS = {
     "qlora": "training on a base in NF4, with PEFT and swapped in; needs bitsandbytes",
     "host": "what a layer costs the host on the CUDA path, without a GPU; needs Triton and transformers",
-    "all": "every benchmark above but qlora and host, one after the other",
+    "leaderboard": "PEFT's MetaMathQA setting with our methods; needs a model, its data and a GPU",
+    "all": "every benchmark above, one after the other",
     "check": "every kernel against float64 on this device",
     "gpu": "on a CUDA machine: check, then every benchmark, the most important first, in ten minutes",
     "targets": "compile every kernel for every card, without one; what fits, what spills",

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from forgetless.adapter import Site
 from forgetless.methods import LoRA
+from forgetless.ops.rows import Products
 from forgetless.penalties import NullSpace, OutputDeviation, SourceDeviation, WeightDeviation, nullspace
 from forgetless.penalties.base import Item
 from forgetless_kernels import tiles
@@ -169,7 +170,8 @@ def made(items: list[Item]) -> Cost:
     for item in items:
         factors = dict(zip(("down", "up"), item.adapter.factors(), strict=True))
         lengths = [rows.length(RANK) for rows in item.state.rows()]
-        zs.append(torch.empty(sum(lengths), RANK, device="meta", requires_grad=True))
+        z = torch.empty(sum(lengths), RANK, device="meta", requires_grad=True)
+        zs.append(Products(item.state.rows(), z))
         for rows, k in zip(item.state.rows(), lengths, strict=True):
             if rows.of == "hidden":
                 _, stores = gram_traffic(Sizes(TOKENS, 0, 0, RANK), tiles.row("project", ARCH, 2))
@@ -184,7 +186,7 @@ def made(items: list[Item]) -> Cost:
             moved += 2 * V + size + (size if rows.own else 0) + 2 * 4 * k * RANK + size
             work += 2 * 2 * k * dim * RANK
     with FlopCounterMode(display=False) as flops, Counted() as counted:
-        torch.autograd.grad(type(items[0].state).total_made(items, zs), zs)
+        torch.autograd.grad(type(items[0].state).total_made(items, zs), [z for _, z in zs])
     return Cost(counted.operations, work + flops.get_total_flops(), moved + counted.moved)
 
 

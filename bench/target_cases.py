@@ -64,7 +64,7 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
         "mask": ("mask", lambda: fused.keep_bits(seed, 0.1, M, K)),
         "outer": ("outer", lambda: fused.outer(h, x, dtype=factor)),
         "outer dropout": ("outer", lambda: fused.outer(h, x, 0.1, seed, factor)),
-        "sweep": ("project_outer", lambda: fused.project_outer(dy, up.T, h, 1.0, factor)),
+        "sweep": ("project_outer", lambda: fused.project_outer(dy, up, h, 1.0, factor)),
         **{
             f"{plan}{' dropout' if p else ''}": (
                 plan,
@@ -96,29 +96,29 @@ def penalised(
     factor, (N, R), K, k = torch.float32, up.shape, down.shape[1], 256
     byte, index = torch.int8, torch.int64
     terms = {
-        "null space": (Rows("down", on(K, k).T), Rows("up", on(N, k).T)),
-        "shared": (Rows("down", on(K, k).T, on(K, dtype=byte)), Rows("up", on(N, k).T, on(N, dtype=byte))),
+        "null space": (Rows("down", on(K, k)), Rows("up", on(N, k))),
+        "shared": (Rows("down", on(K, k), on(K, dtype=byte)), Rows("up", on(N, k), on(N, dtype=byte))),
         "hadamard": tuple(
             Rows(of, None, on(dim, dtype=byte), on(k, dtype=index)) for of, dim in (("down", K), ("up", N))
         ),
         "source": (
             Rows("up"),
             Rows("down", None, on(K, dtype=factor)),
-            Rows("down", on(K, 32, dtype=factor).T),
+            Rows("down", on(K, 32, dtype=factor)),
         ),
         "output": (Rows("up"), Rows("hidden")),
     }
     made: dict[str, tuple[str, Callable[[], object]]] = {}
     for name, rows in terms.items():
         d = [on(one.length(R), R, dtype=factor) for one in rows]
-        ups = [More(one, up.T, part) for one, part in zip(rows, d, strict=True) if one.of == "up"]
+        ups = [More(one, up, part) for one, part in zip(rows, d, strict=True) if one.of == "up"]
         downs = [More(one, down, part) for one, part in zip(rows, d, strict=True) if one.of == "down"]
         start = d[-1] if name == "output" else None
         project = functools.partial(fused.project_terms, x, [down], [up], [Term(0, rows)])
         made[f"project {name}"] = "project", project
         made[f"sweep {name}"] = (
             "project_outer",
-            functools.partial(fused.project_outer, dy, up.T, h, 1.0, factor, ups, start),
+            functools.partial(fused.project_outer, dy, up, h, 1.0, factor, ups, start),
         )
         made[f"outer {name}"] = "outer", functools.partial(fused.outer, h, x, 0.0, None, factor, downs)
     many = [Term(i, terms["null space"]) for i in range(3)]

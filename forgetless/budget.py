@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import LossFunction
+from .names import checked
 from .samples import Window, entry, run
 from .switch import disabled, scaled
 
@@ -42,7 +43,7 @@ def fit_budget(
     kept = list(batches)
     if not kept:
         raise ValueError("batches is empty, wants at least one batch of text to keep")
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in checked(model).modules()}
     model.eval()
     try:
         with torch.no_grad():

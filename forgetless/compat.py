@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,3 +40,23 @@ def in_backward() -> bool:
 def saves_elsewhere() -> bool:
     """Whether hooks take what is saved for backward, as a non-reentrant checkpoint's do. Since torch 2.5."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _store() -> Any:
+    """The keys and values that the processes of a job have in common, None outside of one. Since torch 2.0."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() < 2:
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def agreed(key: str) -> str | None:
+    """What a process of the job has written under ``key``; None if none has, or outside of a job."""
+    store = _store()
+    return store.get(key).decode() if store is not None and store.check([key]) else None
+
+
+def agree(key: str, value: str) -> str:
+    """``value``, or what another process of the job has written under ``key`` before. Nobody waits for anybody."""
+    store = _store()
+    return value if store is None else store.compare_set(key, "", value).decode()

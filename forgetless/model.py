@@ -21,9 +21,10 @@ from .layers.passes import Passes
 from .layers.stack import Stack
 from .layers.wrapped import wrap
 from .methods.base import Method
-from .names import wraps
+from .names import checked, wraps
 from .offload import check_here
 from .ops.bodies import exact_products
+from .ops.rows import Products
 from .penalties.base import Item
 from .report import LayerReport, Report
 from .targets import ALL_LINEAR, find_layers
@@ -121,7 +122,7 @@ def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> adapted layer, in the model's order; empty for a model without adapters."""
     result: dict[str, AdaptedLinear] = {}
-    _collect(model, "", result, set())
+    _collect(checked(model), "", result, set())
     return result
 
 
@@ -194,28 +195,28 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         adapter = layer.adapter
         for state in adapter.penalty_states():
             if state.spec.weight and _calibrated(state):  # with a weight of 0 it only holds statistics
-                z = _made(layer, state, token_weights)
-                key = type(state), _device(layer, adapter), z is not None
-                kinds.setdefault(key, []).append((Item(state, adapter, hidden), z))
+                products = _made(layer, state, token_weights)
+                key = type(state), _device(layer, adapter), products is not None
+                kinds.setdefault(key, []).append((Item(state, adapter, hidden), products))
     device = next(iter(result.values())).device
     totals = []
     with exact_products(device.type):  # trainers add it within autocast, which would round it
         for (kind, _, made), pairs in kinds.items():
             items = [item for item, _ in pairs]
             if made:
-                total = kind.total_made(items, [z for _, z in pairs])
+                total = kind.total_made(items, [products for _, products in pairs])
             else:
                 total = kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)
             totals.append(total.to(device))
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
 
 
-def _made(layer: AdaptedLinear, state: Any, token_weights: Tensor | None) -> Tensor | None:
+def _made(layer: AdaptedLinear, state: Any, token_weights: Tensor | None) -> Products | None:
     """What the last pass made for this penalty, if it still holds."""
     made = (layer.trace.made or {}).get(state) if layer.trace is not None else None
     if made is None or state.needs_hidden and token_weights is not None or not made.holds(state, layer.adapter):
         return None
-    return made.z
+    return made.products
 
 
 def _device(layer: AdaptedLinear, adapter: Adapter) -> torch.device:

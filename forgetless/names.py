@@ -10,6 +10,15 @@ from torch import nn
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
+def checked(model: nn.Module) -> nn.Module:
+    """The model, or ValueError where it is none: the name of a model, say."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is {model!r}, wants a torch.nn.Module such as AutoModelForCausalLM.from_pretrained gives"
+        )
+    return model
+
+
 def wraps(module: nn.Module, key: str) -> bool:
     """Whether ``module`` is a wrapper, and its child ``key`` the module that it runs: no part of a name."""
     parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
@@ -30,4 +39,4 @@ def bare_name(model: nn.Module, name: str) -> str:
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Bare name -> module, the model itself as "": all names of a shared module, and no wrapper."""
     # what is wrapped comes after its wrapper, which has the same name
-    return {bare_name(model, name): module for name, module in model.named_modules(remove_duplicate=False)}
+    return {bare_name(model, name): module for name, module in checked(model).named_modules(remove_duplicate=False)}

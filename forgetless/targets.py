@@ -15,7 +15,7 @@ from .layers.frozen import is_plain, runs_as_linear
 from .layers.linear import AdaptedLinear
 from .layers.quantized import KINDS, kind_of
 from .layers.stack import stacks
-from .names import bare_modules
+from .names import bare_modules, checked
 from .ops.check import FLOATS
 
 ALL_LINEAR = "all-linear"
@@ -63,7 +63,7 @@ def find_layers(
     Raises:
         ValueError: nothing matches (near names are listed), nothing is left, or a match cannot be adapted.
     """
-    if any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__):
+    if any(cls.__name__ == "FSDPModule" for module in checked(model).modules() for cls in type(module).__mro__):
         raise ValueError("model is sharded by FSDP2 already: adapt it first, then fully_shard")
     modules = {name: module for name, module in bare_modules(model).items() if name}
     experts = stacks(model)

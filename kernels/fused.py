@@ -88,21 +88,22 @@ def dx_and_ddown(
     """dx = sum_i dy_i @ weight_i + drop(g @ down), three in a launch where the card can, and ddown as of ``outer``"""
     dx: Tensor | None = None
     if need_dx:
-        by_rows = {weight.stride(1) == 1 for weight in weights if weight is not None}
-        ranks = [down.shape[0] for down in downs]
-        # of more ranks together the GEMM would leave its descriptors
-        step = min(most_pairs(g.device), max(1, MOST_RANKS // max(ranks))) if len(by_rows) < 2 else 1
-        for first in range(0, len(downs), step):
-            some = slice(first, first + step)
-            down = downs[first] if len(downs[some]) == 1 else torch.cat(list(downs[some]))
-            part = g.narrow(1, sum(ranks[:first]), down.shape[0])
+        count, step, at = len(downs), 1, 0
+        if count > 1 and len({weight.stride(1) == 1 for weight in weights if weight is not None}) < 2:
+            # of more ranks together the GEMM would leave its descriptors
+            step = min(most_pairs(g.device), max(1, MOST_RANKS // max(down.shape[0] for down in downs)))
+        for first in range(0, count, step):
+            down = downs[first] if min(step, count - first) == 1 else torch.cat(list(downs[first : first + step]))
+            part = g if step >= count else g.narrow(1, at, down.shape[0])
+            at += down.shape[0]
             pairs: list[Tensor] = []
-            for dy, weight in zip(dys[some], weights[some], strict=True):
+            for i in range(first, min(first + step, count)):
+                dy, weight = dys[i], weights[i]
                 if dy is not None and weight is not None:
-                    pairs += dy, weight.T
+                    pairs += dy, weight
             if not pairs:
-                pairs = [g.new_empty(g.shape[0], 0), g.new_empty(down.shape[1], 0)]
-            term = add_products(pairs, part, down.T, p, seed)
+                pairs = [g.new_empty(g.shape[0], 0), g.new_empty(0, down.shape[1])]
+            term = add_products(pairs, part, down, p, seed)
             dx = term if dx is None else dx.add_(term)
     return dx, None if x is None else outer(g, x, p, seed, dtype, more)
 

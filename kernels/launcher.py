@@ -90,12 +90,15 @@ class Launch:
             with torch.cuda.device_of(like):
                 return self(like, scratch, *operands)
         stream = active.get_current_stream(device)
-        arguments = (*operands, *self.rest)
+        enter, leave, metadata = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        if _calls_nothing(enter) and _calls_nothing(leave):  # the launcher would make a dictionary for two empty loops
+            enter = leave = None
+        else:
+            metadata = compiled.launch_metadata(self.grid, stream, *operands, *self.rest)
         try:
             compiled.run(
-                *self.grid, stream, compiled.function, compiled.packed_metadata,
-                compiled.launch_metadata(self.grid, stream, *arguments),
-                knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *arguments,
+                *self.grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave,
+                *operands, *self.rest,
             )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - what a driver raises; the block itself would cost a microsecond
             with launching(compiled.name, like):
@@ -108,6 +111,11 @@ class Launch:
             if KNOWN and self.compiled is None and isinstance(compiled, CompiledKernel):
                 self.rest = tuple(self.named[name] for name in self.kernel.arg_names[len(operands) :])
                 self.compiled = compiled
+
+
+def _calls_nothing(hook: Any) -> bool:
+    """Whether a hook of launches is none, or a chain of none."""
+    return hook is None or not getattr(hook, "calls", True)
 
 
 def prepared(prepare: Callable[..., Any], tensors: Sequence[Tensor | None], *values: Any) -> Any:

@@ -182,10 +182,16 @@ def programs_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _turned(t: Facts) -> Facts:
+    return t._replace(shape=t.shape[::-1], stride=t.stride[::-1])
+
+
 def _add_products(h: Facts, up: Facts, bias: Facts | None, y: Facts, seed: Facts | None, *others: Any) -> Launch:
-    """The launch of ``add_products``; ``others`` are x and weight of each product, then p and the precision"""
-    *pairs, p, precision = others
+    """The launch of ``add_products``; ``others`` are x and weight of each product, turned, p and the precision"""
+    *pairs, turned, p, precision = others
     xs, weights = pairs[::2], pairs[1::2]
+    if turned:
+        weights, up = [_turned(weight) for weight in weights], _turned(up)
     (M, N), R = y.shape, up.shape[1]
     dtype, device, itemsize, arch = y.dtype, y.device, y.dtype.itemsize, tiles.arch_of(y.device)
     assert h.shape == (M, R) and up.shape == (N, R) and dtype in FLOATS and h.dtype == dtype
@@ -224,35 +230,43 @@ def _add_products(h: Facts, up: Facts, bias: Facts | None, y: Facts, seed: Facts
     )  # fmt: skip
 
 
-def _operands(launch: Launch, pairs: Sequence[Tensor], y: Tensor) -> list[Any]:
-    """The kernel's first operands: the products' and y, as they are or by descriptors"""
+class _Described(TensorDescriptor):
+    """One whose matrix was checked by ``describable`` when the launch was prepared, and is not checked again."""
+
+    def __init__(self, base: Tensor, shape: Sequence[int], strides: Sequence[int], block_shape: list[int]):
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
+
+
+def _operands(launch: Launch, pairs: Sequence[Tensor], y: Tensor, turned: bool) -> list[Any]:
+    """The kernel's first operands: the products' and y, as they are or by descriptors, of weights row by row"""
     absent = [None] * (2 * MOST_PAIRS - len(pairs))
     if not launch.blocks:
         return [*pairs, *absent, y]
     (of_x, of_weight, of_y), described = launch.blocks, []
+    describe = TensorDescriptor if launch.compiled is None else _Described
     for x, weight in zip(pairs[::2], pairs[1::2], strict=True):
         shape, stride = weight.shape, weight.stride()
-        if launch.named["TRANSPOSED"]:
+        if launch.named["TRANSPOSED"] != turned:
             shape, stride = shape[::-1], stride[::-1]
-        described.append(TensorDescriptor(x, x.shape, x.stride(), of_x))
-        described.append(TensorDescriptor(weight, shape, stride, of_weight))
-    return [*described, *absent, TensorDescriptor(y, y.shape, y.stride(), of_y)]
+        described.append(describe(x, x.shape, x.stride(), of_x))
+        described.append(describe(weight, shape, stride, of_weight))
+    return [*described, *absent, describe(y, y.shape, y.stride(), of_y)]
 
 
 def add_products(
-    pairs: Sequence[Tensor],  # x (M, K) and weight (N, K) of each product, K its own: one to MOST_PAIRS products
-    h: Tensor,  # (M, R), dtype of x
-    up: Tensor,  # (N, R)
+    pairs: Sequence[Tensor],  # dy (M, N) and weight (N, K) of each product, N its own: one to MOST_PAIRS products
+    g: Tensor,  # (M, R), dtype of dy
+    down: Tensor,  # (R, K)
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
-) -> Tensor:  # (M, N), dtype of h
-    """y = sum of x @ weight.T + drop(h @ up.T), rounded once; the weights all stored by rows, or by columns"""
-    y = tl_utils.empty((h.shape[0], up.shape[0]), h.dtype, h)
-    if h.shape[0]:
+) -> Tensor:  # (M, K), dtype of g
+    """dx = sum of dy @ weight + drop(g @ down), rounded once; the weights all stored by rows, or by columns"""
+    dx = tl_utils.empty((g.shape[0], down.shape[1]), g.dtype, g)
+    if g.shape[0]:
         seed = dropping(p, seed)
-        launch = prepared(_add_products, (h, up, None, y, seed, *pairs), p, dot_precision(h.dtype))
-        launch(h, 0, *_operands(launch, pairs, y), h, up, None, seed)
-    return y
+        launch = prepared(_add_products, (g, down, None, dx, seed, *pairs), True, p, dot_precision(g.dtype))
+        launch(g, 0, *_operands(launch, pairs, dx, True), g, down, None, seed)
+    return dx
 
 
 def matmul_lowrank(
@@ -268,6 +282,6 @@ def matmul_lowrank(
     y = tl_utils.empty((h.shape[0], up.shape[0]), h.dtype, h)
     if h.shape[0]:
         seed = dropping(p, seed)
-        launch = prepared(_add_products, (h, up, bias, y, seed, x, weight), p, dot_precision(h.dtype))
-        launch(h, 0, *_operands(launch, (x, weight), y), h, up, bias, seed)
+        launch = prepared(_add_products, (h, up, bias, y, seed, x, weight), False, p, dot_precision(h.dtype))
+        launch(h, 0, *_operands(launch, (x, weight), y, False), h, up, bias, seed)
     return y

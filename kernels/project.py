@@ -12,11 +12,12 @@ from torch import Tensor
 
 from . import tl_utils
 from .launcher import Launch, prepared
-from .rows import GRAM_GROUP, PRODUCT_ROWS, add_started, gram, product, product_blocks, product_job
+from .rows import GRAM_GROUP, PRODUCT_ROWS, add_started, gram, job_key, product, product_blocks, product_job
 from .sums import outer, sweep
 from .tiles import tile_for
 from .tl_utils import (
     FLOATS,
+    MOST_BLOCK,
     cast,
     dot,
     dot_precision,
@@ -114,17 +115,17 @@ def _project_kernel(
 
 
 def _project(*given: Any) -> Launch:
-    """The launch of ``project``: x, down, h, seed, start, d, the jobs' tensors, their lengths, p and the precision"""
-    x, down, h, seed, start, d, *_, lengths, p, precision = given
+    """The launch of ``project``: x, down, h, seed, start, d, what is known of jobs and grams, p and the precision"""
+    x, down, h, seed, start, d, jobs, _, p, precision = given
     (M, K), (R, _) = x.shape, down.shape
     assert down.shape == (R, K) and x.dtype in FLOATS and x.device == down.device
     assert d is None or (start.shape == (M, R) and start.dtype == x.dtype and d.shape == (R, R))
     BLOCK_R = pad_rank(R)
     tile = tile_for("project", x.device, x.dtype.itemsize, BLOCK_R)
     programs = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, BLOCK_R)
-    if lengths:  # more stages leave room for one program a multiprocessor, and those of the jobs would be a second wave
+    if jobs:  # more stages leave room for one program a multiprocessor, and those of the jobs would be a second wave
         tile["num_stages"] = min(tile["num_stages"], 4)
-        programs += sum(triton.cdiv(k, PRODUCT_ROWS.value) * triton.cdiv(own, BLOCK_R) for k, own in lengths)
+        programs += sum(triton.cdiv(job[5], PRODUCT_ROWS.value) * triton.cdiv(job[7], BLOCK_R) for job in jobs)
     return Launch(
         _project_kernel, [programs],
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
@@ -148,7 +149,7 @@ def project(
     if x.shape[0]:
         seed = dropping(p, seed)
         tensors = (x, down, h, seed, *(start or (None, None)))
-        launch = prepared(_project, tensors, (), p, dot_precision(x.dtype))
+        launch = prepared(_project, tensors, (), (), p, dot_precision(x.dtype))
         launch(x, 0, *tensors, (), (), None, None, float(scale))
     return h
 
@@ -170,25 +171,25 @@ def project_terms(
     M, R = x.shape[0], down.shape[0]
     h = tl_utils.empty((M, R), x.dtype, x)
     zs, jobs, grams = _jobs(x, downs, ups, terms)
-    apart = grams if M == 0 or R > pad_rank(R) else []
+    apart = grams if M == 0 or R > MOST_BLOCK else []
     grams = [] if apart else grams
     if M or jobs:
-        lengths = tuple((job[5], job[7]) for job in jobs)
         tensors = (x, down, h, dropping(p, seed), None, None)
-        others = [t for job in jobs for t in job[:5]] + [out for out, _, _ in grams]
-        facts = tuple(one[1:] for one in grams), lengths, p, dot_precision(x.dtype)
-        launch = prepared(_project, (*tensors, *others), *facts)
-        part = tickets = None
+        keys = tuple([job_key(job) for job in jobs]), tuple([gram[1:] for gram in grams])
+        launch = prepared(_project, tensors, *keys, p, dot_precision(x.dtype))
+        part, tickets, scratch = None, None, 0
+        for z in zs:
+            scratch |= z.data_ptr()
         if grams:
             blocks = triton.cdiv(M, launch.named["BLOCK_M"])
             groups = triton.cdiv(blocks, GRAM_GROUP.value)
             part = tl_utils.empty((blocks + groups, R, R), torch.float32, x)
             tickets = tl_utils.tickets(1 + groups, x)
-        scratch = 0 if part is None or tickets is None else part.data_ptr() | tickets.data_ptr()
+            scratch |= part.data_ptr() | tickets.data_ptr()
         launch(x, scratch, *tensors, tuple(jobs), tuple(grams), part, tickets, float(scale))
-    for out, first, own in apart:
+    for out, at, first, own in apart:
         rows = h.narrow(1, first, own)
-        out.copy_(outer(rows, rows, dtype=torch.float32))
+        out.narrow(0, at, own).copy_(outer(rows, rows, dtype=torch.float32))
     return h, zs
 
 
@@ -196,35 +197,37 @@ def _jobs(x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], terms: Sequ
     """Where the terms' products go, the jobs that make them, and where each h.T @ h goes, with its ranks' place"""
     zs: list[Tensor] = []
     jobs: list[tuple[Any, ...]] = []
-    grams: list[tuple[Tensor, int, int]] = []
+    grams: list[tuple[Tensor, int, int, int]] = []
     ranks = [down.shape[0] for down in downs]
-    for term in terms:
-        own = ranks[term.layer]
-        lengths = [rows.length(own) for rows in term.rows]
-        zs.append(tl_utils.empty((sum(lengths), own), torch.float32, x))
-        for rows, out in zip(term.rows, zs[-1].split_with_sizes(lengths), strict=True):
+    for layer, some in terms:
+        own = ranks[layer]
+        lengths = [rows.length(own) for rows in some]
+        z, at = tl_utils.empty((sum(lengths), own), torch.float32, downs[layer]), 0
+        zs.append(z)
+        for rows, k in zip(some, lengths, strict=True):
             if rows.of == "hidden":
-                grams.append((out, sum(ranks[: term.layer]), own))
+                grams.append((z, at, sum(ranks[:layer]), own))
             else:
-                factor = downs[term.layer] if rows.of == "down" else ups[term.layer].t()
-                jobs.append(product_job(rows, factor, out, x.dtype))
+                jobs.append(product_job(rows, (downs if rows.of == "down" else ups)[layer], z, at, k, x.dtype))
+            at += k
     return zs, jobs, grams
 
 
 def project_outer(
-    x: Tensor,  # (M, K)
-    down: Tensor,  # (R, K)
-    h: Tensor,  # (M, R), dtype of x
+    dy: Tensor,  # (M, N)
+    up: Tensor,  # (N, R)
+    h: Tensor,  # (M, R), dtype of dy
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
     more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
     start: Tensor | None = None,  # (R, R) float32
-) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
-    """g = scale * (x @ down.T + h @ (start + start.T)) and out = h.T @ x, and that over the rows of ``more``
+) -> tuple[Tensor, Tensor]:  # (M, R), dtype of dy; (N, R), dtype given or that of dy
+    """g = scale * (dy @ up + h @ (start + start.T)) and dup = dy.T @ h, and that over the rows of ``more``
 
-    In one pass over x where that saves bytes.
+    In one pass over dy where that saves time.
     """
-    both = sweep(x, down, h, scale, dtype, more, start)
+    both = sweep(dy, up, h, scale, dtype, more, start)
     if both is not None:
         return both
-    return project(x, down, scale, start=None if start is None else (h, start)), outer(h, x, 0.0, None, dtype, more)
+    g = project(dy, up.t(), scale, start=None if start is None else (h, start))
+    return g, outer(h, dy, 0.0, None, dtype, more).t()

@@ -29,35 +29,40 @@ GRAM_GROUP = tl.constexpr(16)
 
 
 def _values(rows: Any, factor: Tensor) -> tuple[Any, ...]:
-    """(V or None, its columns' factors or None, numbers of its Hadamard rows or None, its strides)"""
-    matrix = factor if rows.own else rows.matrix
-    return (matrix, rows.weight, rows.columns), (0, 0) if matrix is None else matrix.stride()
+    """V or None, strides of V (k, dim), sizes and strides of the factor (R, dim)"""
+    sizes, factor_strides = factor.shape, factor.stride()
+    if rows.of == "up":
+        sizes, factor_strides = sizes[::-1], factor_strides[::-1]
+    if rows.own:
+        return factor, factor_strides, sizes, factor_strides
+    basis = rows.basis
+    return basis, (0, 0) if basis is None else basis.stride()[::-1], sizes, factor_strides
 
 
-def product_job(rows: Any, factor: Tensor, out: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """For ``product``: out (k, R) float32 = V @ factor (R, dim).T, of activations in ``dtype``"""
-    (matrix, weight, _), strides = _values(rows, factor)
-    scaled = weight is not None and weight.is_floating_point()
-    wide = 1 if matrix is not None and (matrix.dtype != dtype or scaled) else None
-    sizes = out.shape[0], factor.shape[1], factor.shape[0], 0
-    return (*_values(rows, factor)[0], factor, out, *sizes, *strides, *factor.stride(), wide)
+def product_job(rows: Any, factor: Tensor, out: Tensor, at: int, k: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """For ``product``: k rows of out (float32) from ``at`` on = V @ factor (R, dim).T, of activations in ``dtype``
+
+    ``out``, the last of it, is not in ``job_key``.
+    """
+    V, strides, (R, dim), factor_strides = _values(rows, factor)
+    weight = rows.weight
+    wide = 1 if V is not None and (V.dtype != dtype or weight is not None and weight.is_floating_point()) else None
+    return V, weight, rows.columns, factor, wide, k, dim, R, at, *strides, *factor_strides, out
 
 
 def sum_job(more: Any) -> tuple[Any, ...]:
     """For ``sum_rows``: d.T @ V, and with V the factor itself (d + d.T) @ V"""
-    tensors, strides = _values(more.rows, more.factor)
-    d = more.d
-    assert d.stride() == (d.shape[1], 1)
-    return (
-        *tensors,
-        d,
-        d if more.rows.own else None,
-        d.shape[0],
-        more.factor.shape[1],
-        d.shape[1],
-        more.first,
-        *strides,
-    )
+    rows, factor, dz, at, first = more
+    V, strides, (R, dim), _ = _values(rows, factor)
+    assert dz.shape[1] == R and dz.is_contiguous()
+    again = 1 if rows.own else None
+    return V, rows.weight, rows.columns, dz, again, rows.length(R), dim, R, at, *strides, first
+
+
+def job_key(job: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a launch may depend on of a job: every number, and of each tensor dtype, alignment and device"""
+    known = [None if t is None else (t.dtype, t.data_ptr() % 16, t.device) for t in job[:4]]
+    return (*known, *job[4:13])
 
 
 @triton.jit
@@ -139,7 +144,8 @@ def _product_step(
 @triton.jit
 def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     """A block of out = V @ factor.T"""
-    factor_ptr, out_ptr, count, dim, R = job[3], job[4], job[5], job[6], job[7]
+    factor_ptr, count, dim, R = job[3], job[5], job[6], job[7]
+    out_ptr = job[13] + job[8] * R
     blocks_r = tl.cdiv(R, BLOCK_R)
     offs_m = (block // blocks_r) * PRODUCT_ROWS + tl.arange(0, PRODUCT_ROWS)
     offs_r = (block % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -151,7 +157,7 @@ def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: t
     factor_ptr += (offs_r % R).to(tl.int64)[None, :] * job[11]
     acc = tl.zeros((PRODUCT_ROWS, BLOCK_R), dtype=tl.float32)
     HALF: tl.constexpr = BLOCK_K // 2  # of whole blocks, those of three siblings spill
-    if job[13] is not None:  # wide: every number of it is in registers twice
+    if job[4] is not None:  # wide: every number of it is in registers twice
         for k in tl.range(0, tl.cdiv(dim, HALF), num_stages=2):
             acc = _product_step(acc, job, c, size, offs_m, k, factor_ptr, dtype, PRECISION, HALF)
     else:
@@ -169,8 +175,9 @@ def sum_rows(
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = d.T @ V, at ranks offs_r of ``most`` and BLOCK_K columns from first_k on, float32"""
-    d_ptr, again_ptr, count, dim, R = job[3], job[4], job[5], job[6], job[7]
-    own_r = offs_r - job[8]
+    count, dim, R = job[5], job[6], job[7]
+    d_ptr = job[3] + job[8] * R
+    own_r = offs_r - job[11]
     mask_r = (own_r >= 0) & (own_r < R)
     WIDTH: tl.constexpr = BLOCK_K if BLOCK_K < SUM_COLUMNS else SUM_COLUMNS
     for part in tl.range(0, BLOCK_K, WIDTH, num_stages=1):
@@ -186,8 +193,8 @@ def sum_rows(
             v = _tile(job, c, size, offs_m, offs_k, dtype)
             mask = (offs_m < count)[:, None] & mask_r[None, :]
             d = tl.load(d_ptr + offs_m.to(tl.int64)[:, None] * R + own_r[None, :], mask=mask, other=0.0)
-            if again_ptr is not None:
-                d += tl.load(again_ptr + own_r.to(tl.int64)[None, :] * R + offs_m[:, None], mask=mask, other=0.0)
+            if job[4] is not None:
+                d += tl.load(d_ptr + own_r.to(tl.int64)[None, :] * R + offs_m[:, None], mask=mask, other=0.0)
             if job[2] is not None:
                 d *= tl.rsqrt(size.to(tl.float32))[:, None]
             acc = dot_wide(tl.trans(d), v, acc, dtype, PRECISION)
@@ -240,6 +247,6 @@ def gram(
             for i in range(0, groups):
                 total += tl.load(part_ptrs + (blocks + i) * size, mask=mask, other=0.0, cache_modifier=".cg")
             for j in tl.static_range(len(grams)):
-                out_ptr, first, own = grams[j][0], grams[j][1], grams[j][2]
+                out_ptr, at, first, own = grams[j][0], grams[j][1], grams[j][2], grams[j][3]
                 inside = (r >= first) & (r < first + own) & (s >= first) & (s < first + own)
-                tl.store(out_ptr + (r - first) * own + (s - first), total, mask=inside)
+                tl.store(out_ptr + (at + r - first) * own + (s - first), total, mask=inside)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import tl_utils
 from .launcher import Launch, prepared
-from .rows import add_started, sum_job, sum_rows
+from .rows import add_started, job_key, sum_job, sum_rows
 from .tiles import tile_for
 from .tl_utils import (
     FLOATS,
@@ -104,17 +104,17 @@ def strips_of(M: int, BLOCK_M: int, columns: int, programs: int = 256) -> tuple[
 
 
 def _outer(*given: Any) -> Launch:
-    """The launch of ``outer``: g, x, out, seed, the jobs' tensors, where they go, p and the precision"""
-    g, x, out, seed, *_, firsts, p, precision = given
+    """The launch of ``outer``: g, x, out, seed, what is known of the jobs, p and the precision"""
+    g, x, out, seed, jobs, p, precision = given
     (M, R), (_, K) = g.shape, x.shape
     assert x.shape == (M, K) and x.dtype in FLOATS and g.dtype == x.dtype
     # With a mask, sm_100 takes float32 from 64 ranks on to its tensor cores, as TF32 or not at all, whatever is asked.
     BLOCK_R = pad_rank(R, most=32 if x.dtype == torch.float32 else 128)
     tile = tile_for("outer", x.device, x.dtype.itemsize, BLOCK_R)
     columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
-    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 256 - len(firsts) * columns)
+    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 256 - len(jobs) * columns)
     return Launch(
-        _outer_kernel, [columns, strips + len(firsts)],
+        _outer_kernel, [columns, strips + len(jobs)],
         M=M, K=K, stride_gm=g.stride[0], stride_gr=g.stride[1], stride_xm=x.stride[0], stride_xk=x.stride[1],
         stride_or=out.stride[0], stride_ok=out.stride[1], steps=steps, threshold=threshold_of(p),
         R=R, HAS_DROP=seed is not None, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
@@ -134,8 +134,8 @@ def outer(
     out = tl_utils.empty((R, K), dtype or x.dtype, x)
     if M == 0 and not more:
         return out.zero_()
-    seed, jobs, tensors, firsts = dropping(p, seed), *_jobs(more)
-    launch = prepared(_outer, (g, x, out, seed, *tensors), firsts, p, dot_precision(x.dtype))
+    seed, (jobs, keys) = dropping(p, seed), _jobs(more)
+    launch = prepared(_outer, (g, x, out, seed), keys, p, dot_precision(x.dtype))
     columns, strips, _ = launch.grid
     part = tl_utils.empty((strips if strips > 1 else 0, R, K), torch.float32, x)
     tickets = tl_utils.tickets(columns, x)
@@ -143,20 +143,20 @@ def outer(
     return out
 
 
-def _jobs(more: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor | None], tuple[int, ...]]:
-    """The jobs, their tensors, and the ranks that they begin at"""
-    jobs = tuple(sum_job(one) for one in more)
-    return jobs, [t for job in jobs for t in job[:5]], tuple(one.first for one in more)
+def _jobs(more: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The jobs, and what is known of them"""
+    jobs = tuple([sum_job(one) for one in more])
+    return jobs, tuple([job_key(job) for job in jobs])
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
 def _project_outer_kernel(
-    x_ptr, down_ptr, h_ptr, g_ptr, out_ptr, g_part_ptr, out_part_ptr, tickets_ptr, d_ptr, jobs, scale,
-    M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, steps,
+    x_ptr, up_ptr, h_ptr, g_ptr, out_ptr, g_part_ptr, out_part_ptr, tickets_ptr, d_ptr, jobs, scale,
+    M, K, stride_xm, stride_xk, stride_uk, stride_ur, stride_hm, stride_hr, steps,
     R: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """g (M, R) = scale * (x (M, K) @ down (R, K).T + h @ (d + d.T)) and out (K, R) = x.T @ h (M, R)
+    """g (M, R) = scale * (x (M, K) @ up (K, R) + h @ (d + d.T)) and out (K, R) = x.T @ h (M, R)
 
     By way of g_part (C, M, R), one of each block of columns, and out_part (S, K, R), one of each strip of rows. Each of
     ``jobs`` is a strip more of out.
@@ -171,9 +171,9 @@ def _project_outer_kernel(
     mask_r = offs_r < R
     mask_k = offs_k < K
     k = offs_k.to(tl.int64)
-    down_ptrs = down_ptr + k[:, None] * stride_dk + (offs_r % R).to(tl.int64)[None, :] * stride_dr
-    down = tl.load(down_ptrs, mask=mask_k[:, None], other=0.0)
-    down = cast(down, x_ptr.dtype.element_ty)
+    up_ptrs = up_ptr + k[:, None] * stride_uk + (offs_r % R).to(tl.int64)[None, :] * stride_ur
+    up = tl.load(up_ptrs, mask=mask_k[:, None], other=0.0)
+    up = cast(up, x_ptr.dtype.element_ty)
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
     h_ptrs += (offs_r % R).to(tl.int64)[None, :] * stride_hr
@@ -197,7 +197,7 @@ def _project_outer_kernel(
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         # in this order: the other way round ptxas makes each MMA of sm_90 wait for the one before it
         acc = dot(tl.trans(x), h, acc, PRECISION)
-        g = dot(x, down, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), PRECISION)
+        g = dot(x, up, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), PRECISION)
         rows = tl.arange(0, BLOCK_M) < M - (strip * steps + step) * BLOCK_M  # not mask_m: that spilt 8 bytes on sm_120
         tl.store(g_ptrs, g, mask=rows[:, None] & mask_r[None, :])
         offs_m += BLOCK_M
@@ -233,29 +233,33 @@ def _project_outer_kernel(
             offs_m += BLOCK_M
 
 
+#: Bytes that a card moves in the time of one launch: 2 us at 2 TB/s.
+LAUNCH_BYTES = 4 << 20
+
+
 def sweep_pays(M: int, K: int, R: int, columns: int, strips: int, itemsize: int) -> bool:
-    """Whether the partial sums, written and read once, cost less than a second read of x"""
-    return 2 * 4 * R * (columns * M + strips * K) < itemsize * M * K
+    """Whether the partial sums, written and read once, cost less than a second read of x in a launch of its own"""
+    return 2 * 4 * R * (columns * M + strips * K) < itemsize * M * K + LAUNCH_BYTES
 
 
 def _project_outer(*given: Any) -> Launch | None:
-    """The launch of ``project_outer``: x, down, h, g, out, d, the jobs' tensors, where they go and the precision
+    """The launch of ``project_outer``: x, up, h, d, what is known of the jobs, the dtype of out and the precision
 
     None where two passes are cheaper.
     """
-    x, down, h, g, out, d, *_, firsts, precision = given
-    (M, K), (R, _) = x.shape, down.shape
-    assert down.shape == (R, K) and h.shape == g.shape == (M, R) and out.shape == (K, R)
+    x, up, h, _, jobs, _, precision = given
+    (M, K), (_, R) = x.shape, up.shape
+    assert up.shape == (K, R) and h.shape == (M, R)
     assert x.dtype in FLOATS and h.dtype == x.dtype
     BLOCK_R = pad_rank(R, most=64)  # above, two passes are cheaper than the partial sums
     tile = tile_for("project_outer", x.device, x.dtype.itemsize, BLOCK_R)
     columns = triton.cdiv(K, tile["BLOCK_K"])
-    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 128 - len(firsts) * columns)
+    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 128 - len(jobs) * columns)
     if R > BLOCK_R or not sweep_pays(M, K, R, columns, strips, x.dtype.itemsize):
         return None
     return Launch(
-        _project_outer_kernel, [columns, strips + len(firsts)],
-        M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
+        _project_outer_kernel, [columns, strips + len(jobs)],
+        M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_uk=up.stride[0], stride_ur=up.stride[1],
         stride_hm=h.stride[0], stride_hr=h.stride[1], steps=steps,
         R=R, EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
     )  # fmt: skip
@@ -263,26 +267,24 @@ def _project_outer(*given: Any) -> Launch | None:
 
 def sweep(
     x: Tensor,  # (M, K)
-    down: Tensor,  # (R, K)
+    up: Tensor,  # (K, R)
     h: Tensor,  # (M, R), dtype of x
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
     more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
     start: Tensor | None = None,  # (R, R) float32
-) -> tuple[Tensor, Tensor] | None:  # (M, R), dtype of x; (R, K), dtype given or that of x
+) -> tuple[Tensor, Tensor] | None:  # (M, R), dtype of x; (K, R), dtype given or that of x
     """``project_outer`` in one pass over x; None where two are cheaper"""
-    (M, K), R = x.shape, down.shape[0]
-    g = tl_utils.empty((M, R), x.dtype, x)
-    out = tl_utils.empty((K, R), dtype or x.dtype, x)
-    jobs, tensors, firsts = _jobs(more)
-    operands = (x, down, h, g, out, start, *tensors)
-    launch = prepared(_project_outer, operands, firsts, dot_precision(x.dtype)) if M else None
+    (M, K), R, dtype = x.shape, up.shape[1], dtype or x.dtype
+    jobs, keys = _jobs(more)
+    launch = prepared(_project_outer, (x, up, h, start), keys, dtype, dot_precision(x.dtype)) if M else None
     if launch is None:
         return None
     columns, strips, _ = launch.grid
+    g, out = tl_utils.empty((M, R), x.dtype, x), tl_utils.empty((K, R), dtype, x)
     g_part = tl_utils.empty((columns, M, R), torch.float32, x)
     out_part = tl_utils.empty((strips, K, R), torch.float32, x)
     tickets = tl_utils.tickets(columns + strips, x)
-    scratch = g_part.data_ptr() | out_part.data_ptr() | tickets.data_ptr()
-    launch(x, scratch, x, down, h, g, out, g_part, out_part, tickets, start, jobs, float(scale))
-    return g, out.T
+    scratch = g.data_ptr() | out.data_ptr() | g_part.data_ptr() | out_part.data_ptr() | tickets.data_ptr()
+    launch(x, scratch, x, up, h, g, out, g_part, out_part, tickets, start, jobs, float(scale))
+    return g, out

@@ -56,7 +56,7 @@ def _only_what_is_wanted(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def no_plans(tmp_path, monkeypatch) -> Iterator[None]:
     """No plan is known, none is forced, and none is left behind."""
-    from forgetless.ops import dispatch as plans
+    from forgetless.ops import plans
 
     monkeypatch.setenv("FORGETLESS_TUNE", str(tmp_path / "plans.json"))
     monkeypatch.delenv("FORGETLESS_PLAN", raising=False)

@@ -166,6 +166,11 @@ def add_report(to: Parser) -> None:
     to.value("--json", "Also the results in a smaller file, to be committed.", Path)
 
 
+def add_frontier(to: Parser) -> None:
+    to.add_argument("results", type=Path, nargs="+", help="results.json of compare, or what report --json wrote.")
+    to.value("--markdown", "The page; its picture is written beside it.", Path, required=True)
+
+
 #: Name -> help, and the function that adds the options.
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "compare": (
@@ -180,4 +185,5 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "merge": ("Write the base model with an adapter merged into its weights, in full precision.", add_merge),
     "export": ("Write an adapter of any method as a LoRA checkpoint that PEFT loads.", add_merge),
     "report": ("Make the tables, the plots and the page again from results.json.", add_report),
+    "frontier": ("Compare methods at equal learning over several comparisons, on a page with a picture.", add_frontier),
 }

@@ -21,6 +21,8 @@ from ..study.compare import compare as run_compare
 from ..study.config import read_config
 from ..study.finetune import finetune as run_finetune
 from ..study.finetune import how_to_load
+from ..study.frontier import combined
+from ..study.frontier_page import write_page as write_frontiers
 from ..study.options import FACTS, BadInput, CompareOptions, FinetuneOptions, at_least, parse_targets
 from ..study.page import published, write_page
 from ..study.report import write_report
@@ -31,25 +33,26 @@ from .console import Ui
 
 #: Sizes that prove the way works and nothing else.
 SMOKE = {"steps": 2, "batch_size": 2, "max_length": 32, "eval_tokens": 64, "eval_length": 32, "calibration": 2}
-#: The run that docs/forgetting.md is made from: three tasks in a row, five kinds of knowledge to keep, of which two
-#: are calibrated on, three seeds, and other weights of every penalty with the first seed.
+#: One of the runs that docs/forgetting.md is made from: two tasks in a row, five kinds of knowledge to keep, of which
+#: two are calibrated on, and several strengths of the methods that win or are free.
 STUDY: dict[str, Any] = {
-    "tasks": ("django-de", "tool-calls", "django-fr"),
+    "tasks": ("django-fi", "shakespeare"),
     "keep": ("news", "python", "wikipedia", "python-docs", FACTS),
     "source": ("news", "python"),
     "methods": (
-        *("lora", "lora+consolidate", "lora+decay", "clora", "curlora", "lalora", "source", "source+consolidate"),
-        *("source+consolidate:covariance=full", "full"),
+        *("lora", "lora+scaled=0.8", "lora+scaled=0.6", "lora+scaled=0.4", "lora:lr=1e-3", "lora+decay"),
+        *("lora+retain=0.3", "lora+retain=0.3+scaled=0.8", "lora+retain=0.1+scaled=0.8"),
+        *("lora+replay=0.15", "lora+self-replay=0.15", "lora+kl=1", "clora", "lalora"),
+        *("source+scaled=0.8:covariance=full,weight=0.01", "source+retain=0.3+scaled=0.8:covariance=full,weight=0.01"),
     ),
-    "seeds": (0, 1, 2),
-    "steps": 12,
-    "evals": 2,
+    "seeds": (0, 1, 2, 3, 4),
+    "steps": 16,
+    "max_length": 64,
     "eval_tokens": 512,
-    "sweep": (1 / 3, 3.0),
-    "sweep_seeds": (0,),
-    "sweep_methods": ("lora", "lora+decay", "clora", "lalora", "source+consolidate"),
 }
-PRESETS = {"demo": {}, "study": STUDY}
+#: The other one, whose second task is closer to the texts to keep.
+STUDY_TOOLS = STUDY | {"tasks": ("django-de", "tool-calls"), "max_length": 96}
+PRESETS = {"demo": {}, "study": STUDY, "study-tools": STUDY_TOOLS}
 #: What a sweep multiplies weights with unless told otherwise.
 FACTORS = (1 / 3, 3.0)
 
@@ -71,6 +74,8 @@ def run(command: str, given: dict[str, Any], line: str) -> int:
                 return finetune(finetune_options(given))
             if command == "report":
                 return report(**given)
+            if command == "frontier":
+                return frontier(**given)
             device = resolve_device(given.pop("device", "auto"))
             return chat(device, **given) if command == "chat" else write(command, device, **given)
     except BadInput as error:
@@ -221,4 +226,12 @@ def report(folder: Path, markdown: Path | None = None, json: Path | None = None)
     if json is not None:
         book.dump(json, small)
         ui.say(f"written: {json}")
+    return 0
+
+
+def frontier(results: list[Path], markdown: Path) -> int:
+    """Make the page about forgetting out of several comparisons; returns the exit code."""
+    studies = combined([book.read_results(path) for path in results])
+    written = write_frontiers(markdown, studies, [path.name for path in results])
+    Ui().say(f"written: {', '.join(map(str, written))}")
     return 0

@@ -30,7 +30,8 @@ from torch import Tensor
 
 import forgetless as fl
 from forgetless.files import write_json
-from forgetless.ops import dispatch, reference
+from forgetless.ops import dispatch, plans, reference
+from forgetless.ops.table import PLANS, check_table, table_path
 from forgetless.study.machine import machine
 from forgetless.study.machine import versions as package_versions
 
@@ -38,7 +39,7 @@ from .arguments import fail
 
 SCHEMA = 2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FUSED = tuple(plan for plan in dispatch.PLANS if plan != "blas")
+FUSED = tuple(plan for plan in PLANS if plan != "blas")
 #: (M, N, K, R, dropout): no dimension a multiple of a tile, one token, no token.
 SIZES = ((34, 70, 66, 8, 0.1), (1, 20, 33, 3, 0.0), (0, 16, 16, 4, 0.1))
 RESULTS = ("y", "dx", "ddown", "dup")
@@ -229,13 +230,13 @@ def devices() -> str:
 def plan_table() -> str:
     """The tuning table and the environment variables that choose plans can be read."""
     try:
-        plan, strict = dispatch.forced()
+        plan, strict = plans.forced()
     except ValueError as error:
         raise Failure(str(error), "unset FORGETLESS_PLAN, or set it to one of these") from None
     parts = [f"FORGETLESS_PLAN {os.environ['FORGETLESS_PLAN']!r}"] if plan or strict else []
-    file = dispatch.table_path()
+    file = table_path()
     try:
-        rows = dispatch.check_table(json.loads(file.read_text(encoding="utf-8")))
+        rows = check_table(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return ", ".join([*parts, "none yet: the first use of each shape decides"])
     except (OSError, ValueError, RecursionError) as error:

@@ -1,7 +1,8 @@
 """Measure which plan and which tiles run each layer fastest on this card, and store the winners.
 
     forgetless tune                                     # the shapes of common models
-    forgetless tune --shape 4096x4096 --rank 16 --tokens 8192 --dtype bfloat16
+    forgetless tune --shape 4096x4096 --rank 16 --tokens 8192 --dtype bfloat16 --dropout
+    forgetless tune --shape 4096+1024+1024x4096         # q, k and v, which run together
     forgetless tune --toy                               # tiny sizes in Triton's interpreter, without a GPU
 
 Every candidate is verified against the float64 reference before it may win; one that fails or disagrees is left out
@@ -24,14 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetless.ops import blas, dispatch, reference
-from forgetless.ops.bodies import Call, Saved, gradients
+from forgetless.ops import dispatch, plans, table
+from forgetless.ops.bodies import Call, Operands, Saved, flat, forward, given, gradients
+from forgetless.ops.first_use import disagreement, time_queued
+from forgetless.ops.plans import Choice, Problem, Route
 
 from .arguments import fail
 
-#: out_features x in_features of Llama-3-8B, Qwen2.5-7B and Mistral-7B, most frequent first.
-SHAPES = ["4096x4096", "1024x4096", "14336x4096", "4096x14336", "3584x3584", "512x3584", "18944x3584", "3584x18944"]
+#: out_features x in_features of Llama-3-8B, Mistral-7B and Qwen2.5-7B, as their layers run: q, k and v, o, gate and up,
+#: down.
+SHAPES = [
+    "4096+1024+1024x4096", "4096x4096", "14336+14336x4096", "4096x14336",
+    "3584+512+512x3584", "3584x3584", "18944+18944x3584", "3584x18944",
+]  # fmt: skip
 TOY_SHAPES = ["48x40"]
+DROPOUT = 0.125
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,11 @@ class Candidate:
         return self.plan + "".join(f" {name}={value}" for name, value in self.tile)
 
 
-def candidates(tiles: bool) -> list[Candidate]:
+def candidates(problem: Problem, tiles: bool) -> list[Candidate]:
     """All that is tried for one problem; ``blas`` first, it is what the others must beat."""
-    result = [Candidate(plan) for plan in dispatch.PLANS]
+    result = [Candidate(plan) for plan in table.PLANS]
+    if len(problem.layers) > 1:  # the others are of a single layer
+        result = [candidate for candidate in result if not Route(None, candidate.plan).whole]
     if tiles:
         fields = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
         for values in (
@@ -61,7 +71,7 @@ def candidates(tiles: bool) -> list[Candidate]:
     return result
 
 
-def operands(problem: dispatch.Problem, device: torch.device) -> dict[str, Tensor]:
+def operands(problem: Problem, device: torch.device) -> dict[str, Any]:
     """Inputs whose results are not noise: unit-variance outputs, a low-rank term as large as the frozen one."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, problem.dtype)
@@ -69,62 +79,57 @@ def operands(problem: dispatch.Problem, device: torch.device) -> dict[str, Tenso
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
-    M, N, K, R = problem.M, problem.N, problem.K, problem.R
+    M, K, layers = problem.M, problem.K, problem.layers
     return {
         "x": normal(M, K),
-        "dy": normal(M, N),
-        "weight": normal(N, K, scale=K**-0.5),
-        "down": normal(R, K, scale=K**-0.5),
-        "up": normal(N, R, scale=R**-0.5),
-        "h": normal(M, R),
+        "dys": [normal(M, N) for N, _ in layers],
+        "weights": [normal(N, K, scale=K**-0.5) for N, _ in layers],
+        "downs": [normal(R, K, scale=K**-0.5) for _, R in layers],
+        "ups": [normal(N, R, scale=R**-0.5) for N, R in layers],
+        "h": normal(M, sum(R for _, R in layers)),
+        "seed": torch.arange(2, dtype=torch.int32, device=device) if problem.dropout else None,
     }
 
 
-def runner(problem: dispatch.Problem, module: Any, plan: str, t: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
-    """One call of the sweep by one module and plan."""
+def runner(problem: Problem, route: Route, t: dict[str, Any]) -> Callable[[], list[Tensor]]:
+    """One pass of the layers by one route."""
+    n, dtype = len(problem.layers), t["x"].dtype
+    call = Call(n, p=DROPOUT * problem.dropout)
     if problem.sweep == "forward":
-        return lambda: list(module.linear_lowrank(t["x"], t["weight"], t["down"], t["up"], scale=1.0, plan=plan))
-    saved = Saved(t["x"], t["h"], None, [t["weight"]], [t["down"]], [t["up"]], [t["x"].dtype] * 2)
-    need = [True, False, False, True, True]  # x, down and up
-
-    def run() -> list[Tensor]:
-        grads = gradients(Call(), saved, need, [t["dy"]], None, dispatch.Route(module, plan))
-        return [grad for grad in grads if grad is not None]
-
-    return run
+        layers = Operands(t["weights"], [None] * n, t["downs"], t["ups"])
+        return lambda: flat(forward(call, t["x"], t["seed"], layers, route))
+    saved = Saved(t["x"], t["h"], t["seed"], t["weights"], t["downs"], t["ups"], [dtype] * (2 * n))
+    need = [True] + [False] * (2 * n) + [True] * (2 * n)  # x, downs and ups
+    return lambda: given(gradients(call, saved, need, t["dys"], None, route))
 
 
-def truth(problem: dispatch.Problem, t: dict[str, Tensor]) -> list[Tensor]:
-    """The sweep by the reference in float64, rounded once."""
-    wide = {name: tensor.double() for name, tensor in t.items()}
-    return [result.to(t["x"].dtype) for result in runner(problem, reference, "split", wide)()]
+def truth(problem: Problem, t: dict[str, Any]) -> list[Tensor]:
+    """The pass by the reference in float64, rounded once."""
 
+    def wide(value: Any) -> Any:
+        if isinstance(value, list):
+            return [wide(one) for one in value]
+        return value.double() if value is not None and value.is_floating_point() else value
 
-def with_tile(candidate: Candidate, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-    def forced() -> list[Tensor]:
-        with dispatch.tile_forced(candidate.tile):
-            return run()
-
-    return forced if candidate.tile else run
+    results = runner(problem, dispatch.REFERENCE, {name: wide(value) for name, value in t.items()})()
+    return [result.to(t["x"].dtype) for result in results]
 
 
 def measure(
-    problem: dispatch.Problem,
+    problem: Problem,
     tried: Iterable[Candidate],
     device: torch.device,
     say: Callable[[str], None],
-    seconds: Callable[..., list[float]] = dispatch.time_interleaved,
+    seconds: Callable[..., list[float]] = time_queued,
 ) -> dict[str, Any]:
     """The row of one problem: the winner, and the milliseconds of everything that was right."""
-    kernels = dispatch.kernels
     t = operands(problem, device)
     right = truth(problem, t)
     runs: dict[Candidate, Callable[[], list[Tensor]]] = {}
     for candidate in tried:
-        module = blas if candidate.plan == "blas" else kernels
-        run = with_tile(candidate, runner(problem, module, candidate.plan, t))
+        run = runner(problem, dispatch.route_of(Choice(candidate.plan, "", candidate.tile)), t)
         try:
-            wrong = dispatch.disagreement(run(), right)
+            wrong = disagreement(run(), right)
         except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch can raise
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         if wrong is None:
@@ -145,10 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="forgetless tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", action="append", metavar="NxK", help="out_features x in_features; repeatable")
+    parser.add_argument(
+        "--shape", action="append", metavar="NxK", help="out_features x in_features, of siblings N+N+NxK; repeatable"
+    )
     parser.add_argument("--rank", type=int, action="append", help="repeatable; default 16")
     parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 1024 and 8192")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--dropout", action="store_true", help="measure with dropout; plans without it are others")
     parser.add_argument("--tiles", action="store_true", help="try several tiles of the split plan as well")
     parser.add_argument("--fresh", action="store_true", help="measure again what the table has already")
     parser.add_argument("--toy", action="store_true", help="tiny sizes; runs in the interpreter without a GPU")
@@ -158,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems = list(problems_of(options))
     except ValueError as error:
         return fail(str(error))
-    path = options.out or dispatch.table_path()
+    path = options.out or table.table_path()
     rows = saved_rows(path)
     todo = [p for p in problems if options.fresh or p.key not in rows.get(p.gpu, {})]
     print(f"{len(problems)} problems, {len(problems) - len(todo)} measured before; table: {path}")
@@ -166,9 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for index, problem in enumerate(todo, 1):
             print(f"[{index}/{len(todo)}] {problem.key}", flush=True)
-            row = measure(problem, candidates(options.tiles), device, lambda text: print(text, flush=True))
+            row = measure(problem, candidates(problem, options.tiles), device, lambda text: print(text, flush=True))
             rows.setdefault(problem.gpu, {})[problem.key] = row
-            dispatch.store(rows, path)
+            plans.store(rows, path)
             times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in row["ms"].items())
             print(f"  {row['plan']} wins: {times}", flush=True)
     except KeyboardInterrupt:
@@ -180,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def saved_rows(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of the table at ``path``; empty if there is none, or none that can be read."""
     try:
-        return dispatch.check_table(json.loads(path.read_text(encoding="utf-8")))
+        return table.check_table(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -188,7 +196,7 @@ def saved_rows(path: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def problems_of(options: argparse.Namespace) -> Iterable[dispatch.Problem]:
+def problems_of(options: argparse.Namespace) -> Iterable[Problem]:
     """What to measure, forward and backward of every combination.
 
     Raises:
@@ -204,13 +212,16 @@ def problems_of(options: argparse.Namespace) -> Iterable[dispatch.Problem]:
     tokens = options.tokens or ([32] if options.toy else [1024, 8192])
     for text, M, R in itertools.product(shapes, tokens, options.rank or [4 if options.toy else 16]):
         try:
-            N, K = (int(part) for part in text.lower().split("x"))
+            out, K = text.lower().split("x")
+            layers, K = tuple((int(N), R) for N in out.split("+")), int(K)
         except ValueError:
-            raise ValueError(f"--shape is {text!r}, wants out_features x in_features, for example 4096x4096") from None
-        if min(N, K, M, R) < 1:
+            raise ValueError(
+                f"--shape is {text!r}, wants out_features x in_features, for example 4096x4096 or 4096+1024+1024x4096"
+            ) from None
+        if min(min(layers)[0], K, M, R) < 1:
             raise ValueError(f"--shape {text}, --tokens {M}, --rank {R}: all must be at least 1")
         for sweep in ("forward", "backward"):
-            yield dispatch.problem_of(device, sweep, M, N, K, R, getattr(torch, options.dtype))
+            yield plans.problem_of(device, sweep, M, layers, K, getattr(torch, options.dtype), options.dropout)
 
 
 if __name__ == "__main__":

@@ -178,13 +178,13 @@ class AdaptedLinear(Standing):
                 )
                 return_h = any(member.needs_hidden for member in members)
             asked = self.training and torch.is_grad_enabled() and not compiling and runs_kernels(x)
-            terms, states = terms_of(members) if asked else (None, [])
+            terms, states = terms_of(members, layers) if asked else (None, [])
             arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
             outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
             ys = outputs if isinstance(outputs, tuple) else (outputs,)
             count = len(members)
             h, zs = hidden(arguments[0], ys[count]) if return_h else None, ys[count + return_h :]
-            made = made_of(members, terms, states, zs) if terms and zs else [None] * count
+            made = made_of(layers, terms, states, zs) if terms and zs else [None] * count
             if count == 1:
                 result = ys[0], h, made[0]
             else:

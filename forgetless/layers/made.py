@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.rows import Rows, Term, Terms
+from ..ops.bodies import Operands
+from ..ops.rows import Products, Rows, Term, Terms
 
 
 class Made(NamedTuple):
     """The products that one penalty wants of one layer, with their graph, and what they were made of."""
 
-    z: Tensor  # (rows, R), at least float32
+    products: Products
     terms: Terms
     factors: tuple[Tensor, Tensor]
     facts: list[Any]
@@ -25,35 +26,38 @@ class Made(NamedTuple):
 
         A change through ``.data`` cannot be seen.
         """
-        if self.terms.spent or torch.is_grad_enabled() and not self.z.requires_grad:
+        if self.terms.spent or torch.is_grad_enabled() and not self.products.z.requires_grad:
             return False
-        factors = adapter.factors()
-        return (
-            factors[0] is self.factors[0]
-            and factors[1] is self.factors[1]
-            and self.facts == _facts(state.rows(), factors)
-        )
+        down, up = adapter.factors()
+        if down is not self.factors[0] or up is not self.factors[1]:
+            return False
+        return self.facts == _facts(state.rows(), self.factors)
 
 
 def _facts(rows: tuple[Rows, ...], factors: tuple[Tensor, Tensor]) -> list[Any]:
     """What is another where the rows or the factors are others, or have been written to."""
-    return [
-        None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t._version, t.requires_grad)
-        for t in _tensors(rows, factors)
-    ] + [one.of for one in rows]
+    facts: list[Any] = [one.of for one in rows]
+    for t in _tensors(rows, factors):
+        facts += (
+            (None,)
+            if t is None
+            else (t.data_ptr(), t._version, t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+        )
+    return facts
 
 
 def _tensors(rows: tuple[Rows, ...], factors: tuple[Tensor, Tensor]) -> list[Tensor | None]:
-    return [*[t for one in rows for t in one[1:]], *factors]
+    return [*factors, *[t for one in rows for t in one[1:]]]
 
 
-def terms_of(members: Sequence[Any]) -> tuple[Terms | None, list[tuple[int, Any]]]:
+def terms_of(members: Sequence[Any], layers: Operands) -> tuple[Terms | None, list[tuple[int, Any]]]:
     """What the penalties of these layers want of one call of the op for all; and of which layer and state each is."""
     terms: list[Term] = []
     states: list[tuple[int, Any]] = []
     for i, member in enumerate(members):
-        if member.makes_products and all(_plain(factor) and factor.is_leaf for factor in member.adapter.factors()):
-            for state in member.adapter.penalty_states():
+        own = member._modules["adapter"].penalty_states() if member.makes_products else ()
+        if own and all(_plain(factor) and factor.is_leaf for factor in (layers.downs[i], layers.ups[i])):
+            for state in own:
                 rows = state.rows()
                 if rows and all(t is None or _plain(t) for one in rows for t in one[1:]):
                     terms.append(Term(i, rows))
@@ -67,12 +71,12 @@ def _plain(t: Any) -> bool:
 
 
 def made_of(
-    members: Sequence[Any], terms: Terms, states: list[tuple[int, Any]], zs: Sequence[Tensor]
+    layers: Operands, terms: Terms, states: list[tuple[int, Any]], zs: Sequence[Tensor]
 ) -> list[dict[Any, Made]]:
     """Of each layer, by state, what the call has made."""
-    result: list[dict[Any, Made]] = [{} for _ in members]
+    result: list[dict[Any, Made]] = [{} for _ in layers.downs]
     for (i, state), term, z in zip(states, terms.items, zs, strict=True):
-        factors = members[i].adapter.factors()
-        memory = [t.untyped_storage() for t in _tensors(term.rows, factors) if t is not None]
-        result[i][state] = Made(z, terms, factors, _facts(term.rows, factors), memory)
+        rows, factors = term.rows, (layers.downs[i], layers.ups[i])
+        memory = [t.untyped_storage() for t in _tensors(rows, factors) if t is not None]
+        result[i][state] = Made(Products(rows, z), terms, factors, _facts(rows, factors), memory)
     return result

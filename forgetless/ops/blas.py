@@ -153,21 +153,23 @@ def outer(
 
 
 def project_outer(
-    x: Tensor,  # (M, K)
-    down: Tensor,  # (R, K)
-    h: Tensor,  # (M, R), dtype of x
+    dy: Tensor,  # (M, N)
+    up: Tensor,  # (N, R)
+    h: Tensor,  # (M, R), dtype of dy
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
     more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
     start: Tensor | None = None,  # (R, R)
-) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
-    """g = scale * (x @ down.T + h @ (start + start.T)) and out = h.T @ x, and that over the rows of ``more``.
-
-    The second is laid out as the transpose of a
-    contiguous (K, R), the layout of the factor whose gradient it is.
-    """
-    g = project(x, down, scale, start=None if start is None else (h, start))
-    return g, add_pulled(as_dtype(torch.mm(x.t(), h), dtype or x.dtype).t(), more)
+) -> tuple[Tensor, Tensor]:  # (M, R), dtype of dy; (N, R), dtype given or that of dy
+    """g = scale * (dy @ up + h @ (start + start.T)) and dup = dy.T @ h, and that over the rows of ``more``"""
+    up = as_dtype(up, dy.dtype)
+    g = torch.mm(dy, up) if scale == 1.0 else torch.addmm(dy.new_empty(()), dy, up, beta=0, alpha=scale)
+    if start is not None:
+        g.add_(started(h, start), alpha=scale)
+    dup = as_dtype(torch.mm(dy.t(), h), dtype or dy.dtype)
+    if more:
+        add_pulled(dup.t(), more)
+    return g, dup
 
 
 def dx_and_ddown(

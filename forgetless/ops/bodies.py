@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from .dispatch import LaunchError, Route
+from .dispatch import LaunchError
+from .plans import Route
 from .rows import Extra, Term, Terms
 
 
@@ -119,15 +120,17 @@ def forward(
     """y of each layer and h of all, by the backend and plan that dispatch chooses, or by BLAS where a kernel fails."""
     downs, ups = layers.downs, layers.ups
     if route is None:
-        route = dispatch.choose_route("forward", x, ups[0], downs[0], call.module)
+        route = dispatch.choose_route("forward", x, ups, downs[0], call.p > 0.0, call.module)
+        if route.module is dispatch.blas:  # ``fl.penalty`` makes them itself
+            terms = ()
         if route.unchecked and not call.onto:  # which may write in place and wait for other processes
-            route = dispatch.first_use(route, lambda r: _flat(forward(call, x, seed, layers, r, terms)), x.device)
+            route = dispatch.measured_route(route, lambda r: flat(forward(call, x, seed, layers, r, terms)), x.device)
     if call.up_scale != 1.0:
         ups = [call.up_scale * up.float() for up in ups]
     run, s, p = route.module, call.scale, call.p
     try:
-        with route.tiles():
-            if route.plan != "split" and call.count == 1 and not call.onto and not terms:
+        with dispatch.tiles_of(route, x.device):
+            if route.whole and call.count == 1 and not call.onto and not terms:
                 y, h = run.linear_lowrank(
                     x, layers.weights[0], downs[0], ups[0], layers.biases[0], s, p, seed, plan=route.plan
                 )
@@ -184,10 +187,10 @@ def gradients(
     x, h, seed, weights, downs, ups, dtypes = saved
     like: Any = dys[0] if n == 1 else next(dy for dy in dys if dy is not None)
     if route is None:
-        route = dispatch.choose_route("backward", like, ups[0], downs[0], call.module)
+        route = dispatch.choose_route("backward", like, ups, downs[0], p > 0.0, call.module)
         if route.unchecked and not call.onto:
-            route = dispatch.first_use(
-                route, lambda r: _given(gradients(call, saved, need, dys, dh, r, extra)), like.device
+            route = dispatch.measured_route(
+                route, lambda r: given(gradients(call, saved, need, dys, dh, r, extra)), like.device
             )
     if call.up_scale != 1.0:
         ups = [call.up_scale * up.float() for up in ups]
@@ -201,8 +204,8 @@ def gradients(
     gs: list[Tensor] = []
     dups: list[Tensor | None] = [None] * n
     try:
-        with route.tiles():
-            if route.plan != "split" and n == 1 and need_x and dh is starts[0] is None and not call.onto:
+        with dispatch.tiles_of(route, like.device):
+            if route.whole and n == 1 and need_x and dh is starts[0] is None and not call.onto:
                 frozen: Any = weights[0]  # g inside the kernel that makes dx
                 options = {"drop_output": True, "plan": route.plan}
                 dx, g = run.linear_lowrank(like, frozen.T, ups[0].T, downs[0].T, None, s, p, seed, **options)
@@ -211,9 +214,8 @@ def gradients(
                 if dy is None:
                     gs.append(like.new_zeros(like.shape[0], ranks[i]))
                 elif need_g and need_ups[i]:
-                    g, dup = run.project_outer(dy, ups[i].t(), hs[i], s, dtypes[n + i], more_ups[i], starts[i])
+                    g, dups[i] = run.project_outer(dy, ups[i], hs[i], s, dtypes[n + i], more_ups[i], starts[i])
                     gs.append(g)
-                    dups[i] = dup.t()
                 elif need_ups[i]:
                     dups[i] = run.outer(hs[i], dy, 0.0, None, dtypes[n + i], more_ups[i]).t()
                 elif need_g:
@@ -246,9 +248,11 @@ def gradients(
     return [dx, *others, *ddowns, *dups]
 
 
-def _flat(result: tuple[list[Tensor], Tensor, list[Tensor]]) -> list[Tensor]:
+def flat(result: tuple[list[Tensor], Tensor, list[Tensor]]) -> list[Tensor]:
+    """What ``forward`` gives, as one list."""
     return [*result[0], result[1], *result[2]]
 
 
-def _given(grads: list[Tensor | None]) -> list[Tensor]:
+def given(grads: list[Tensor | None]) -> list[Tensor]:
+    """The gradients that were needed."""
     return [grad for grad in grads if grad is not None]

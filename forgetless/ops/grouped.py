@@ -243,9 +243,12 @@ def _routed(call: _Call, sweep: str, like: Tensor, down: Tensor, up: Tensor, run
             return attempt(dispatch.failed(route, error))
 
     with exact_products(device_type(like)):
-        route = dispatch.choose_route(experts_sweep(sweep, len(up)), like, up[0], down[0], call.module)
+        name, dropout = experts_sweep(sweep, len(up)), call.p > 0.0
+        route = dispatch.choose_route(name, like, [up[0]], down[0], dropout, call.module)
         if route.unchecked:
-            route = dispatch.first_use(route, lambda r: [t for t in attempt(r) if t is not None], like.device)
+            route = dispatch.measured_route(
+                route, lambda r: [t for t in attempt(r) if t is not None], like.device, others=()
+            )
         return attempt(route)
 
 

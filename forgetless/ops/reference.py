@@ -149,20 +149,20 @@ def outer(
 
 
 def project_outer(
-    x: Tensor,  # (M, K)
-    down: Tensor,  # (R, K)
-    h: Tensor,  # (M, R), dtype of x
+    dy: Tensor,  # (M, N)
+    up: Tensor,  # (N, R)
+    h: Tensor,  # (M, R), dtype of dy
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
     more: Sequence[Any] = (),  # ``More``s of forgetless.ops.rows
     start: Tensor | None = None,  # (R, R)
-) -> tuple[Tensor, Tensor]:  # (M, R), dtype of x; (R, K), dtype given or that of x
-    """g = scale * (x @ down.T + h @ (start + start.T)) and out = h.T @ x, and that over the rows of ``more``
+) -> tuple[Tensor, Tensor]:  # (M, R), dtype of dy; (N, R), dtype given or that of dy
+    """g = scale * (dy @ up + h @ (start + start.T)) and dup = dy.T @ h, and that over the rows of ``more``
 
-    ``project`` and ``outer`` of one matrix, in the backward pass dy, which a kernel then reads once.
+    ``project`` and ``outer`` of one matrix, which a kernel then reads once.
     """
-    g = project(x, down, scale, start=None if start is None else (h, start))
-    return g, outer(h, x, dtype=dtype, more=more)
+    g = project(dy, up.t(), scale, start=None if start is None else (h, start))
+    return g, outer(h, dy, dtype=dtype, more=more).t()
 
 
 def dx_and_ddown(

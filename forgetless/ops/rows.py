@@ -20,32 +20,32 @@ class Rows(NamedTuple):
 
     Attributes:
         of: "down" (dim = K), "up" (F = up.T, dim = N), or "hidden": then the product is h.T @ h (R, R).
-        matrix: V (k, dim), any strides; None for the rows of F itself, or of a Hadamard matrix.
+        basis: V.T (dim, k), any strides; None for the rows of F itself, or of a Hadamard matrix.
         weight: (dim,) factors of V's columns; None for ones.
         columns: (k,) int64: V has these rows of the block Hadamard matrix of ``dim``, before ``weight``.
     """
 
     of: str
-    matrix: Tensor | None = None
+    basis: Tensor | None = None
     weight: Tensor | None = None
     columns: Tensor | None = None
 
     @property
     def own(self) -> bool:
         """Whether V is F itself: the product is symmetric, and F has its gradient from both sides."""
-        return self.matrix is None and self.columns is None
+        return self.basis is None and self.columns is None
 
     def length(self, R: int) -> int:
         """k"""
-        given = self.matrix if self.columns is None else self.columns
-        return R if given is None else given.shape[0]
+        given = self.basis if self.columns is None else self.columns
+        return R if given is None else given.shape[-1]
 
     def values(self, factor: Tensor) -> Tensor:  # (R, dim) -> (k, dim)
         """V in the dtype of F."""
         if self.columns is not None:
             rows = hadamard_rows(self.columns, factor.shape[1]).to(factor.dtype)
         else:
-            rows = factor if self.matrix is None else self.matrix.to(factor.dtype)
+            rows = factor if self.basis is None else self.basis.t().to(factor.dtype)
         return rows if self.weight is None else rows * self.weight.to(factor.dtype)
 
 
@@ -54,6 +54,13 @@ class Term(NamedTuple):
 
     layer: int  # its place among the layers of the call
     rows: tuple[Rows, ...]
+
+
+class Products(NamedTuple):
+    """Rows, and their products one below the other."""
+
+    rows: tuple[Rows, ...]
+    z: Tensor  # (sum of k, R), at least float32
 
 
 @dataclass(eq=False)
@@ -77,11 +84,15 @@ class Terms:
 
 
 class More(NamedTuple):
-    """What a sum over rows takes along: d.T @ V (R_i, dim), added to its rows from ``first`` on."""
+    """What a sum over rows takes along: d.T @ V (R_i, dim), added to its rows from ``first`` on.
+
+    d (k, R_i), the gradient of V @ F.T, are the rows of ``dz`` from ``at`` on.
+    """
 
     rows: Rows
-    factor: Tensor  # (R_i, dim)
-    d: Tensor  # (k, R_i), the gradient of V @ factor.T
+    factor: Tensor  # down (R_i, dim), or up (dim, R_i), as ``rows.of`` says
+    dz: Tensor  # (at least at + k, R_i), contiguous
+    at: int = 0
     first: int = 0
 
 
@@ -115,11 +126,6 @@ def terms_size(term: Term, R: int) -> int:
     return sum(rows.length(R) for rows in term.rows)
 
 
-def parts(term: Term, z: Tensor) -> Sequence[Tensor]:  # (sum of k, R) -> (k, R) each
-    """The products of each of the term's rows, or their gradients."""
-    return z.split_with_sizes([rows.length(z.shape[1]) for rows in term.rows])
-
-
 def products(term: Term, h: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """The term's products, from its layer's h (M, R), down (R, K) and up (N, R), at least float32."""
     wide = torch.promote_types(torch.promote_types(down.dtype, up.dtype), torch.float32)
@@ -135,32 +141,36 @@ def extra_of(
     """Where the gradients of the terms' products go."""
     extra = Extra([[] for _ in ups], [], [None] * len(ups))
     ranks = [up.shape[1] for up in ups]
-    for term, dz in zip(terms, dzs, strict=True):
+    for (i, rows_of_term), dz in zip(terms, dzs, strict=True):
         if dz is None:
             continue
-        i = term.layer
-        for rows, d in zip(term.rows, parts(term, dz.contiguous()), strict=True):
+        dz, at = dz.contiguous(), 0
+        for rows in rows_of_term:
+            k = rows.length(ranks[i])
             if rows.of == "up":
-                extra.ups[i].append(More(rows, ups[i].t(), d))
+                extra.ups[i].append(More(rows, ups[i], dz, at))
             elif rows.of == "down":
-                extra.downs.append(More(rows, downs[i], d, sum(ranks[:i])))
+                extra.downs.append(More(rows, downs[i], dz, at, sum(ranks[:i])))
             else:
-                before = extra.starts[i]
+                before, d = extra.starts[i], dz.narrow(0, at, k)
                 extra.starts[i] = d if before is None else before + d
+            at += k
     return extra
 
 
 def pulled(more: More) -> Tensor:  # (R_i, dim), at least float32
     """d.T @ V, the factor's gradient."""
-    wide = torch.promote_types(more.factor.dtype, torch.float32)
-    d = more.d.to(wide)
-    return (d + d.t() if more.rows.own else d).t() @ more.rows.values(more.factor.to(wide))
+    factor = more.factor if more.rows.of == "down" else more.factor.t()
+    wide = torch.promote_types(factor.dtype, torch.float32)
+    d = more.dz.narrow(0, more.at, more.rows.length(factor.shape[0])).to(wide)
+    return (d + d.t() if more.rows.own else d).t() @ more.rows.values(factor.to(wide))
 
 
 def add_pulled(out: Tensor, more: Sequence[More]) -> Tensor:  # (R, dim)
     """``out`` with each of them added, in place."""
     for one in more:
-        out.narrow(0, one.first, one.factor.shape[0]).add_(pulled(one))
+        part = pulled(one)
+        out.narrow(0, one.first, part.shape[0]).add_(part)
     return out
 
 

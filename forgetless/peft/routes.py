@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import compat
 from ..layers.frozen import hooked, is_conv1d, is_plain
 from ..layers.stack import Stack, keys_of
-from ..names import bare_name
+from ..names import bare_name, checked
 from ..ops.check import FLOATS, dtype_name
 
 #: PEFT's layers whose forward is base_layer(x) + sum of lora_B(lora_A(dropout(x))) * scaling.
@@ -32,7 +32,9 @@ def stack_of(layer: Any) -> Stack | None:
 
 def lora_layers(model: nn.Module, cls: type) -> Iterator[tuple[str, Any]]:
     """Name and layer of every PEFT LoRA layer, ``cls`` being PEFT's class of them."""
-    return ((bare_name(model, name), module) for name, module in model.named_modules() if isinstance(module, cls))
+    return (
+        (bare_name(model, name), module) for name, module in checked(model).named_modules() if isinstance(module, cls)
+    )
 
 
 def taker_of(module: nn.Module) -> Any:

@@ -24,7 +24,7 @@ from ..layers.frozen import runs_by
 from ..layers.linear import AdaptedLinear, form_groups
 from ..layers.passes import Passes
 from ..layers.stack import give_back, run_by
-from ..names import bare_name
+from ..names import bare_name, checked
 from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from .experts import ExpertsView, title
@@ -139,7 +139,7 @@ def _peft(module: str) -> Any:
 
 
 def _swapped(model: nn.Module) -> list[_Taker]:
-    return [taker for module in model.modules() if (taker := taker_of(module)) is not None]
+    return [taker for module in checked(model).modules() if (taker := taker_of(module)) is not None]
 
 
 # -------------------------------------------------------------------------------------- the layers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, Stays
-from ..ops.rows import Rows
+from ..ops.rows import Products, Rows
 
 #: Every penalty by its name, filled by ``register``.
 PENALTIES: dict[str, type[Penalty]] = {}
@@ -111,12 +111,12 @@ class PenaltyState(Stays):
         return ()
 
     @classmethod
-    def total_made(cls, items: list[Item], made: list[Tensor]) -> Tensor:
+    def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
         """``total`` from what the last forward pass made of each item's ``rows``.
 
         Args:
             items: as of ``total``.
-            made: of each, the products (sum of the rows, R), one below the other, at least float32.
+            made: of each, the rows and their products.
         """
         raise NotImplementedError
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Site, wide
-from ..ops.rows import Rows
+from ..ops.rows import Products, Rows
 from .base import Item, Penalty, PenaltyState, register
 from .batched import grouped
 from .covariance import Covariance, apply_stacked
@@ -55,7 +55,7 @@ class _WeightDeviation(PenaltyState):
         return Rows("up"), Rows("down")
 
     @classmethod
-    def total_made(cls, items: list[Item], made: list[Tensor]) -> Tensor:
+    def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
         return _gram_made(made, [state.spec.weight * adapter.scale**2 for state, adapter, _ in items])
 
 
@@ -123,7 +123,7 @@ class _OutputDeviation(PenaltyState):
         return Rows("up"), Rows("hidden")
 
     @classmethod
-    def total_made(cls, items: list[Item], made: list[Tensor]) -> Tensor:
+    def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
         tokens = [0 if hidden is None else hidden.shape[0] for _, _, hidden in items]
         return _gram_made(made, [state.spec.weight / max(M, 1) for (state, _, _), M in zip(items, tokens, strict=True)])
 
@@ -261,10 +261,10 @@ class _SourceDeviation(PenaltyState):
         if self.source.full or not self._known_calibrated or not self.spec.weight:
             return ()  # a matrix of K rows is no skinny product
         own = Rows("up"), Rows("down", None, self.source.rest)
-        return (*own, Rows("down", self.source.basis.t())) if self.source.columns else own
+        return (*own, Rows("down", self.source.basis)) if self.source.columns else own
 
     @classmethod
-    def total_made(cls, items: list[Item], made: list[Tensor]) -> Tensor:
+    def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
         weights = [state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
         sources = [state.source for state, _, _ in items]
         return _gram_made(made, weights, [source.spectrum if source.columns else None for source in sources])
@@ -276,7 +276,7 @@ def _gram_total(items: list[Item], covariances: list[Covariance | None]) -> Tens
 
 
 def _gram_made(
-    made: list[Tensor],  # (2 R + q, R): of up, of the inner rows, and V^T down^T of an eigenbasis
+    made: list[Products],  # (2 R + q, R): of up, of the inner rows, and V^T down^T of an eigenbasis
     weights: list[float],
     spectra: list[Tensor | None] | None = None,  # (q,)
 ) -> Tensor:
@@ -297,7 +297,7 @@ def _gram_made(
         return (outer * grad[:, :R]).sum(), grad
 
     keys = [(w, None if l is None else l.shape) for w, l in zip(weights, spectra, strict=True)]
-    return grouped([(z,) for z in made], keys, form)
+    return grouped([(z,) for _, z in made], keys, form)
 
 
 def gram_form(

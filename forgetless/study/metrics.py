@@ -6,10 +6,12 @@ nats per token: where a paper defines a metric on accuracies, its sign is turned
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .extras import Extras
 from .stats import explained_by_groups, explained_by_line, interval, mean, minus, pareto, pearson, reached, spearman
 
 Row = dict[str, Any]
@@ -85,12 +87,14 @@ def whole(rows: Iterable[Row]) -> list[Row]:
 
 
 def baseline(results: dict[str, Any]) -> str | None:
-    """The label of plain LoRA, without a penalty and not consolidated, among the rows."""
+    """The label of plain LoRA, without a penalty and any other part, among the rows; the one with default settings."""
+    parts = {field.name for field in dataclasses.fields(Extras)}
+    labels = []
     for row in main_rows(results):
         settings = row["settings"]
-        if settings["name"] == "lora" and not settings["penalties"] and not settings.get("consolidate"):
-            return str(row["label"])
-    return None
+        if settings["name"] == "lora" and not settings["penalties"] and not any(settings.get(part) for part in parts):
+            labels.append(str(row["label"]))
+    return min(labels, key=len, default=None)
 
 
 def groups(rows: Iterable[Row]) -> dict[str, dict[int, Row]]:

@@ -56,7 +56,7 @@ def draw(results: dict[str, Any]) -> bytes:
         curves.legend(handles, labels, frameon=False, ncols=min(6, len(labels)), loc="upper right")
     model, device = results["model"]["name"], results["machine"]["device"]
     figure.suptitle(f"{model}, {results['options']['steps']} steps a task, {device}")
-    return _png(figure)
+    return png(figure)
 
 
 def draw_pareto(results: dict[str, Any]) -> bytes | None:
@@ -79,7 +79,7 @@ def draw_pareto(results: dict[str, Any]) -> bytes | None:
     right.set_title(f"drift and forgetting, {about['runs']} runs" + ("" if r is None else f": r = {r:.2f}"))
     right.set_xlabel("drift: mean of ‖ΔW x‖ / ‖x‖ over layers, on kept texts")
     right.axhline(0, color="black", linewidth=0.8)
-    return _png(figure)
+    return png(figure)
 
 
 def panels(results: dict[str, Any]) -> list[Panel]:
@@ -94,17 +94,17 @@ def panels(results: dict[str, Any]) -> list[Panel]:
         if len(groups) > 1:
             figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2 if len(groups) < 9 else 3)
         text = "Learned against forgotten: right and down is better" + (f" ({caption})" if caption else "")
-        shown.append(Panel("learned against forgotten, a mark for each method", f"{text}.", _png(figure, 160)))
+        shown.append(Panel("learned against forgotten, a mark for each method", f"{text}.", png(figure, 160)))
     if any(row["forgotten"] for rows in groups.values() for row in rows):
         figure, axis = _panel()
         _bars(axis, groups, _forgotten(tasks, kept))
         text = "Forgotten: the rise of the loss on each text, lower is better."
-        shown.append(Panel("forgetting of each text by each method", text, _png(figure, 160)))
+        shown.append(Panel("forgetting of each text by each method", text, png(figure, 160)))
     if any(task["loss"] for rows in groups.values() for row in rows for task in row["tasks"]):
         figure, axis = _panel()
         _curves(axis, groups, tasks)
         text = f"Training loss; bold: mean of {WINDOW} steps."
-        shown.append(Panel("training loss of each method", text, _png(figure, 160)))
+        shown.append(Panel("training loss of each method", text, png(figure, 160)))
     return shown
 
 
@@ -114,7 +114,7 @@ def _panel() -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
-def _png(figure: Figure, dpi: int = 110) -> bytes:
+def png(figure: Figure, dpi: int = 110) -> bytes:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     out = io.BytesIO()

@@ -57,7 +57,14 @@ def python(row: dict[str, Any], options: dict[str, Any]) -> str:
     if "calibrate_seconds" in row:
         lines.append("fl.calibrate(model, batches)  # of text that must be kept")
     lines.append(f"# train on loss + fl.penalty(model), learning rate {row['settings']['lr']:g}")
-    if extras := extras_of(row["settings"]):
+    settings = row["settings"]
+    if settings.get("retain"):
+        lines.append(f"fl.retain(model, task_batches, {settings['retain']:g})  # once, when training ends")
+    if settings.get("scaled"):
+        scale = f"{settings['scaled']:g}"
+        lines.append(f"fl.scaled(model, {scale})")
+        lines.append(f"# or, before another task: fl.consolidate(model, task_batches, scale={scale})")
+    if extras := [part for part in extras_of(settings) if part.partition("=")[0] not in ("retain", "scaled")]:
         lines.append(f"# and {', '.join(extras)}: see forgetless compare --help")
     return "\n".join(lines)
 
@@ -87,8 +94,9 @@ def _word(value: Any) -> str:
 
 
 def command(row: dict[str, Any], options: dict[str, Any]) -> str | None:
-    """``forgetless finetune`` with the settings of this row; None for what it does not do: full, and the extras."""
-    if row["settings"]["name"] == "full" or extras_of(row["settings"]):
+    """``forgetless finetune`` with the settings of this row; None for what it does not do: full, parts but retain."""
+    others = [part for part in extras_of(row["settings"]) if not part.startswith("retain")]
+    if row["settings"]["name"] == "full" or others:
         return None
     words = ["forgetless", "finetune", "--model", options["model"], "--data", "YOUR.jsonl"]
     words += ["--method", spec(row["settings"]), "--batch-size", str(options["batch_size"])]

@@ -10,16 +10,15 @@ import torch
 
 from forgetless.cli import doctor
 from forgetless.cli import main as cli
-from forgetless.ops import blas
+from forgetless.ops import blas, plans
 from forgetless.ops import dispatch as ops
-from forgetless.ops import dispatch as plans
 
 #: The kernels' launchers that the op calls, by the plan that calls them.
 LAUNCHERS = {
     "linear_lowrank": ("full", "once"),
     "outer": doctor.FUSED,
-    "project": ("split",),
-    "project_outer": ("split",),
+    "project": ("hybrid", "split"),
+    "project_outer": ("hybrid", "split"),
     "matmul_lowrank": ("split",),
 }
 
@@ -131,7 +130,7 @@ def broken(x: Any, *_: Any, **__: Any) -> Any:
 
 
 def test_a_kernel_that_does_not_compile_is_found(monkeypatch, capsys):
-    for name in ("matmul_lowrank", "linear_lowrank"):
+    for name in ("project", "matmul_lowrank", "linear_lowrank"):
         monkeypatch.setattr(ops.kernels, name, broken)
     for plan in doctor.FUSED:
         failing(capsys, f"plan {plan}", "out of resource: shared memory", "FORGETLESS_PLAN=blas")

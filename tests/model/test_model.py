@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
+import inspect
 import re
 from collections import OrderedDict
 from typing import Any
@@ -677,3 +678,21 @@ def test_generation_runs_on_an_adapted_model():
     out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     want = tiny_llama().generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     assert torch.equal(out, want)
+
+
+def takes_a_model(name: str) -> bool:
+    """``load`` too, but it reads its folder first."""
+    thing = getattr(fl, name)
+    return inspect.isfunction(thing) and next(iter(inspect.signature(thing).parameters)) == "model" and name != "load"
+
+
+@pytest.mark.parametrize("name", filter(takes_a_model, fl.__all__))
+def test_the_name_of_a_model_is_no_model(name: str) -> None:
+    """Every public function of a model says so in one line, whatever else it is given."""
+    call = getattr(fl, name)
+    more = {"method": fl.LoRA(), "folder": "none", "batches": [{}], "factor": 0.5, "asked": True}
+    others = list(inspect.signature(call).parameters.values())[1:]
+    needed = {p.name: more[p.name] for p in others if p.default is p.empty}
+    with pytest.raises(ValueError, match="^model is 'gpt2', wants a torch.nn.Module"):
+        with call("gpt2", **needed):  # a context begins to work when it is entered
+            pass

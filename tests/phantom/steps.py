@@ -25,7 +25,7 @@ from torch import nn
 import forgetless as fl
 import phantom
 from forgetless.layers.quantized import register
-from forgetless.ops import dispatch
+from forgetless.ops import plans
 
 RANK, WIDTH = 16, 256
 CUDA = torch.device("cuda", 0)
@@ -129,11 +129,11 @@ def checkpointed(card: phantom.Trace, reentrant: bool) -> None:
 
 def first_use(card: phantom.Trace) -> None:
     """The first step of a bucket measures, every later one runs what won."""
-    dispatch.forget()
+    plans.forget()
     model = fl.adapt(llama(), fl.LoRA(RANK))
     train(model)
-    assert any("dispatch.py" in wait for wait in card.waits), "nothing was measured"
-    assert "first use" in str([choice.reason for choice in dispatch._measured.values()])
+    assert any("first_use.py" in wait for wait in card.waits), "nothing was measured"
+    assert "first use" in str([choice.reason for choice in plans._measured.values()])
     steady(card, partial(train, model))
 
 
@@ -146,7 +146,7 @@ def tune(card: phantom.Trace) -> None:
         assert command.main(arguments) == 0
         (rows,) = json.loads(table.read_text())["gpus"].values()
     for row in rows.values():
-        assert set(row["ms"]) == set(dispatch.PLANS), f"plans were left out: {row['ms']}"
+        assert set(row["ms"]) == set(table.PLANS), f"plans were left out: {row['ms']}"
 
 
 def token_counts(card: phantom.Trace) -> None:

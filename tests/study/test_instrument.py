@@ -121,9 +121,9 @@ def test_plural_options_and_presets(tmp_path: Path, capsys: pytest.CaptureFixtur
     options = commands.compare_options({name: value for name, value in given.items() if name != "command"}, "line")
     assert options.seeds == (0, 1, 2, 4) and options.methods == ("lora", "clora") and options.steps == 2
     assert main(["compare", "--preset", "huge", "--out", str(tmp_path)]) == 2
-    assert "--preset must be one of demo, study, got 'huge'" in capsys.readouterr().err
+    assert "--preset must be one of demo, study, study-tools, got 'huge'" in capsys.readouterr().err
     plans = check(CompareOptions(out=tmp_path, **commands.STUDY))
-    assert len({plan.label for plan in plans}) == 10 and sum(plan.plain for plan in plans) == 1
+    assert len({plan.label for plan in plans}) == 16 and sum(plan.plain for plan in plans) == 2, "LoRA, at two rates"
     assert commands.PRESETS["demo"] == {}, "the demo is the defaults"
 
 

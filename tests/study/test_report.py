@@ -167,7 +167,14 @@ def test_what_finetune_does_not_do_has_no_command(results: dict[str, Any]) -> No
         again = parse_method(recipes.spec(plan.settings), lr=1.0)
         assert (again.method, again.lr, again.extras) == (plan.method, plan.lr, plan.extras)
         assert recipes.command(row, OPTIONS) is None
-        assert text.startswith("full") or recipes.extras_of(plan.settings)[0] in recipes.python(row, OPTIONS)
+        assert text.startswith("full") or recipes.extras_of(plan.settings)[0].partition("=")[0] in recipes.python(
+            row, OPTIONS
+        )
+    plan = parse_method("lora+retain=0.3+scaled=0.8", lr=2e-3)
+    lines = recipes.python({"label": plan.label, "settings": plan.settings}, OPTIONS)
+    assert "fl.retain(model, task_batches, 0.3)" in lines and "fl.consolidate(model, task_batches, scale=0.8)" in lines
+    retained = parse_method("lora+retain=0.3", lr=2e-3)
+    assert "retain=0.3" in str(recipes.command({"label": retained.label, "settings": retained.settings}, OPTIONS))
     rows = by_label(results)
     assert all(recipes.command(rows[label][0], results["options"]) for label in rows)
     assert "fl.calibrate" in recipes.python(rows["LaLoRA"][0], OPTIONS)

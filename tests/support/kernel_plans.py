@@ -11,7 +11,7 @@ from forgetless.ops import dispatch as ops
 from forgetless_kernels import sums, tiles
 
 #: "descriptors" is the plan split, its GEMMs on tensor descriptors as on sm_90 and sm_100
-PLANS = ("split", "descriptors", "full", "once")
+PLANS = ("hybrid", "split", "descriptors", "full", "once")
 #: The tile of a whole pass, unless a test wants another.
 TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
 #: What ``test_any_tile`` runs every product of the kernels on.

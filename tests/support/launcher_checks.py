@@ -59,7 +59,7 @@ def calls(M: int, shift: int = 0) -> dict[str, Callable[[], Any]]:
         "project": lambda: fused.project(x, down, 0.5),
         "project dropout": lambda: fused.project(x, down, 0.5, 0.1, seed),
         "outer": lambda: fused.outer(h, x, dtype=torch.float32),
-        "sweep": lambda: fused.project_outer(dy, up.T, h, 0.5, torch.float32),
+        "sweep": lambda: fused.project_outer(dy, up, h, 0.5, torch.float32),
         "forward": lambda: fused.matmul_lowrank(x, weight, h, up, bias),
         "dx": lambda: fused.dx_and_ddown([dy, dy], [weight, weight], g, [down, down], x),
         "dx dropout": lambda: fused.matmul_lowrank(dy, weight.T, h, down.T, None, 0.1, seed),

@@ -100,7 +100,7 @@ def test_one_sweep(s, meter, monkeypatch):
     monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
     operands = operands_of(s, "x", "down", "h")
     with tiles.forced("project_outer", **SKINNY):
-        fused.project_outer(*operands.values(), dtype=torch.float32)
+        fused.project_outer(operands["x"], operands["down"].T, operands["h"], dtype=torch.float32)
     want = traffic.project_outer_traffic(s, tiles.Tile(**TILE))
     assert meter.total(operands, ["g", "out", "g_part", "out_part", "tickets"]) == want
     assert want[0]["x"] == s.M * s.K * 2  # once, though two products are made of it

@@ -17,8 +17,9 @@ from helpers import stir
 from torch import Tensor, nn
 
 import forgetless as fl
-from forgetless.ops import blas
+from forgetless.ops import blas, first_use
 from forgetless.ops import dispatch as plans
+from forgetless.ops import plans as choices
 from forgetless.ops.autograd import lowrank_linear
 
 tl_utils = pytest.importorskip("forgetless_kernels.tl_utils")
@@ -163,7 +164,7 @@ def test_out_of_memory_is_said_as_it_is(targets, monkeypatch):
         monkeypatch.setattr(plans.kernels, launcher, full)
     with plans.backend("triton"), pytest.raises(torch.OutOfMemoryError):
         results(model(targets), X)
-    assert not plans._failed
+    assert not choices._failed
 
 
 @needs_triton
@@ -180,7 +181,7 @@ def test_a_kernel_that_disagrees_at_its_first_use_is_dropped(how, monkeypatch):
             return {"a number": y + 0.1, "NaN": y * float("nan"), "a shape": y[:-1]}[how]
 
         monkeypatch.setattr(plans.kernels, name, wrong)
-    monkeypatch.setattr(plans, "checkable", lambda device: True)
+    monkeypatch.setattr(first_use, "checkable", lambda device: True)
     with plans.backend("triton"), pytest.warns(UserWarning, match="'split' dropped for .* result 0") as said:
         found = results(net, X)
     told = sorted(str(w.message).split(" dropped for ")[1].split()[0] for w in said if "dropped" in str(w.message))

@@ -186,7 +186,9 @@ def test_nothing_beside_the_operands_of_a_whole_pass_is_touched(plan, dtype, mon
     x, weight, h, up, bias = operands("matmul_lowrank", 33, 50, 65, 24, dtype)
     down = draw(24, 65) / 65**0.5
     sweep = plan == "project_outer"
-    with guarded([x, down, h] if sweep else [x, weight, down, up, bias], monkeypatch, contiguous=True) as tensors:
+    with guarded(
+        [x, draw(65, 24), h] if sweep else [x, weight, down, up, bias], monkeypatch, contiguous=True
+    ) as tensors:
         if sweep:
             results = fused.project_outer(*tensors)
         else:
@@ -305,31 +307,31 @@ def test_what_no_descriptor_can_name_takes_the_pointer_kernel(which, monkeypatch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_sweep_projects_and_sums(R, dtype, monkeypatch):
     monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
-    x, down, h = draw(70, 50, dtype=dtype), draw(50, R).T, draw(70, R, dtype=dtype, seed=1)
+    dy, up, h = draw(70, 50, dtype=dtype), draw(50, R), draw(70, R, dtype=dtype, seed=1)
     with tiles.forced("project_outer", BLOCK_M=16, BLOCK_K=32):
-        g, out = fused.project_outer(x, down, h, 0.5, torch.float32)
-    truth = [t.double() for t in (x, down, h)]
-    assert_as_good_as_eager(g, plain("project", x, down, scale=0.5), plain("project", *truth[:2], scale=0.5))
-    exact = plain("outer", truth[2], truth[0])
-    torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-4)
+        g, dup = fused.project_outer(dy, up, h, 0.5, torch.float32)
+    truth = [t.double() for t in (dy, up.T, h)]
+    assert_as_good_as_eager(g, plain("project", dy, up.T, scale=0.5), plain("project", *truth[:2], scale=0.5))
+    exact = plain("outer", truth[2], truth[0]).T
+    torch.testing.assert_close(dup, exact.float(), rtol=1e-5, atol=1e-4)
     if R <= 64:
-        assert out.T.is_contiguous()
+        assert dup.is_contiguous()
 
 
 @pytest.mark.parametrize("M", [0, 1, 33])
 def test_a_sweep_that_does_not_pay_is_two(M):
-    x, down, h = draw(M, 40), draw(8, 40), draw(M, 8)
-    g, out = fused.project_outer(x, down, h, 0.5)
-    torch.testing.assert_close(g, reference.project(x, down, 0.5), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out, reference.outer(h, x), rtol=1e-5, atol=1e-5)
+    dy, up, h = draw(M, 40), draw(40, 8), draw(M, 8)
+    g, dup = fused.project_outer(dy, up, h, 0.5)
+    torch.testing.assert_close(g, reference.project(dy, up.T, 0.5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dup, reference.outer(h, dy).T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sweep_reads_strided_gradients(monkeypatch):
     monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
-    x, down, h = draw(70, 90), draw(24, 90), draw(70, 24)
-    want = reference.project(x, down), reference.outer(h, x)
+    dy, up, h = draw(70, 90), draw(90, 24), draw(70, 24)
+    want = reference.project(dy, up.T), reference.outer(h, dy).T
     for how in ("transposed", "sliced"):
-        ours = fused.project_outer(*[restride(t, how) for t in (x, down, h)])
+        ours = fused.project_outer(*[restride(t, how) for t in (dy, up, h)])
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
 
 
@@ -486,7 +488,7 @@ def test_offsets_beyond_32_bits(function, axis, tmp_path, monkeypatch):
     x, weight, h, up, bias = operands("matmul_lowrank", 4, 4, 4, 4, torch.bfloat16)
     down = draw(4, 4)
     given = {
-        "project": (x, down), "matmul_lowrank": (x, weight, h, up, bias), "outer": (h, x), "project_outer": (x, down, h)
+        "project": (x, down), "matmul_lowrank": (x, weight, h, up, bias), "outer": (h, x), "project_outer": (x, up, h)
     }.get(function, (x, weight, down, up, bias))  # fmt: skip
     options = {"plan": function} if function in fused.PLANS else {}
     name = "linear_lowrank" if options else function

@@ -107,9 +107,9 @@ def test_tickets_are_left_as_they_were(M, K, monkeypatch):
 
     monkeypatch.setattr(tl_utils, "tickets", tickets)
     monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
-    x, down, h = draw(M, K), draw(8, K, seed=1), draw(M, 8, seed=2)
+    x, up, h = draw(M, K), draw(K, 8, seed=1), draw(M, 8, seed=2)
     with tiles.forced("outer", BLOCK_M=16, BLOCK_K=16), tiles.forced("project_outer", BLOCK_M=16, BLOCK_K=16):
-        out, (g, swept) = fused.outer(h, x), fused.project_outer(x, down, h, 0.5)
+        out, (g, swept) = fused.outer(h, x), fused.project_outer(x, up, h, 0.5)
         strips, steps = sums.strips_of(M, 16, -(-K // 16))
         parts = [fused.outer(h[i : i + 16 * steps], x[i : i + 16 * steps]) for i in range(0, M, 16 * steps)]
     assert len(parts) == strips and counters and not any(each.any() for each in counters)
@@ -117,8 +117,8 @@ def test_tickets_are_left_as_they_were(M, K, monkeypatch):
     for part in parts[1:]:
         total += part
     assert torch.equal(out, total)
-    torch.testing.assert_close(swept, reference.outer(h, x), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(g, reference.project(x, down, 0.5), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(swept, reference.outer(h, x).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(g, reference.project(x, up.T, 0.5), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("M, K", [(0, 4), (3, 0), (1, 1), (17, 131), (40, 128)])

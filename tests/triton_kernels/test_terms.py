@@ -28,10 +28,10 @@ def signs(dim: int) -> Tensor:
 def kinds(of: str, dim: int, k: int, dtype: torch.dtype) -> dict[str, Rows]:
     columns = torch.randperm(dim, generator=torch.Generator().manual_seed(dim))[: min(k, dim)]
     return {
-        "stored": Rows(of, draw(k, dim, dtype=dtype)),
-        "by columns": Rows(of, draw(dim, k, dtype=dtype).T),
-        "float32": Rows(of, draw(k, dim)),
-        "shared": Rows(of, draw(k, dim, dtype=dtype), signs(dim)),
+        "stored": Rows(of, draw(k, dim, dtype=dtype).T),
+        "by columns": Rows(of, draw(dim, k, dtype=dtype)),
+        "float32": Rows(of, draw(k, dim).T),
+        "shared": Rows(of, draw(k, dim, dtype=dtype).T, signs(dim)),
         "hadamard": Rows(of, None, signs(dim), columns),
         "own": Rows(of),
         "own, weighted": Rows(of, None, draw(dim).abs()),
@@ -43,6 +43,10 @@ KINDS = list(kinds("down", 8, 4, torch.float32))
 
 def wide(rows: Rows) -> Rows:
     return Rows(rows.of, *[t.double() if t is not None and t.is_floating_point() else t for t in rows[1:]])
+
+
+def widened(more: More) -> More:
+    return More(wide(more.rows), more.factor.double(), more.dz.double(), more.at, more.first)
 
 
 def error(ours: Tensor, truth: Tensor) -> float:
@@ -85,16 +89,22 @@ def test_sums(kind, sweep, M, dim, k, R, monkeypatch):
     monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: sweep)
     dtype, f32 = torch.bfloat16, torch.float32
     x, down, h = draw(M, dim, dtype=dtype), draw(R, dim), draw(M, R, dtype=dtype, seed=2)
-    rows = kinds("down", dim, k, dtype)[kind]
-    more, start = [More(rows, down, draw(rows.length(R), R)), More(Rows("down"), down, draw(R, R))], draw(R, R, seed=5)
-    truth = [More(wide(one.rows), one.factor.double(), one.d.double()) for one in more]
+    up, start = draw(dim, R, seed=1), draw(R, R, seed=5)
+
+    def more(of: str, factor: Tensor) -> list[More]:
+        rows = kinds(of, dim, k, dtype)[kind]
+        dz = draw(2 + rows.length(R) + R, R)  # that of the second begins where the first's ends
+        return [More(rows, factor, dz, 2), More(Rows(of), factor, dz, 2 + rows.length(R))]
+
+    downs, ups = more("down", down), more("up", up)
+    true_downs, true_ups = ([widened(one) for one in some] for some in (downs, ups))
     with tiles.forced("project", **TILE), tiles.forced("outer", **TILE), tiles.forced("project_outer", **TILE):
-        g, out = fused.project_outer(x, down, h, 0.5, f32, more, start)
-        dropped = fused.outer(h, x, 0.25, SEED, f32, more)
+        g, dup = fused.project_outer(x, up, h, 0.5, f32, ups, start)
+        dropped = fused.outer(h, x, 0.25, SEED, f32, downs)
     wide_x, wide_h = x.double(), h.double()
-    both = reference.project_outer(wide_x, down.bfloat16().double(), wide_h, 0.5, None, truth, start.double())
-    expected = (*both, reference.outer(wide_h, wide_x, 0.25, SEED, None, truth))
-    for ours, value in zip((g, out, dropped), expected, strict=True):
+    both = reference.project_outer(wide_x, up.bfloat16().double(), wide_h, 0.5, None, true_ups, start.double())
+    expected = (*both, reference.outer(wide_h, wide_x, 0.25, SEED, None, true_downs))
+    for ours, value in zip((g, dup, dropped), expected, strict=True):
         assert ours.shape == value.shape and error(ours, value) < (4e-3 if ours.dtype == dtype else 1e-5)
 
 
@@ -102,12 +112,12 @@ def test_ranks_of_siblings_in_one_sum():
     """Each gets its own rows' part, whatever the others have."""
     x, g = draw(40, 50, dtype=torch.bfloat16), draw(40, 3 + 150 + 6, dtype=torch.bfloat16)
     downs = [draw(R, 50) for R in (3, 150, 6)]
-    terms = [Term(i, (Rows("down"), Rows("down", draw(9, 50, dtype=torch.bfloat16)))) for i in (0, 1, 2)]
+    terms = [Term(i, (Rows("down"), Rows("down", draw(50, 9, dtype=torch.bfloat16)))) for i in (0, 1, 2)]
     dzs = [draw(len(down) + 9, len(down)) for down in downs]
     extra = extra_of(terms, dzs, downs, [draw(4, len(down)) for down in downs])
     with tiles.forced("outer", **TILE):
         out = fused.outer(g, x, 0.0, None, torch.float32, extra.downs)
-    truth = [More(wide(one.rows), one.factor.double(), one.d.double(), one.first) for one in extra.downs]
+    truth = [widened(one) for one in extra.downs]
     assert error(out, reference.outer(g.double(), x.double(), more=truth)) < 1e-5
 
 

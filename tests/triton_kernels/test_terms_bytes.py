@@ -23,11 +23,11 @@ SIZES = [Sizes(M=32, N=64, K=64, R=16), Sizes(M=300, N=50, K=40, R=10), Sizes(M=
 
 def rows(kind: str, of: str, dim: int, k: int) -> tuple[Rows, traffic.Rows, dict[str, Tensor]]:
     """The rows, as the cost model has them, and their tensors by its names"""
-    matrix, signs = torch.ones(k, dim, dtype=BF16), torch.ones(dim, dtype=torch.int8)
+    basis, signs = torch.ones(dim, k, dtype=BF16), torch.ones(dim, dtype=torch.int8)
     if kind == "stored":
-        return Rows(of, matrix), traffic.Rows(k, dim), {"V": matrix}
+        return Rows(of, basis), traffic.Rows(k, dim), {"V": basis}
     if kind == "shared":
-        return Rows(of, matrix, signs), traffic.Rows(k, dim, 2, 1), {"V": matrix, "weight": signs}
+        return Rows(of, basis, signs), traffic.Rows(k, dim, 2, 1), {"V": basis, "weight": signs}
     columns = torch.arange(k)
     return Rows(of, None, signs, columns), traffic.Rows(k, dim, 0, 1), {"weight": signs, "columns": columns}
 
@@ -103,13 +103,14 @@ def test_strips_of_outer(s, kind, meter):
 @pytest.mark.parametrize("s", SIZES[:2], ids=str)
 def test_strips_of_the_sweep(s, start, kind, meter, monkeypatch):
     monkeypatch.setattr(sums, "sweep_pays", lambda *sizes: True)
-    given, model, tensors = kinds(kind, "down", s)
-    x, down, h = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K), torch.ones(s.M, s.R, dtype=BF16)
+    s_up = Sizes(s.M, s.K, s.N, s.R)  # of which x is dy
+    given, model, tensors = kinds(kind, "up", s_up)
+    x, up, h = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.K, s.R), torch.ones(s.M, s.R, dtype=BF16)
     d, seed = torch.ones(given.length(s.R), s.R), torch.ones(s.R, s.R)
     with tiles.forced("project_outer", **PROJECT):
-        fused.project_outer(x, down, h, 1.0, torch.float32, [More(given, down, d)], seed if start else None)
+        fused.project_outer(x, up, h, 1.0, torch.float32, [More(given, up, d)], seed if start else None)
     loads, stores = traffic.sweep_more_traffic(s, tiles.Tile(**TILE), [model], start)
-    operands = {"x": x, "down": down, "h": h, "d": d, "start": seed, **tensors}
+    operands = {"x": x, "down": up, "h": h, "d": d, "start": seed, **tensors}
     loads = joined(loads, {"V": "down"} if kind == "own" else {})
     assert meter.launches == ["project_outer"]
     assert meter.total(operands, ["g", "out", "g_part", "out_part", "tickets"]) == (loads, stores)

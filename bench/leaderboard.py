@@ -1,0 +1,200 @@
+"""PEFT's method comparison on MetaMathQA with this library's methods, on a machine that has the model and the data.
+
+    python -m bench leaderboard --model meta-llama/Llama-3.2-3B --train metamath.jsonl --test gsm8k.jsonl \
+        --wiki wikipedia.jsonl --method lora lora+retain=0.3 clora:k=256
+
+The setting is PEFT's (method_comparison/MetaMathQA, default_training_params.json): 5,000 steps of 4 rows, AdamW 1e-4
+with weight decay 0.1, cosine with a tenth of warm-up, clipping at 1, rank 32 and alpha 64 on q_proj and v_proj, greedy
+answers. Its columns: test accuracy; forgetting, the rise of the loss per token on Wikipedia; the highest reserved
+memory; seconds of training without evaluation. Two things differ: the rows of ``--train`` are taken in their order
+after a shuffle with the seed, not PEFT's own split; the loss is that of the next token.
+
+Files are JSONL: ``query`` and ``response`` for training; ``query`` and ``response`` with "The answer is: .." for the
+test; ``text`` for Wikipedia.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, get_cosine_schedule_with_warmup
+
+import forgetless as fl
+from forgetless.study.baselines import scaling
+from forgetless.study.extras import Extras
+from forgetless.study.machine import Peak
+from forgetless.study.models import load_model
+from forgetless.study.options import DTYPES
+from forgetless.study.options import BadInput as StudyError
+from forgetless.study.plans import Plan, parse_method
+from forgetless.study.session import needs_calibration
+
+from .harness import BadInput, Results, Row, parser, row, save, start
+
+TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
+ANSWER = re.compile(r"answer is:?\s*\$?\s*(-?[\d,]*\.?\d+)", re.IGNORECASE)
+#: Metric and unit.
+FIGURES = (("accuracy", "share"), ("forgetting", "nats"), ("memory", "MiB"), ("time", "s"))
+KEPT_ROWS = 64  # of the Wikipedia rows that are not measured, to calibrate on
+
+
+def lines(path: Path, *fields: str) -> list[dict[str, str]]:
+    """The rows of a JSONL file; BadInput names the line that lacks a field."""
+    try:
+        rows = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+    for number, entry in enumerate(rows, start=1):
+        missing = [name for name in fields if not isinstance(entry, dict) or not isinstance(entry.get(name), str)]
+        if missing:
+            raise BadInput(f"{path}:{number}: wants the text {', '.join(missing)}")
+    if not rows:
+        raise BadInput(f"{path} has no rows")
+    return rows
+
+
+def parse_answer(text: str) -> str | None:
+    """The number after the last "The answer is:"; None without one."""
+    results = ANSWER.findall(text)
+    return results[-1].replace(",", "").rstrip(".") if results else None
+
+
+def tokens(texts: list[str], tokenizer: Any, length: int, end: bool = False) -> list[Tensor]:
+    """Ids of each text, at most ``length``; with ``end`` they end with the end-of-sequence token."""
+    last = [tokenizer.eos_token_id] if end else []
+    return [torch.tensor([*tokenizer(text)["input_ids"], *last][:length]) for text in texts]
+
+
+def batch(rows: list[Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Padded on the right; labels are the ids, -100 on padding."""
+    ids = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(ids_) for ids_ in rows], batch_first=True)
+    made = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return {name: t.to(device) for name, t in made.items()}
+
+
+def batches(rows: list[Tensor], device: torch.device) -> list[dict[str, Tensor]]:
+    """All rows, four at a time."""
+    return [batch(rows[i : i + 4], device) for i in range(0, len(rows), 4)]
+
+
+@torch.no_grad()
+def loss_per_token(model: nn.Module, rows: list[Tensor], size: int) -> float:
+    """Mean over all tokens but the first of each row, in nats."""
+    total, count = 0.0, 0
+    for i in range(0, len(rows), size):
+        made = batch(rows[i : i + size], next(model.parameters()).device)
+        labels = made.pop("labels")[:, 1:]
+        logits = model(**made).logits[:, :-1]
+        total += cross_entropy(logits[labels != -100].float(), labels[labels != -100], reduction="sum").item()
+        count += int((labels != -100).sum())
+    return total / count
+
+
+@torch.no_grad()
+def accuracy(model: Any, tokenizer: Any, test: list[dict[str, str]], size: int, longest: int) -> float:
+    """The share of the test rows whose greedy answer has the right number."""
+    right = 0
+    pad = tokenizer.eos_token_id
+    for i in range(0, len(test), size):
+        part = test[i : i + size]
+        rows = tokens([TEMPLATE.format(query=entry["query"]) for entry in part], tokenizer, longest)
+        ids = pad_sequence([r.flip(0) for r in rows], batch_first=True, padding_value=pad).flip(1)
+        mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).flip(1)
+        config = GenerationConfig(max_length=longest, do_sample=False, pad_token_id=pad, eos_token_id=pad)
+        made = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+        answers = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+        expected = [parse_answer(entry["response"]) for entry in part]
+        right += sum(e is not None and parse_answer(a) == e for a, e in zip(answers, expected, strict=True))
+    return right / len(test)
+
+
+def train(model: Any, rows: list[Tensor], lr: float, options: Any) -> float:
+    """Train the adapters; returns seconds."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
+    model.train()
+    began = time.perf_counter()
+    for step in range(options.steps):
+        at = step * options.batch % max(1, len(rows) - options.batch + 1)
+        loss = model(**batch(rows[at : at + options.batch], model.device)).loss + fl.penalty(model)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    seconds = time.perf_counter() - began
+    model.eval()
+    return seconds
+
+
+def run(plan: Plan, options: Any, data: dict[str, Any]) -> list[Row]:
+    """All figures of one method."""
+    torch.manual_seed(options.seed)
+    model, tokenizer = load_model(options.model, DTYPES[options.dtype], options.device)
+    wiki = tokens(data["wiki"], tokenizer, options.max_length)
+    kept, measured = wiki[:KEPT_ROWS], wiki[KEPT_ROWS:] or wiki
+    texts = [TEMPLATE.format(query=e["query"]) + " " + e["response"] for e in data["train"]]
+    rows = tokens(texts, tokenizer, options.max_length, end=True)
+    before = loss_per_token(model, measured, options.batch)
+    fl.adapt(model, plan.seeded(options.seed), targets=options.targets)
+    peak = Peak(model.device)
+    if needs_calibration(model):
+        fl.calibrate(model, batches(kept, model.device))
+    seconds = train(model, rows, plan.lr, options)
+    if plan.extras.retain:
+        fl.retain(model, batches(rows[:KEPT_ROWS], model.device), plan.extras.retain)
+    mib = peak.mib()
+    with scaling(model, plan.extras.scaled or 1.0):
+        right = accuracy(model, tokenizer, data["test"], options.eval_batch, options.max_length)
+        rise = loss_per_token(model, measured, options.batch) - before
+    named = zip(FIGURES, (right, rise, mib, seconds), strict=True)
+    return [row("metamath", plan.label, "train", metric, value, unit) for (metric, unit), value in named]
+
+
+def main(arguments: list[str] | None = None) -> Results:
+    made = parser(__doc__, "leaderboard", 1)
+    made.add_argument("--model", required=True, help="a folder, or a model of the hub that is at hand")
+    made.add_argument("--train", type=Path, required=True)
+    made.add_argument("--test", type=Path, required=True)
+    made.add_argument("--wiki", type=Path, required=True)
+    made.add_argument("--method", nargs="+", default=["lora", "lora+retain=0.3", "clora:k=256", "lalora"])
+    made.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"])
+    made.add_argument("--steps", type=int, default=5000)
+    made.add_argument("--batch", type=int, default=4)
+    made.add_argument("--eval-batch", type=int, default=51)
+    made.add_argument("--max-length", type=int, default=768)
+    made.add_argument("--rank", type=int, default=32)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
+    options = made.parse_args(arguments)
+    for name in ("steps", "batch", "eval_batch", "rank"):
+        if getattr(options, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(options, name)}, wants 1 or more")
+    data: dict[str, Any] = {name: lines(getattr(options, name), "query", "response") for name in ("train", "test")}
+    data["wiki"] = [entry["text"] for entry in lines(options.wiki, "text")]
+    random.Random(options.seed).shuffle(data["train"])
+    try:
+        plans = [parse_method(text, lr=1e-4, rank=options.rank) for text in options.method]
+    except StudyError as error:
+        raise BadInput(str(error)) from None
+    results = start("leaderboard", options, arguments)
+    for plan in plans:
+        if plan.full or plan.extras != Extras(retain=plan.extras.retain, scaled=plan.extras.scaled):
+            raise BadInput(f"{plan.label}: the leaderboard runs adapters, with retain and scaled; see compare")
+    for plan in plans:
+        results["rows"] += run(plan, options, data)
+        figures = ", ".join(f"{r['metric']} {r['value']:.4g} {r['unit']}" for r in results["rows"][-4:])
+        print(f"{plan.label}: {figures}", flush=True)
+        save(results, options)
+    return results

@@ -1,0 +1,231 @@
+"""The page about forgetting: which method to use, at what cost, and when not; one picture, one table."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..files import write_atomically
+from .frontier import FREE, PARTS, Frontiers, best, frontiers, reading, summary
+from .metrics import main_rows, names
+from .page import command_of
+from .palette import colour, method_of
+from .plots import png
+from .recipes import python
+from .stats import interval
+
+#: Where the text compares.
+SHARE = 0.95
+#: Shares of LoRA's learning that the picture shows.
+FROM, TO, STEPS = 0.6, 1.15, 56
+#: That read other text, or more of it, while they train.
+REPLAY = ("lora+replay", "lora+self-replay", "lora+kl")
+
+
+def title(family: str) -> str:
+    """ "lora+retain" as people write it."""
+    words = {"lora": "LoRA", "clora": "CLoRA", "curlora": "CURLoRA", "lalora": "LaLoRA", "kl": "KL"}
+    return " + ".join(words.get(part, part) for part in family.split("+"))
+
+
+def recommended(studies: list[dict[str, Any]]) -> str:
+    """Of the families that have run on every sequence, the one with the least sum of ranks over all parts at SHARE."""
+    ranks: dict[str, list[int]] = {}
+    for study in studies:
+        table = summary(study)[f"{SHARE:g}"]["families"]
+        for part in PARTS:
+            values = {f: entry[part]["value"] for f, entry in table.items()}
+            order = sorted((f for f, v in values.items() if v is not None), key=lambda f: values[f]["mean"])
+            for rank, family in enumerate(order):
+                ranks.setdefault(family, []).append(rank)
+    full = {family: sum(r) for family, r in ranks.items() if len(r) == len(PARTS) * len(studies)}
+    return min(full, key=lambda family: full[family])
+
+
+def figure(value: dict[str, Any] | None, digits: int = 3) -> str:
+    """A mean with its interval, or a dash."""
+    if value is None:
+        return "–"
+    text = f"{value['mean']:.{digits}f}"
+    return text if value["low"] is None else f"{text} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
+
+
+def sentence(study: dict[str, Any], family: str) -> str:
+    """What the family forgets on one sequence, beside LoRA and the best that is free."""
+    at = summary(study)[f"{SHARE:g}"]
+    tasks, _ = names(study)
+    said = []
+    for part, what in (("kept", "on kept text"), ("task", f"of {tasks[0]}")):
+        entry = at["families"][family][part]
+        lora, free, other = entry["lora"], entry["best_free"], at["free"][part]
+        text = f"{what} {figure(entry['value'])}"
+        if lora is not None:
+            text += f", LoRA {figure(at['families']['lora'][part]['value'])}"
+            text += "" if lora["ratio"] is None else f" (ratio of the means {lora['ratio']:.2f})"
+        if free is not None and other not in (family, "lora"):
+            text += f", the best free method, {title(other)}, {figure(at['families'][other][part]['value'])}"
+            ratio = "" if free["ratio"] is None else f"; ratio {free['ratio']:.2f}"
+            text += f" (difference {figure(free['difference'])}{ratio})"
+        said.append(text)
+    return f"- **{', then '.join(tasks)}**: " + "; ".join(said) + "."
+
+
+def table(studies: list[dict[str, Any]]) -> str:
+    """Families against sequences, at SHARE, with seeds and costs."""
+    heads = ["method", "seeds"]
+    for study in studies:
+        tasks, _ = names(study)
+        heads += [f"{tasks[0]}, {tasks[-1]}: kept text", f"{tasks[0]} lost", "learned, at most"]
+    heads += ["extra forward passes", "time of LoRA"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    summaries = [summary(study)[f"{SHARE:g}"]["families"] for study in studies]
+    drawn = [frontiers(study) for study in studies]
+    known = list(dict.fromkeys(f for each in drawn for f in each))
+    marks = [{part: best({f: {p: e[p]["value"] for p in PARTS} for f, e in each.items()}, each, part) for part in PARTS}
+             for each in summaries]  # fmt: skip
+    for family in known:
+        seeds = sorted({len(each[family]) for each in drawn if family in each})
+        cells = [title(family), " to ".join(map(str, seeds))]
+        for each, curves, mark in zip(summaries, drawn, marks, strict=True):
+            if family not in each:
+                cells += ["–"] * 3
+                continue
+            for part in PARTS:
+                text = figure(each[family][part]["value"])
+                cells.append(f"**{text}**" if mark[part] == family else text)
+            most = statistics.fmean(max(p.learnt for p in points) for points in curves[family].values())
+            cells.append(f"{most:.0%}")
+        cells += costs(studies, family)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def costs(studies: list[dict[str, Any]], family: str) -> list[str]:
+    """Forward passes beyond those of training, and seconds in units of plain LoRA's, medians over all runs."""
+    rows = [row for study in studies for row in main_rows(study) if method_of(row["label"]) == family]
+    passes = statistics.median(row.get("extra_forwards", 0) for row in rows)
+    ratios = []
+    for study in studies:
+        per_step = {
+            f: statistics.median(r["seconds_per_step"] for r in main_rows(study) if method_of(r["label"]) == f)
+            for f in {method_of(r["label"]) for r in main_rows(study)}
+            if f in (family, "lora")
+        }
+        if len(per_step) == 2 or family == "lora":
+            ratios.append(per_step[family] / per_step["lora"])
+    return [f"{passes:g}", f"{statistics.median(ratios):.2f}" if ratios else "–"]
+
+
+def draw(studies: list[dict[str, Any]]) -> bytes:
+    """Frontiers: kept text above, the first task below, a column for each sequence; bands are 95 % intervals."""
+    figure = Figure(figsize=(5.6 * len(studies), 7.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(PARTS), len(studies), squeeze=False, sharex=True)
+    labels: dict[str, Any] = {}
+    for column, study in enumerate(studies):
+        tasks, _ = names(study)
+        curves = frontiers(study)
+        for row, part in enumerate(PARTS):
+            axis = axes[row][column]
+            for family in curves:
+                labels.setdefault(title(family), _curve(axis, family, curves, part))
+            axis.axhline(0, color="black", linewidth=0.8)
+            axis.set_xlim(FROM, TO)
+            if column == 0:
+                axis.set_ylabel("nats per token of kept text" if part == "kept" else "nats per token of the first task")
+            if row == 0:
+                axis.set_title(" → ".join(tasks))
+            else:
+                axis.set_xlabel("learned, share of what LoRA learned")
+                axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle("Forgotten against learned: right and down is better")
+    return png(figure)
+
+
+def _curve(axis: Any, family: str, curves: Frontiers, part: str) -> Any:
+    """The mean frontier over seeds with its interval; single strengths are points with bars."""
+    style = {"color": colour(family)}
+    seeds = curves[family]
+    grid = [FROM + (TO - FROM) * i / (STEPS - 1) for i in range(STEPS)]
+    lows = max(min(p.learnt for p in points) for points in seeds.values())
+    shown = []
+    for share in grid:
+        values = [reading(points, share, part) for points in seeds.values()]
+        if share >= lows and None not in values:
+            middle = interval(values)
+            assert middle is not None
+            shown.append((share, middle["mean"], middle["low"], middle["high"]))
+    labels = {p.label for points in seeds.values() for p in points}
+    heavy = {"linewidth": 2.2} if family not in FREE else {"linewidth": 1.6}
+    handle = None
+    if len(shown) > 1 and len(labels) > 1:
+        xs, ys, low, high = zip(*shown, strict=True)
+        (handle,) = axis.plot(xs, ys, **style, **heavy)
+        if None not in low:
+            axis.fill_between(xs, low, high, alpha=0.15, linewidth=0, **style)
+    for label in sorted(labels):
+        chosen = [p for points in seeds.values() for p in points if p.label == label]
+        x, y = statistics.fmean(p.learnt for p in chosen), interval(getattr(p, part) for p in chosen)
+        assert y is not None
+        bars = None if y["high"] is None else y["high"] - y["mean"]
+        mark = axis.errorbar(x, y["mean"], yerr=bars, marker="o", markersize=5, capsize=2, linewidth=0.8, **style)
+        handle = handle or mark
+    return handle
+
+
+def page(studies: list[dict[str, Any]], picture: str, data: list[str]) -> str:
+    """The whole page; ``picture`` and ``data`` are file names to refer to."""
+    family = recommended(studies)
+    first = studies[0]
+    row = next(r for r in main_rows(first) if method_of(r["label"]) == family)
+    options, machine, versions = first["options"], first["machine"], first["versions"]
+    unseen = [name for name in names(first)[1] if name not in (options.get("source") or ())]
+    runs = sum(len(study["rows"]) for study in studies)
+    seconds = sum(r["seconds"] for study in studies for r in study["rows"])
+    parts = [
+        "# Forgetting",
+        f"**Use {title(family)}.** Where each method has learned {SHARE:.0%} of what LoRA learned, it forgets, in nats "
+        "per token (mean over seeds, 95 % interval in brackets):",
+        "\n".join(sentence(study, family) for study in studies),
+        f"```python\n{python(row, options)}\n```",
+        "`fl.retain` costs nothing while training: after it, one forward pass over some text of the task, and one "
+        "Cholesky factor for each distinct input of the layers. It needs text to keep (`fl.calibrate` before "
+        "training) and holds a K × K matrix for each distinct input; `covariance=q` holds q columns. Do not use it "
+        "where the task's text and the text to keep are the same kind of text (there is nothing to tell apart), or "
+        "with CURLoRA (its factors are frozen): scale the update there (`fl.fit_budget`).",
+        f"![Forgotten against learned, for each method]({picture})",
+        f"Lines join the strengths of a method; bands and bars are 95 % intervals over seeds. Free methods need no "
+        f"other text: {', '.join(map(title, FREE))}. "
+        f"{', '.join(title(f) for f in REPLAY if any(f in frontiers(s) for s in studies)) or 'None here'} "
+        "train on text to keep or on text that the base model writes.",
+        f"## All methods at {SHARE:.0%} of LoRA's learning",
+        table(studies),
+        "A reading is the least that the method forgets at this much learning, on the line between two of its "
+        "strengths where none is there. A dash: with some seed it never learns so much. *learned, at most*: its "
+        "strongest setting. *time of LoRA*: seconds of a training step relative to LoRA's. Bold: the least.",
+        "## Setting",
+        f"{first['model']['name']} ({first['model']['parameters']:,} parameters, {options['dtype']}) learns two tasks "
+        f"one after the other, {options['steps']} steps each of {options['batch_size']} examples. Kept text: "
+        f"{', '.join(names(first)[1])}; methods read the training part of {', '.join(options.get('source') or ())} "
+        f"only, so {', '.join(unseen)} are new to all. These are short runs of a small model: the results hold for "
+        "this setting.",
+        f"{runs} runs, {seconds / 3600:.1f} hours; {machine['processor']}, {machine['threads']} thread, torch "
+        f"{versions['torch']}, transformers {versions.get('transformers', '?')}; commits "
+        f"{', '.join(sorted({c[:7] for s in studies for c in s.get('commits') or ()})) or 'unknown'}; "
+        f"data: {', '.join(f'`{name}`' for name in data)}. Written by `forgetless frontier`. The commands:",
+        "```\n" + "\n".join(dict.fromkeys(command_of(study) for study in studies)) + "\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_page(path: Path, studies: list[dict[str, Any]], data: list[str]) -> list[Path]:
+    """The page and its picture beside it."""
+    picture = path.with_suffix(".png")
+    write_atomically(picture, draw(studies))
+    write_atomically(path, page(studies, picture.name, data))
+    return [path, picture]
