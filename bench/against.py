@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,39 +35,17 @@ class Measured(Protocol):
     def sizes(self) -> dict[str, int]: ...
 
 
-class Remote:
-    """A provider in a worker; it times itself there."""
-
-    def __init__(self, worker: Worker, name: str):
-        self.worker, self.name = worker, name
-
-    @property
-    def runs(self) -> Provider:
-        return self
-
-    def times(self) -> list[float]:
-        return self.worker.ask(times=self.name)
-
-    def sizes(self) -> dict[str, int]:
-        return self.worker.ask(sizes=self.name)
-
-
 class Worker:
     """A process whose ``forgetless`` and ``forgetless_kernels`` are those of a checkout, one request at a time."""
 
     def __init__(self, checkout: Path, folder: Path):
-        for name, target in (("forgetless", "forgetless"), ("forgetless_kernels", "kernels")):
-            (folder / name).symlink_to(checkout / target, target_is_directory=True)
-        (folder / "forgetless_bench").symlink_to(HERE, target_is_directory=True)
+        links = {"forgetless": checkout / "forgetless", "forgetless_kernels": checkout / "kernels"}
+        for name, target in {**links, "forgetless_bench": HERE}.items():
+            (folder / name).symlink_to(target, target_is_directory=True)
         path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "forgetless_bench.against"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+        command, environment = [sys.executable, "-m", "forgetless_bench.against"], {**os.environ, "PYTHONPATH": path}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=folder, env=environment)
         library = Path(self.ask(library=True)).resolve()
         if not library.is_relative_to(checkout.resolve()):
             raise RuntimeError(f"the worker imports {library}, not the checkout in {checkout}")
@@ -85,10 +64,25 @@ class Worker:
         return reply["result"]
 
     def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+        self.process.communicate()
+
+
+@dataclass
+class Remote:
+    """A provider in a worker; it times itself there."""
+
+    worker: Worker
+    name: str
+
+    @property
+    def runs(self) -> Provider:
+        return self
+
+    def times(self) -> list[float]:
+        return self.worker.ask(times=self.name)
+
+    def sizes(self) -> dict[str, int]:
+        return self.worker.ask(sizes=self.name)
 
 
 class Both:
@@ -118,13 +112,12 @@ class Both:
     def make(self, bench: str, spec: Mapping[str, Any]) -> tuple[dict[str, Measured], list[str]]:
         """The providers of ``bench``, and notes: this checkout's all, of the other commit the frozen one and ours."""
         here, other = self.workers
-        answers = [worker.ask(make=bench, spec=spec) for worker in self.workers]
-        result: dict[str, Measured] = {name: Remote(here, name) for name in answers[0]["names"]}
-        for name in answers[1]["names"]:
+        ours, theirs = (worker.ask(make=bench, spec=spec) for worker in self.workers)
+        result: dict[str, Measured] = {name: Remote(here, name) for name in ours["names"]}
+        for name in theirs["names"]:
             if name == FROZEN or name.startswith(OURS):
                 result[f"{name} @ {self.commit[:8]}"] = Remote(other, name)
-        notes = list(dict.fromkeys(answers[0]["notes"] + answers[1]["notes"]))
-        return result, notes
+        return result, list(dict.fromkeys(ours["notes"] + theirs["notes"]))
 
 
 def providers(both: Both | None, bench: str, spec: Mapping[str, Any], results: Results) -> Mapping[str, Measured]:
@@ -170,6 +163,7 @@ def serve(requests: Sequence[str] | Any, reply: Any) -> None:
             if "library" in request:
                 import forgetless
 
+                assert forgetless.LoRA is not None  # its modules are imported with the first name that is asked for
                 result: Any = forgetless.__file__
             elif "make" in request:
                 made.clear()

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from forgetless.ops import blas, dispatch, reference
 
-from .harness import BadInput, Results, finish, parser, row, save, start
+from .harness import BadInput, Results, begin, finish, parser, row, save
 
 Operands = dict[str, Tensor]
 #: kernel -> its results by one module, from operands and (p, seed).
 KERNELS: dict[str, Callable[[Any, Operands, Any], Sequence[Tensor | None]]] = {
     "project": lambda run, t, drop: [run.project(t["x"], t["down"], 0.5, *drop)],
-    "matmul_lowrank": lambda run, t, drop: [
-        run.matmul_lowrank(t["x"], t["weight"], t["h"], t["up"], t["bias"], *drop),
-        run.matmul_lowrank(t["dy"], t["weight"].T, t["h"], t["down"].T, None, *drop),  # as dx reads it
+    "matmul_lowrank": lambda run, t, drop: [run.matmul_lowrank(t["x"], t["weight"], t["h"], t["up"], t["bias"], *drop)],
+    "matmul_lowrank_t": lambda run, t, drop: [  # as dx reads it
+        run.matmul_lowrank(t["dy"], t["weight"].T, t["h"], t["down"].T, None, *drop)
     ],
     "outer": lambda run, t, drop: [run.outer(t["h"], t["x"], *drop)],
     "project_outer": lambda run, t, drop: run.project_outer(t["dy"], t["up"], t["h"], 0.5),
@@ -93,13 +93,10 @@ def answers(device: torch.device) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    made = parser(__doc__, "check", 1)
-    made.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    options = made.parse_args(arguments)
+    made = parser(__doc__, "check", 1, kernels={"nargs": "+", "choices": KERNELS, "default": list(KERNELS)})
+    options, device, results = begin(made, "check", arguments)
     if dispatch.kernels is None:
         raise BadInput("Triton is not installed: there is no kernel to check")
-    device = torch.device(options.device)
-    results = start("check", options, arguments)
     for kernel in options.kernels:
         alive = checked(kernel, options.smoke, device, results)
         save(results, options)

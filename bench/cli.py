@@ -31,17 +31,14 @@ OTHERS = {
 
 
 def usage() -> str:
-    rows = [f"  {name:<10}{text}" for name, text in {**BENCHES, **OTHERS}.items()]
-    return "\n".join(
-        [
-            "usage: forgetless bench COMMAND [--smoke] [--out FOLDER] [options of the command]",
-            "",
-            *rows,
-            "",
-            "Options of a command: forgetless bench COMMAND --help. --smoke: tiny sizes, shows that it runs.",
-            "layer and step take --against COMMIT: the same with that commit's library, interleaved in one run.",
-        ]
-    )
+    rows = "\n".join(f"  {name:<10}{text}" for name, text in {**BENCHES, **OTHERS}.items())
+    return f"""usage: forgetless bench COMMAND [--smoke] [--out FOLDER] [options of the command]
+
+{rows}
+
+Options of a command: forgetless bench COMMAND --help. --smoke: tiny sizes, shows that it runs.
+layer and step take --against COMMIT: the same with that commit's library, interleaved in one run.
+Microbenchmarks, one kernel on one shape too: pytest bench --benchmark-only."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 import forgetless as fl
 
 from . import providers as peers
-from .harness import FROZEN, PEFT, Results, finish, interleave, parser, start, time_rows
+from .harness import FROZEN, PEFT, Results, begin, finish, interleave, one_thread, parser, time_rows
 
 M, N, K, R = 4, 16, 16, 4
 CASE = f"M={M} N={N} K={K} R={R} float32, one thread"
@@ -42,10 +42,8 @@ def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     """One forward and backward each."""
     base = peers.frozen_linear(N, K, False, torch.float32, device)
     down, up = peers.random_factors(base, R)
-    x = torch.randn(M, K, device=device, requires_grad=True)
-    dy = torch.randn(M, N, device=device)
-    weight = base.weight
-    a, b = down.clone().requires_grad_(True), up.clone().requires_grad_(True)
+    x, dy = torch.randn(M, K, device=device, requires_grad=True), torch.randn(M, N, device=device)
+    weight, a, b = base.weight, down.clone().requires_grad_(True), up.clone().requires_grad_(True)
 
     def step(forward: Callable[[], Any], leaves: Sequence[Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(forward(), leaves, dy)
@@ -78,22 +76,11 @@ def repeated(call: Callable[[], Any], count: int, device: torch.device) -> Calla
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "dispatch", 31)
-    made.add_argument("--calls", type=int, default=200, help="calls per timed round")
-    options = made.parse_args(arguments)
-    if options.smoke:
-        options.rounds, options.calls = 2, 2
-    device = torch.device(options.device)
-    torch.manual_seed(0)
-    results = start("dispatch", options, arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # nothing here is worth a second thread
-    try:
+    made = parser(__doc__, "dispatch", 31, calls={"type": int, "default": 200, "help": "calls per timed round"})
+    options, device, results = begin(made, "dispatch", arguments, calls=2)
+    with one_thread(results):  # nothing here is worth a second thread
         runs = {name: repeated(call, options.calls, device) for name, call in calls(device).items()}
         times = interleave(runs, options.rounds, 1, "cpu", options.seconds)  # the host's clock, on any device
-    finally:
-        torch.set_num_threads(threads)
-    results["machine"]["threads"] = 1
     one_call = {name: [[value / options.calls for value in part] for part in parts] for name, parts in times.items()}
     results["rows"] = time_rows(CASE, one_call, ("both",))
     return finish(results, options)

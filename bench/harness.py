@@ -2,13 +2,13 @@
 
 A result file holds where its numbers come from and a flat list of rows::
 
-    {"schema": 2, "kind": "step", "created": .., "command": .., "commit": .., "machine": {..}, "versions": {..},
+    {"schema": 3, "kind": "step", "created": .., "command": .., "commit": .., "machine": {..}, "versions": {..},
      "smoke": false, "notes": [..], "cases": {name: {..}},
      "rows": [{"case": .., "provider": .., "phase": .., "metric": .., "value": .., "unit": ..}, ..]}
 
-A time is the median of its rounds: such a row also has "low" (minimum), "spread" (median absolute deviation) and
-"rounds" (every round in seconds, or "count" where only their number was kept). Ratios are not stored: ``report``
-computes them from the rows.
+A time is the median of its rounds: such a row also has "low" (minimum), "spread" (median absolute deviation), "count"
+and "rounds" (every round in seconds; empty if there are more than ``MOST_ROUNDS``). Ratios are not stored: ``report``
+computes them from the rows. The JSON that pytest-benchmark writes here has the same fields beside its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import random
 import re
 import shlex
@@ -24,7 +23,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -34,12 +34,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 #: Committed results lie beside this file; outside of a source checkout, in the current folder.
 RESULTS = HERE / "results" if (ROOT / "pyproject.toml").exists() else Path("bench-results")
-PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
-SCHEMA = 2
+SCHEMA = 3
 #: Providers that every bench has.
 OURS, FROZEN, PEFT = "forgetless", "frozen", "PEFT"
-#: A time budget does not end a comparison before this many rounds.
-MIN_ROUNDS = 3
+#: A time budget does not end a comparison before this many rounds; a row lists no more than so many.
+MIN_ROUNDS, MOST_ROUNDS = 3, 1000
+#: Options that several benchmarks have.
+BATCH: dict[str, Any] = {"type": int, "nargs": 2, "default": (4, 128), "metavar": ("SEQUENCES", "TOKENS")}
+AGAINST: dict[str, Any] = {"metavar": "COMMIT", "help": "measure that commit of the library too"}
+DROPOUT: dict[str, Any] = {"nargs": "+", "type": float, "default": [0.0, 0.1]}
 
 
 class BadInput(ValueError):
@@ -62,18 +65,6 @@ Provider = Run | Sequence[Run] | Timed
 
 
 # ---------------------------------------------------------------------------------- where and what
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads, GPU."""
-    from forgetless.study.machine import processor  # here: a worker imports this module before another library
-
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def tag(device: torch.device) -> str:
@@ -127,17 +118,6 @@ def cuda_times(name: str, runs: Sequence[Run]) -> list[float]:
             mark.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) * 1e-3 for a, b in zip(marks, marks[1:], strict=False)]
-
-
-class HostTime:
-    """What the host alone takes of each part: to issue the work, with nothing waiting on the card before it."""
-
-    def __init__(self, runs: Sequence[Run]):
-        self.runs = runs
-
-    def times(self) -> list[float]:
-        torch.cuda.synchronize()
-        return Clock().times("", self.runs)
 
 
 def interleave(
@@ -197,8 +177,9 @@ def row(case: str, provider: str, phase: str, metric: str, value: float | None, 
 def time_row(case: str, provider: str, phase: str, rounds: Sequence[float], metric: str = "time") -> Row:
     """The median of the rounds, in seconds."""
     middle, spread = median_and_spread(rounds)
-    kept = [float(f"{value:.4g}") for value in rounds]
-    return row(case, provider, phase, metric, middle, "s", low=min(rounds), spread=spread, rounds=kept)
+    kept = [float(f"{value:.4g}") for value in rounds] if len(rounds) <= MOST_ROUNDS else []
+    more = {"low": min(rounds), "spread": spread, "count": len(rounds), "rounds": kept}
+    return row(case, provider, phase, metric, middle, "s", **more)
 
 
 def time_rows(
@@ -224,11 +205,6 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return middle, statistics.median(abs(value - middle) for value in values)
 
 
-def share(ours: float, theirs: float, floor: float) -> float | None:
-    """(ours - floor) / (theirs - floor): our part of their overhead. None where they have none."""
-    return (ours - floor) / (theirs - floor) if theirs > floor else None
-
-
 def overhead(ours: Row, theirs: Row, floor: Row) -> tuple[float, float] | None:
     """Our part of their overhead and its spread, from three time rows of one ``interleave``.
 
@@ -238,7 +214,7 @@ def overhead(ours: Row, theirs: Row, floor: Row) -> tuple[float, float] | None:
     """
     difference, noise = median_and_spread([a - b for a, b in zip(theirs["rounds"], floor["rounds"], strict=True)])
     rounds = zip(ours["rounds"], theirs["rounds"], floor["rounds"], strict=True)
-    values = [one for one in (share(*times) for times in rounds) if one is not None]
+    values = [(our - least) / (their - least) for our, their, least in rounds if their > least]
     if 2 * len(values) <= len(ours["rounds"]) or difference < noise:
         return None
     return median_and_spread(values)
@@ -255,8 +231,8 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parser(doc: str | None, bench: str, rounds: int) -> Parser:
-    """The options that all benchmarks share."""
+def parser(doc: str | None, bench: str, rounds: int, **options: Mapping[str, Any]) -> Parser:
+    """The options that all benchmarks share, and a benchmark's own by name."""
     made = Parser(
         prog=f"forgetless bench {bench}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -265,28 +241,54 @@ def parser(doc: str | None, bench: str, rounds: int) -> Parser:
     made.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--out", type=Path, help="folder, or .json file; default bench/results (--smoke: nowhere)")
+    for name, settings in options.items():
+        made.add_argument(f"--{name}", **settings)
     return made
+
+
+def begin(
+    made: Parser, kind: str, arguments: Sequence[str] | None, **smoke: Any
+) -> tuple[argparse.Namespace, torch.device, Results]:
+    """The options, the device and a result without rows; a smoke run has two rounds and the options in ``smoke``."""
+    options = made.parse_args(arguments)
+    if options.smoke:
+        vars(options).update({"rounds": 2, **smoke})
+    torch.manual_seed(0)
+    return options, torch.device(options.device), start(kind, options, arguments)
+
+
+@contextmanager
+def one_thread(results: Results) -> Iterator[None]:
+    """Within the block, torch computes on one thread, and the results say so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results["machine"]["threads"] = 1
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def start(kind: str, options: argparse.Namespace, arguments: Sequence[str] | None) -> Results:
     """A result without rows."""
-    from forgetless.study.machine import commit, versions
+    from forgetless.study import machine  # here: a worker imports this module before another library
 
     given = list(sys.argv[1:] if arguments is None else arguments)
+    device = torch.device(options.device)
     results: Results = {
         "schema": SCHEMA,
         "kind": kind,
         "created": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", "bench", kind, *without_out(given)]),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(PACKAGES),
+        "commit": machine.commit(),
+        "machine": machine.machine(device),
+        "versions": machine.versions(("torch", "triton", "transformers", "peft", "numpy")),
         "smoke": options.smoke,
         "notes": [],
         "cases": {},
         "rows": [],
     }
-    if torch.device(options.device).type == "cuda":
+    if device.type == "cuda":
         results["machine"]["clocks_before"] = clocks()
     return results
 

@@ -13,7 +13,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -26,7 +26,20 @@ from triton.runtime.driver import driver
 import forgetless as fl
 from forgetless_kernels import tiles
 
-from .harness import FROZEN, OURS, PEFT, BadInput, Results, finish, interleave, parser, row, start, time_rows
+from .harness import (
+    FROZEN,
+    OURS,
+    PEFT,
+    BadInput,
+    Results,
+    begin,
+    finish,
+    interleave,
+    one_thread,
+    parser,
+    row,
+    time_rows,
+)
 from .providers import NO_PEFT, have_peft
 
 ARCH, WIDTH, TOKENS, BLOCKS, RANK = 90, 64, 16, 4, 16
@@ -39,9 +52,8 @@ KERNELS, BLAS, CLORA = OURS, f"{OURS}, BLAS", f"{OURS}, CLoRA with its penalty"
 class NoCard:
     """A driver of Triton that compiles for a card and launches nothing; it counts the launches."""
 
-    def __init__(self) -> None:
-        self.launches = 0
-        self.utils = self
+    def __init__(self, arch: int = ARCH, device: int = 0) -> None:
+        self.arch, self.device, self.launches, self.utils = arch, device, 0, self
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(*arguments: Any) -> None:
@@ -56,13 +68,13 @@ class NoCard:
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": tiles.SHARED[ARCH], "multiprocessor_count": 132, "warpSize": 32}
+        return {"max_shared_mem": tiles.SHARED[self.arch], "multiprocessor_count": 132, "warpSize": 32}
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", ARCH, 32)
+        return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -136,16 +148,9 @@ def steps() -> dict[str, Step]:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "host", 101)
-    options = made.parse_args(arguments)
-    if options.smoke:
-        options.rounds = 2
-    results = start("host", options, arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a second one would do the CPU's products, which are not what is measured
-    with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)
-        card = stack.enter_context(no_card(NoCard()))
+    options, _, results = begin(parser(__doc__, "host", 101), "host", arguments)
+    # a second thread would do the CPU's products, which are not what is measured
+    with one_thread(results), no_card(NoCard()) as card:
         runs = steps()
         times = interleave(runs, options.rounds, 2 if options.smoke else 10, "cpu", options.seconds)
         results["rows"] = time_rows(CASE, times, ("forward", "backward"))
@@ -155,5 +160,4 @@ def main(arguments: list[str] | None = None) -> Results:
             results["rows"].append(row(CASE, name, "both", "launches", card.launches / LAYERS, "1"))
     if PEFT not in runs:
         results["notes"].append(NO_PEFT)
-    results["machine"]["threads"] = 1
     return finish(results, options)

@@ -1,6 +1,6 @@
 """One low-rank layer, forward and backward, against every other way of computing it.
 
-    python -m bench layer [--shapes smollm2.q llama3.q] [--dtypes bfloat16 float32] [--dropout 0 0.1]
+    python -m bench layer [--shapes smollm2.q 4096x4096] [--dtypes bfloat16 float32] [--dropout 0 0.1]
     python -m bench layer --sweep              ranks 8 to 128 and 512 to 16384 tokens, a file of its own
     python -m bench layer --against COMMIT     the same with that commit's library, interleaved
 
@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 
 import forgetless as fl
 
+from . import harness
 from .against import Both, Measured, providers
 from .bytes import peak_bytes, saved_bytes
-from .harness import FROZEN, OURS, HostTime, Results, Row, finish, interleave, parser, row, save, start, time_rows
+from .harness import FROZEN, OURS, Results, Row, interleave, row, time_rows
 from .providers import NO_PEFT, curlora_layers, frozen_linear, have_peft, lora_layers, random_factors
-from .shapes import CPU, GPU, METHODS, SHAPES, Case, fitting, grid, sweeps
+from .shapes import CPU, GPU, METHODS, Case, fitting, grid, shape_name, shape_of, sweeps
 
 SCALE = 2.0
 PHASES = ("forward", "backward")
@@ -70,6 +72,17 @@ class Layer:
         return {"saved": saved, "peak": peak_bytes(self.both, self.x.device)}
 
 
+class HostTime:
+    """What the host alone takes of each part: to issue the work, with nothing waiting on the card before it."""
+
+    def __init__(self, runs: Sequence[Callable[[], Any]]):
+        self.runs = runs
+
+    def times(self) -> list[float]:
+        torch.cuda.synchronize()
+        return harness.Clock().times("", self.runs)
+
+
 def within(name: str) -> AbstractContextManager[Any]:
     """The block in which the op runs on that backend, or by that plan, without another in its place."""
     if name in FUSED:
@@ -88,7 +101,7 @@ def make(
     """
     one, place = Case(**case), torch.device(device)
     torch.manual_seed(0)
-    shape, dtype = SHAPES[one.shape], one.torch_dtype
+    shape, dtype = shape_of(one.shape), one.torch_dtype
     base = frozen_linear(shape.N, shape.K, False, dtype, place)
     x = torch.randn(one.M, shape.K, device=place).to(dtype)
     dy = torch.randn(one.M, shape.N, device=place).to(dtype)
@@ -156,24 +169,25 @@ def peaks(device: torch.device, dtypes: Iterable[torch.dtype], smoke: bool = Fal
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "layer", 9)
     cuda = torch.cuda.is_available()
-    made.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(GPU if cuda else CPU))
-    made.add_argument("--tokens", nargs="+", type=int, default=[8192] if cuda else [512])
-    made.add_argument("--ranks", nargs="+", type=int, default=[16])
-    made.add_argument("--dtypes", nargs="+", default=["bfloat16"] if cuda else ["bfloat16", "float32"])
-    made.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
-    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    made.add_argument("--sweep", action="store_true", help="instead: a shape by rank, one by tokens; own file")
-    made.add_argument("--compile", action="store_true", help="torch.compile of the formula too")
-    made.add_argument("--budget", type=float, help="leave out the cases that have not begun after so many seconds")
-    made.add_argument("--against", metavar="COMMIT", help="measure that commit of the library too")
-    options = made.parse_args(arguments)
+    several: dict[str, Any] = {"nargs": "+"}
+    made = harness.parser(
+        __doc__, "layer", 9,
+        shapes={**several, "type": shape_name, "default": list(GPU if cuda else CPU), "help": "names, or NxK"},
+        tokens={**several, "type": int, "default": [8192] if cuda else [512]},
+        ranks={**several, "type": int, "default": [16]},
+        dtypes={**several, "default": ["bfloat16"] if cuda else ["bfloat16", "float32"]},
+        dropout=harness.DROPOUT,
+        methods={**several, "choices": METHODS, "default": list(METHODS)},
+        sweep={"action": "store_true", "help": "instead: a shape by rank, one by tokens; own file"},
+        compile={"action": "store_true", "help": "torch.compile of the formula too"},
+        budget={"type": float, "help": "leave out the cases that have not begun after so many seconds"},
+        against=harness.AGAINST,
+    )  # fmt: skip
+    options, device, results = harness.begin(made, "layer", arguments, shapes=["tiny.q"], tokens=[8], ranks=[4])
+    started = time.monotonic()
     if options.smoke:
-        options.shapes, options.tokens, options.ranks = ["tiny"], [8], [4]
-        options.dtypes, options.rounds = options.dtypes[:1], 2
-    device, begin = torch.device(options.device), time.monotonic()
-    results = start("layer", options, arguments)
+        options.dtypes = options.dtypes[:1]
     if options.sweep:
         results["kind"], cases = "sweep", sweeps(options, device, results["notes"])
     else:
@@ -185,16 +199,14 @@ def main(arguments: list[str] | None = None) -> Results:
     with ExitStack() as stack:
         both = stack.enter_context(Both(options.against)) if options.against else None
         for index, case in enumerate(cases):
-            if options.budget is not None and time.monotonic() - begin > options.budget:
+            if options.budget is not None and time.monotonic() - started > options.budget:
                 results["notes"].append(f"{len(cases) - index} cases left out: out of time")
                 break
-            about = {key: value for key, value in case.about().items() if key in Case.__dataclass_fields__}
-            spec = {"case": about, "device": options.device, "compiled": options.compile}
-            spec["backends"] = other_backends(device)
-            layers = providers(both, "layer", spec, results)
+            spec = {"case": asdict(case), "device": options.device, "compiled": options.compile}
+            layers = providers(both, "layer", {**spec, "backends": other_backends(device)}, results)
             measure(case, layers, device, options.rounds, options.seconds, results)
-            save(results, options)
+            harness.save(results, options)
             print(f"measured {case.name}", flush=True)
             if options.compile:
                 torch._dynamo.reset()
-    return finish(results, options)
+    return harness.finish(results, options)

@@ -12,15 +12,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from functools import partial
 from typing import Any
 
 import torch
 
 from . import providers as peers
-from .bytes import peak_bytes, peak_rss, saved_bytes
-from .harness import Results, finish, parser, row, start
+from .bytes import peak_rss
+from .harness import BATCH, DROPOUT, Results, begin, finish, parser, row
 from .providers import NO_PEFT, have_peft
+from .step import Step, case_of
 
 
 def probe(name: str, options: Any) -> int | None:
@@ -41,36 +41,21 @@ def probe_elsewhere(name: str, options: Any) -> int | None:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "memory", 1)
-    made.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
-    made.add_argument("--batch", type=int, nargs=2, default=(4, 128), metavar=("SEQUENCES", "TOKENS"))
+    made = parser(__doc__, "memory", 1, batch=BATCH, dropout=DROPOUT)
     made.add_argument("--no-rss", action="store_true", help="no fresh processes")
     made.add_argument("--probe", help="used by the benchmark itself")
-    options = made.parse_args(arguments)
-    if options.smoke:
-        options.batch = (2, 8)
+    options, device, results = begin(made, "memory", arguments, batch=(2, 8))
     if options.probe:
         print(json.dumps(probe(options.probe, options)))
         return {}
-    device = torch.device(options.device)
-    torch.manual_seed(0)
-    results = start("memory", options, arguments)
     if not have_peft():
         results["notes"].append(NO_PEFT)
     base, name = peers.smollm2(device, options.smoke)
     inputs, ids = peers.batch(base, *options.batch)
-    case = f"{name}, bfloat16, all linear layers, rank {peers.RANK}, {'×'.join(map(str, options.batch))} tokens"
     for title, build in peers.models(options.dropout).items():
-        model = build(base)
-        forward = partial(model, inputs_embeds=inputs.detach().requires_grad_(True), labels=ids)
-        sizes = {
-            "saved": saved_bytes(forward, [model, base]),
-            "peak": peak_bytes(peers.step(model, inputs, ids), device),
-        }
-        del model, forward
+        sizes: dict[str, Any] = dict(Step(build(base), inputs, ids).sizes())
         if device.type == "cpu" and not options.no_rss:
-            size = probe(title, options) if options.smoke else probe_elsewhere(title, options)
-            if size is not None:
-                sizes["peak RSS"] = size
-        results["rows"] += [row(case, title, "step", metric, size, "B") for metric, size in sizes.items()]
+            sizes["peak RSS"] = probe(title, options) if options.smoke else probe_elsewhere(title, options)
+        known = {metric: size for metric, size in sizes.items() if size is not None}
+        results["rows"] += [row(case_of(name, options), title, "step", key, n, "B") for key, n in known.items()]
     return finish(results, options)

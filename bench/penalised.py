@@ -21,7 +21,7 @@ from forgetless_kernels.rows import GRAM_GROUP, PRODUCT_ROWS, SUM_COLUMNS, SUM_R
 from forgetless_kernels.sums import strips_of
 from forgetless_kernels.tl_utils import pad_rank
 
-from .harness import Results, Row, finish, parser, row, start
+from .harness import Results, Row, begin, finish, parser, row
 from .static import CARDS, Bytes, Rate, Sizes, cdiv, designs, outer_traffic, project_outer_traffic
 
 
@@ -227,7 +227,6 @@ def rows() -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    options = parser(__doc__, "penalised", 1).parse_args(arguments)
-    results = start("penalised", options, arguments)
+    options, _, results = begin(parser(__doc__, "penalised", 1), "penalised", arguments)
     results["rows"] = rows()
     return finish(results, options)

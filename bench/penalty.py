@@ -10,7 +10,7 @@ is ``fl.calibrate``, beside the plain forward and backward (forward for SourceDe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,28 +20,11 @@ from torch import Tensor
 import forgetless as fl
 
 from . import providers as peers
-from .harness import Results, Row, finish, interleave, parser, row, start, time_rows
+from .harness import BATCH, Results, Row, begin, finish, interleave, parser, row, time_rows
 from .providers import CloraAuthors
 
 AUTHORS = "authors' CLoRA"
 STEP = "training step, LoRA"
-
-
-def value_and_gradient(value: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]:
-    def run() -> None:
-        value().backward()
-        for leaf in leaves:
-            leaf.grad = None
-
-    return run
-
-
-def randomize(model: Any) -> None:
-    """At the start B is zero, and with it half of what the penalties compute."""
-    with torch.no_grad():
-        for layer in fl.adapters(model).values():
-            up: Any = layer.adapter.up
-            up.normal_(std=0.02)
 
 
 def specs(k: int) -> dict[str, Any]:
@@ -59,27 +42,46 @@ def specs(k: int) -> dict[str, Any]:
     }
 
 
-def state_bytes(model: Any) -> int:
-    """Bytes that the attached penalties store beside the adapters."""
-    buffers = [b for layer in fl.adapters(model).values() for b in layer.adapter.penalties.buffers()]
-    return sum({b.data_ptr(): b.numel() * b.element_size() for b in buffers}.values())
+class Value:
+    """One penalty on a model whose statistics are there: its value, its gradient, and the bytes that it stores.
 
+    Args:
+        name: of ``specs(k)``, or the authors' loop.
+        batches: what ``fl.calibrate`` measures, if the penalty asks for statistics.
+        x: input embeddings of a forward pass, where the penalty asks for its h.
+    """
 
-def prepare(base: Any, spec: Any, inputs: Tensor, ids: Tensor) -> tuple[Any, list[Tensor]]:
-    """A model with that penalty whose statistics are there, and the leaves of its gradient."""
-    model = peers.lora_model(base, 0.0, (spec,))
-    randomize(model)
-    states = [state for layer in fl.adapters(model).values() for state in layer.adapter.penalty_states()]
-    if any(state.statistics for state in states):
-        fl.calibrate(model, [{"input_ids": ids[:2, :32], "labels": ids[:2, :32]}])
-    leaves = [p for p in model.parameters() if p.requires_grad]
-    if any(state.needs_hidden for state in states):
-        model(inputs_embeds=inputs)
-        for layer in fl.adapters(model).values():
-            assert layer.trace is not None and layer.trace.hidden is not None
-            layer.trace.hidden = layer.trace.hidden.detach().requires_grad_(True)
-            leaves.append(layer.trace.hidden)
-    return model, leaves
+    def __init__(self, name: str, base: Any, k: int, batches: Sequence[Any], x: Tensor, rank: int = peers.RANK):
+        spec = None if name == AUTHORS else specs(k)[name]
+        self.model = peers.lora_model(base, 0.0, () if spec is None else (spec,), rank)
+        layers = list(fl.adapters(self.model).values())
+        adapters: list[Any] = [layer.adapter for layer in layers]
+        with torch.no_grad():
+            for adapter in adapters:  # at the start B is zero, and with it half of what the penalties compute
+                adapter.up.normal_(std=0.02)
+        self.leaves = [p for p in self.model.parameters() if p.requires_grad]
+        self.value: Callable[[], Tensor] = partial(fl.penalty, self.model)
+        if spec is None:
+            factors = [(adapter.down, adapter.up) for adapter in adapters]
+            self.value = loop = CloraAuthors.drawn(factors, k, next(base.parameters()).dtype)
+            self.bytes = loop.bytes()
+            return
+        states = [state for adapter in adapters for state in adapter.penalty_states()]
+        if any(state.statistics for state in states):
+            fl.calibrate(self.model, batches)
+        buffers = [b for adapter in adapters for b in adapter.penalties.buffers()]
+        self.bytes = sum({b.data_ptr(): b.numel() * b.element_size() for b in buffers}.values())
+        if any(state.needs_hidden for state in states):
+            self.model(inputs_embeds=x)
+            for layer in layers:
+                assert layer.trace is not None and layer.trace.hidden is not None
+                layer.trace.hidden = layer.trace.hidden.detach().requires_grad_(True)
+                self.leaves.append(layer.trace.hidden)
+
+    def __call__(self) -> None:
+        self.value().backward()
+        for leaf in self.leaves:
+            leaf.grad = None
 
 
 def calibration(base: Any, ids: Tensor, options: Any) -> list[Row]:
@@ -100,54 +102,31 @@ def calibration(base: Any, ids: Tensor, options: Any) -> list[Row]:
             torch.autograd.grad(plain(**batch).loss, trained)
 
     runs: dict[str, Any] = {"forward": forward, "forward and backward": backward}
-    for title, spec in {
-        "Laplace": fl.Laplace(),
-        "Laplace, kfac": fl.Laplace(curvature="kfac"),
-        "SourceDeviation, diag": fl.SourceDeviation(),
-        "SourceDeviation, q = 64": fl.SourceDeviation(covariance=64),
-    }.items():
-        model = peers.lora_model(base, 0.0, (spec,)).eval()
+    measured = {"Laplace, kfac": fl.Laplace(curvature="kfac"), **specs(1)}
+    for title in ("Laplace", "Laplace, kfac", "SourceDeviation, diag", "SourceDeviation, q = 64"):
+        model = peers.lora_model(base, 0.0, (measured[title],)).eval()
         runs[title] = partial(fl.calibrate, model, batches)
     times = interleave(runs, min(options.rounds, 3), 1, ids.device, options.seconds)
     return time_rows(f"{sequences} sequences of {tokens} tokens", times, ("calibrate",))
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "penalty", 9)
-    made.add_argument("--k", type=int, default=peers.K)
-    made.add_argument("--batch", type=int, nargs=2, default=(4, 128), metavar=("SEQUENCES", "TOKENS"))
-    options = made.parse_args(arguments)
-    if options.smoke:
-        options.rounds, options.k, options.batch = 2, 8, (2, 8)
-    device = torch.device(options.device)
-    torch.manual_seed(0)
-    results = start("penalty", options, arguments)
+    made = parser(__doc__, "penalty", 9, k={"type": int, "default": peers.K}, batch=BATCH)
+    options, device, results = begin(made, "penalty", arguments, k=8, batch=(2, 8))
     base, name = peers.smollm2(device, options.smoke)
     inputs, ids = peers.batch(base, *options.batch)
-    penalties: dict[str, Any] = {}
-    sizes: dict[str, int] = {}
-    for title, spec in specs(options.k).items():
-        model, leaves = prepare(base, spec, inputs, ids)
-        penalties[title] = value_and_gradient(partial(fl.penalty, model), leaves)
-        penalties[title]()
-        sizes[title] = state_bytes(model)
-    plain = peers.lora_model(base, 0.0)
-    randomize(plain)
-    adapters: list[Any] = [layer.adapter for layer in fl.adapters(plain).values()]
-    factors = [(adapter.down, adapter.up) for adapter in adapters]
-    loop = CloraAuthors.drawn(factors, options.k, next(base.parameters()).dtype)
-    penalties[AUTHORS] = value_and_gradient(loop, [t for pair in factors for t in pair])
-    sizes[AUTHORS] = loop.bytes()
+    batch = {"input_ids": ids[:2, :32], "labels": ids[:2, :32]}
+    penalties = {title: Value(title, base, options.k, [batch], inputs) for title in (*specs(1), AUTHORS)}
     deviating = peers.lora_model(base, 0.0, (fl.OutputDeviation(),))
     steps = {
-        STEP: peers.step(plain, inputs, ids),
+        STEP: peers.step(peers.lora_model(base, 0.0), inputs, ids),
         "step with OutputDeviation": peers.step(deviating, inputs, ids, lambda: fl.penalty(deviating)),
     }
     times = interleave({**penalties, **steps}, options.rounds, 2, device, options.seconds)
-    tokens = "×".join(map(str, options.batch))
-    case = f"{name}, {len(factors)} linear layers, rank {peers.RANK}, k {options.k}, {tokens} tokens"
-    results["rows"] += time_rows(case, {title: times[title] for title in penalties}, ("penalty",))
-    results["rows"] += time_rows(case, {title: times[title] for title in steps}, ("step",))
-    results["rows"] += [row(case, title, "penalty", "state", size, "B") for title, size in sizes.items()]
+    tokens, layers = "×".join(map(str, options.batch)), len(fl.adapters(deviating))
+    case = f"{name}, {layers} linear layers, rank {peers.RANK}, k {options.k}, {tokens} tokens"
+    for phase, group in (("penalty", penalties), ("step", steps)):
+        results["rows"] += time_rows(case, {title: times[title] for title in group}, (phase,))
+    results["rows"] += [row(case, title, "penalty", "state", one.bytes, "B") for title, one in penalties.items()]
     results["rows"] += calibration(base, ids, options)
     return finish(results, options)

@@ -265,8 +265,8 @@ def adapted(base: nn.Module, method: Any) -> Any:
     return fl.adapt(twin(base), method).train()
 
 
-def lora_model(base: nn.Module, dropout: float, penalties: tuple[Any, ...] = ()) -> Any:
-    return adapted(base, fl.LoRA(RANK, ALPHA, dropout, penalties=penalties))
+def lora_model(base: nn.Module, dropout: float, penalties: tuple[Any, ...] = (), rank: int = RANK) -> Any:
+    return adapted(base, fl.LoRA(rank, ALPHA, dropout, penalties=penalties))
 
 
 def clora_model(base: nn.Module, basis: Any, k: int = K) -> Any:

@@ -10,7 +10,7 @@ backward pass, and the peak of a step. Needs bitsandbytes, which runs NF4 on a C
 from __future__ import annotations
 
 import importlib.util
-import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import forgetless as fl
 
 from . import providers as peers
 from .bytes import peak_bytes, saved_bytes
-from .harness import Results, Row, finish, parser, row, start, time_row
+from .harness import BATCH, Results, begin, finish, interleave, parser, row, time_row
 from .providers import have_peft
 
 TASK = "django-de"
@@ -46,23 +46,20 @@ def quantized(base: nn.Module) -> Any:
     return model
 
 
-def with_peft(base: nn.Module) -> Any:
+def with_peft(base: nn.Module, swap: bool = False) -> Any:
     """PEFT's LoRA on every linear layer but the head; equal draws every time."""
     torch.manual_seed(0)
-    return peers.peft_model(base, 0.0)
-
-
-def swapped(base: nn.Module) -> Any:
-    model = with_peft(base)
-    fl.swap_in(model)
+    model = peers.peft_model(base, 0.0)
+    if swap:
+        fl.swap_in(model)
     return model
 
 
-BUILDERS = {
+BUILDERS: dict[str, Callable[[Any], Any]] = {
     "bfloat16 base, PEFT": with_peft,
-    "bfloat16 base, swapped in": swapped,
+    "bfloat16 base, swapped in": partial(with_peft, swap=True),
     "NF4 base, PEFT": lambda base: with_peft(quantized(base)),
-    "NF4 base, swapped in": lambda base: swapped(quantized(base)),
+    "NF4 base, swapped in": lambda base: with_peft(quantized(base), swap=True),
 }
 
 
@@ -93,30 +90,37 @@ def texts(base: Any, smoke: bool, steps: int, batch: tuple[int, int], device: to
     return [{k: v.to(device) for k, v in Collator(tokenizer)(part).items()} for part in cut]
 
 
+class Training:
+    """One base being trained: a call is a step on the next batch."""
+
+    def __init__(self, model: Any, batches: list[dict]):
+        self.model, self.batches = model, iter(batches)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
+        self.losses: list[float] = []
+
+    def __call__(self) -> None:
+        loss = self.model(**next(self.batches)).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.item())
+
+
 def backward(model: Any, batch: Any) -> None:
     model(**batch).loss.backward()
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "qlora", 1)
-    made.add_argument("--steps", type=int, default=8)
-    made.add_argument("--batch", type=int, nargs=2, default=(4, 96), metavar=("SEQUENCES", "TOKENS"))
-    options = made.parse_args(arguments)
-    if options.smoke:
-        options.steps, options.batch = 2, (2, 8)
+    made = parser(__doc__, "qlora", 1, steps={"type": int, "default": 8}, batch={**BATCH, "default": (4, 96)})
+    options, device, results = begin(made, "qlora", arguments, steps=2, batch=(2, 8))
     if not have_peft() or importlib.util.find_spec("bitsandbytes") is None:
         made.error("needs PEFT and bitsandbytes: pip install peft bitsandbytes")
-    device = torch.device(options.device)
-    torch.manual_seed(0)
-    results = start("qlora", options, arguments)
     base, name = peers.smollm2(device, options.smoke)
     batches = texts(base, options.smoke, options.steps, options.batch, device)
     tokens = "×".join(map(str, options.batch))
     case = f"{name}, all linear layers but the head, rank {peers.RANK}, {tokens} tokens of {TASK} at most, AdamW"
-    runs: dict[str, Any] = {}
-    seconds: dict[str, list[float]] = {}
-    losses: dict[str, list[float]] = {}
-    rows: list[Row] = []
+    runs: dict[str, Training] = {}
     for title, build in BUILDERS.items():
         model = build(base)
         sizes = {
@@ -124,21 +128,11 @@ def main(arguments: list[str] | None = None) -> Results:
             "saved": saved_bytes(partial(model, **batches[0]), [model, base]),
             "peak": peak_bytes(partial(backward, model, batches[0]), device),
         }
-        rows += [row(case, title, "step", metric, size, "B") for metric, size in sizes.items()]
+        results["rows"] += [row(case, title, "step", metric, size, "B") for metric, size in sizes.items()]
         model.zero_grad(set_to_none=True)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
-        runs[title], seconds[title], losses[title] = (model, optimizer), [], []
-    for batch in batches:  # interleaved: a machine that is slow for a while is slow for all of them
-        for title, (model, optimizer) in runs.items():
-            began = time.perf_counter()
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds[title].append(time.perf_counter() - began)
-            losses[title].append(loss.item())
-    for title in runs:
-        rows.append(time_row(case, title, "step", seconds[title][1:]))
-        rows += [row(case, title, f"step {i}", "loss", loss, "nats") for i, loss in enumerate(losses[title], start=1)]
-    results["rows"] = rows
+        runs[title] = Training(model, batches)
+    for title, (times,) in interleave(runs, len(batches), 0, device).items():
+        results["rows"] += [time_row(case, title, "step 1", times[:1]), time_row(case, title, "step", times[1:])]
+        for i, loss in enumerate(runs[title].losses, start=1):
+            results["rows"].append(row(case, title, f"step {i}", "loss", loss, "nats"))
     return finish(results, options)

@@ -9,19 +9,21 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from forgetless.files import write_atomically
 
 from .bytes import MIB
-from .harness import FROZEN, OURS, PEFT, RESULTS, ROOT, Parser, Results, Row, read, select
+from .harness import FROZEN, OURS, PEFT, RESULTS, ROOT, Parser, Results, read, select
 from .tables import (
     NONE,
     SECTIONS,
     host_bench_text,
     layer_verdict,
+    lora_times,
+    nested,
     number,
     penalised_text,
+    pivot,
     ratio,
     section,
     source,
@@ -47,50 +49,39 @@ def static_page() -> str:
 
 
 def static_text(results: Results, path: Path) -> str:
-    assumed: dict[str, dict[str, Row]] = {}
-    for row in select(results, phase="assumed"):
-        assumed.setdefault(row["provider"], {})[row["metric"]] = row
+    assumed = nested(select(results, phase="assumed"), "provider", "metric")
     sizes = next(iter(results["cases"].values()))
-    times: dict[tuple[str, str], float] = {}
+    times: dict[str, dict[str, float]] = {}
     for row in select(results, metric="predicted time"):
-        key = row["case"], row["provider"]
-        times[key] = times.get(key, 0.0) + row["value"]
-    designs = unique(case for case, _ in times)
-    frozen = designs[0]
-    rows = [["assumed TFLOP/s, TB/s", *(f"{a['products']['value'] / 1e12:.0f}, {a['memory']['value'] / 1e12:.2f}"
-            for a in assumed.values())]]  # fmt: skip
-    rows.append([f"{frozen}, µs", *(f"{times[frozen, card] * 1e6:.0f}" for card in assumed)])
-    for design in designs[1:]:
-        rows.append([design, *(f"+{100 * (times[design, card] / times[frozen, card] - 1):.1f} %" for card in assumed)])
-    text = (
+        of = times.setdefault(row["case"], {})
+        of[row["provider"]] = of.get(row["provider"], 0.0) + row["value"]
+    (frozen, floor), *designs = times.items()
+    rates = (f"{a['products']['value'] / 1e12:.0f}, {a['memory']['value'] / 1e12:.2f}" for a in assumed.values())
+    rows = [["assumed TFLOP/s, TB/s", *rates], [f"{frozen}, µs", *(f"{time * 1e6:.0f}" for time in floor.values())]]
+    rows += [[design, *(f"+{100 * (of[card] / floor[card] - 1):.1f} %" for card in floor)] for design, of in designs]
+    cards = [f"{a['products']['case']} ({card})" for card, a in assumed.items()]
+    return (
         f"\n## Predicted times\n\nOne layer, M={sizes['M']}, N={sizes['N']}, K={sizes['K']}, R={sizes['R']}, bfloat16, "
         "forward and backward: the predicted overhead of whole designs over the frozen layer. A kernel takes the "
         "longer of its FLOPs and its bytes at the assumed rates; launches and tails take nothing; every matrix crosses "
         "the bus once; partial sums are written to memory and read back from L2; cuBLAS is no faster.\n\n"
-    )
-    cards = [f"{a['products']['case']} ({card})" for card, a in assumed.items()]
-    text += table(["design", *cards], rows)
-    return (
-        text + f"\nThe JSON has every kernel's tile, bytes, registers and predicted time.\n\n{source(results, path)}\n"
+        + table(["design", *cards], rows)
+        + "\nThe JSON has every kernel's tile, bytes, registers and predicted time.\n"
+        + f"\n{source(results, path)}\n"
     )
 
 
 def targets_text(results: Results, path: Path) -> str:
-    counts: dict[tuple[str, str, str], float] = {}
+    counts: dict[tuple[str, str], dict[str, float]] = {}
     for row in results["rows"]:
-        if row["metric"] in ("compiled", "problems"):
-            key = row["phase"], row["provider"], row["metric"]
-            counts[key] = counts.get(key, 0) + row["value"]
-    cards = unique(card for _, card, _ in counts)
-    rows = [
-        [version, *(f"{counts[version, c, 'compiled']} / {counts[version, c, 'problems']}" for c in cards)]
-        for version in unique(version for version, _, _ in counts)
-    ]
+        of = counts.setdefault((row["phase"], row["provider"]), {})
+        of[row["metric"]] = of.get(row["metric"], 0) + row["value"]
+    rows = [{"phase": version, "provider": card, **of} for (version, card), of in counts.items()]
     return (
         "\n## Compiled\n\nKernels compiled for each card / with a problem: too much shared memory, a spill, "
         "products off the tensor cores, multiply-adds or stores missing, or a failure to compile. The tests compile a "
         "subset.\n\n"
-        + table(["", *cards], rows)
+        + pivot(rows, "", "phase", "provider", lambda of: f"{of['compiled']} / {of['problems']}")
         + "".join(f"\n{note}\n" for note in results["notes"])
         + f"\n{source(results, path)}\n"
     )
@@ -101,13 +92,8 @@ def targets_text(results: Results, path: Path) -> str:
 
 def layer_section(results: Results) -> str:
     """Each provider's time over the frozen layer's: by dtype and dropout, the median over shapes, and the ends."""
-    times: dict[str, dict[str, Any]] = {}
-    for row in select(results, phase="both", metric="time"):
-        times.setdefault(row["case"], {})[row["provider"]] = row
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for name, case in results["cases"].items():
-        if case["method"] == "lora" and OURS in times[name]:
-            groups.setdefault(f"{case['dtype']}, dropout {case['dropout']:g}", []).append(times[name])
+    named = lora_times(results, "dtype", "dropout").items()
+    groups = {f"{dtype}, dropout {dropout:g}": cases for (dtype, dropout), cases in named}
     rows = []
     for provider in unique(p for cases in groups.values() for case in cases for p in case if p != FROZEN):
         cells = []
@@ -180,13 +166,11 @@ def suite_section() -> str:
     """What PEFT's own tests gave with every LoRA layer swapped in."""
     path = RESULTS / "peft-suite.json"
     results = read(path)
-    tests = select(results, phase="tests")
-    counts = {(row["case"], row["provider"], row["metric"]): row["value"] for row in tests}
-    outcomes = ("passed", "skipped", "failed")
-    rows = []
-    for name in unique(row["case"] for row in tests):
-        cells = [f"{counts.get((name, who, outcome), 0):,}" for who in ("swapped in", PEFT) for outcome in outcomes]
-        rows.append([f"`{name}`", *cells])
+    counts: dict[str, dict[tuple[str, str], int]] = {}
+    for row in select(results, phase="tests"):
+        counts.setdefault(row["case"], {})[row["provider"], row["metric"]] = row["value"]
+    order = [(who, outcome) for who in ("swapped in", PEFT) for outcome in ("passed", "skipped", "failed")]
+    rows = [[f"`{name}`", *(f"{of.get(key, 0):,}" for key in order)] for name, of in counts.items()]
     columns = ["PEFT's tests", "passed", "skipped", "failed", "PEFT alone: passed", "skipped", "failed"]
     differ = [f"`{row['case']}`, {row['provider']}: {row['metric']}" for row in select(results, phase="differ")]
     verdict = (
@@ -212,9 +196,9 @@ def suite_section() -> str:
 
 HEAD = """# Benchmarks
 
-Written by `python -m bench report` from the JSON in `bench/results`; change nothing here by hand. The providers of one
-table ran interleaved in one process, one call of each per round, every round in another order. Times are medians, ± the
-median absolute deviation. Compare within a table, never across machines. `-style` rows are our own code with that
+Written by `python -m bench report` from `bench/results`. The providers of one table ran interleaved in one process, one
+call of each per round, every round in another order. Times are medians, ± the median absolute deviation. Compare within
+a table, never across machines. `-style` rows are our own code with that
 project's order of operations; `tests/benchmarks` proves each provider equal to the reference. Rows of Unsloth-style and
 of products alone (the eight matrix products without autograd) are of an earlier bench, which measured them too; so are
 the command `lowrank` and the options `--curves` and `--no-compile`.
@@ -231,7 +215,7 @@ def benchmarks_page() -> str:
             text += f"\nNot measured yet: `python -m bench {'layer --sweep' if kind == 'sweep' else kind}`.\n"
         for path in paths:
             results = read(path)
-            on_gpu |= results["machine"]["gpu"] is not None
+            on_gpu |= results["machine"]["device"] != "cpu"
             text += f"\n`{results['command']}`; {source(results, path)}.\n\n{section(results)}"
     if not on_gpu:
         text += (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,34 +31,41 @@ class Shape:
 
 
 #: From the models' own configurations. GPT-2 stores its weights transposed (Conv1D); N and K are what they mean here.
-SHAPES: dict[str, Shape] = {
-    "smollm2.q": Shape("SmolLM2-135M", "q/o", 576, 576),
-    "smollm2.k": Shape("SmolLM2-135M", "k/v", 192, 576),
-    "smollm2.up": Shape("SmolLM2-135M", "gate/up", 1536, 576),
-    "smollm2.down": Shape("SmolLM2-135M", "down", 576, 1536),
-    "gpt2.qkv": Shape("GPT-2", "qkv", 2304, 768),
-    "gpt2.o": Shape("GPT-2", "o", 768, 768),
-    "gpt2.up": Shape("GPT-2", "up", 3072, 768),
-    "gpt2.down": Shape("GPT-2", "down", 768, 3072),
-    "llama3.q": Shape("Llama-3-8B, Mistral-7B", "q/o", 4096, 4096),
-    "llama3.k": Shape("Llama-3-8B, Mistral-7B", "k/v", 1024, 4096),
-    "llama3.up": Shape("Llama-3-8B, Mistral-7B", "gate/up", 14336, 4096),
-    "llama3.down": Shape("Llama-3-8B, Mistral-7B", "down", 4096, 14336),
-    "llama1b.q": Shape("Llama-3.2-1B", "q/o", 2048, 2048),
-    "llama1b.k": Shape("Llama-3.2-1B", "k/v", 512, 2048),
-    "llama1b.up": Shape("Llama-3.2-1B", "gate/up", 8192, 2048),
-    "llama1b.down": Shape("Llama-3.2-1B", "down", 2048, 8192),
-    "qwen2.5.q": Shape("Qwen2.5-7B", "q/o", 3584, 3584),
-    "qwen2.5.k": Shape("Qwen2.5-7B", "k/v", 512, 3584),
-    "qwen2.5.up": Shape("Qwen2.5-7B", "gate/up", 18944, 3584),
-    "qwen2.5.down": Shape("Qwen2.5-7B", "down", 3584, 18944),
-    "tiny": Shape("tiny", "q", 24, 16),
-    "tiny.k": Shape("tiny", "k", 12, 16),
+MODELS: dict[str, tuple[str, dict[str, tuple[str, int, int]]]] = {
+    "smollm2": ("SmolLM2-135M", {"q": ("q/o", 576, 576), "k": ("k/v", 192, 576), "up": ("gate/up", 1536, 576),
+                                 "down": ("down", 576, 1536)}),
+    "gpt2": ("GPT-2", {"qkv": ("qkv", 2304, 768), "o": ("o", 768, 768), "up": ("up", 3072, 768),
+                       "down": ("down", 768, 3072)}),
+    "llama3": ("Llama-3-8B, Mistral-7B", {"q": ("q/o", 4096, 4096), "k": ("k/v", 1024, 4096),
+                                          "up": ("gate/up", 14336, 4096), "down": ("down", 4096, 14336)}),
+    "llama1b": ("Llama-3.2-1B", {"q": ("q/o", 2048, 2048), "k": ("k/v", 512, 2048), "up": ("gate/up", 8192, 2048),
+                                 "down": ("down", 2048, 8192)}),
+    "qwen2.5": ("Qwen2.5-7B", {"q": ("q/o", 3584, 3584), "k": ("k/v", 512, 3584), "up": ("gate/up", 18944, 3584),
+                               "down": ("down", 3584, 18944)}),
+    "tiny": ("tiny", {"q": ("q", 24, 16), "k": ("k", 12, 16)}),
+}  # fmt: skip
+SHAPES = {
+    f"{model}.{name}": Shape(title, *sizes) for model, (title, parts) in MODELS.items() for name, sizes in parts.items()
 }
 #: One shape or two of each model that a small CPU gets through.
 CPU = ("smollm2.q", "smollm2.up", "gpt2.qkv", "qwen2.5.k", "llama3.q")
 #: The most important first: a run that is short of time leaves out the last.
 GPU = ("llama3.q", "llama3.up", "llama3.down", "llama3.k", "llama1b.q", "llama1b.up", "llama1b.down", "llama1b.k")
+
+
+def shape_of(name: str) -> Shape:
+    """The shape of that name, or of the sizes in it."""
+    sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+    return Shape("", "", int(sizes[1]), int(sizes[2])) if sizes else SHAPES[name]
+
+
+def shape_name(text: str) -> str:
+    """The text, if ``shape_of`` knows it."""
+    try:
+        shape_of(text)
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither NxK nor one of {', '.join(SHAPES)}") from None
+    return text
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Case:
 
     def about(self) -> dict[str, Any]:
         """What a result file says of the case."""
-        return {**asdict(self), **asdict(SHAPES[self.shape])}
+        return {**asdict(self), **asdict(shape_of(self.shape))}
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -99,20 +107,20 @@ def grid(options: argparse.Namespace) -> list[Case]:
 
 def sweeps(options: argparse.Namespace, device: torch.device, notes: list[str]) -> list[Case]:
     """One shape by rank and another one by tokens, LoRA without dropout."""
-    by_rank, by_tokens = ("smollm2.up" if device.type == "cpu" else "llama3.q"), "llama3.k"
-    ranks: Sequence[int] = RANKS
-    tokens: Sequence[int] = TOKENS
-    if options.smoke:
-        by_rank, by_tokens, ranks, tokens = "tiny", "tiny.k", (2, 4), (4, 8)
-    elif device.type == "cpu":
-        tokens = tuple(M for M in TOKENS if M <= CPU_TOKENS)
+    cuda, M, R = device.type == "cuda", options.tokens[:1], options.ranks[:1]
+    few = [tokens for tokens in TOKENS if cuda or tokens <= CPU_TOKENS]
+    if len(few) < len(TOKENS) and not options.smoke:
         notes.append(f"by tokens: to {CPU_TOKENS} of {TOKENS[-1]}, what a CPU gets through")
+    plan: tuple[tuple[str, Sequence[int], Sequence[int]], ...]
+    plan = (("llama3.q" if cuda else "smollm2.up", M, RANKS), ("llama3.k", few, R))
+    if options.smoke:
+        plan = (("tiny.q", M, (2, 4)), ("tiny.k", [4, 8], R))
     return [
-        Case(shape, M, R, dtype, 0.0, "lora")
+        Case(shape, tokens, rank, dtype, 0.0, "lora")
         for dtype in options.dtypes
-        for shape, Ms, Rs in ((by_rank, options.tokens[:1], ranks), (by_tokens, tokens, options.ranks[:1]))
-        for M in Ms
-        for R in Rs
+        for shape, all_tokens, ranks in plan
+        for tokens in all_tokens
+        for rank in ranks
     ]
 
 
@@ -135,7 +143,7 @@ def rival(method: str) -> str:
 
 def bytes_needed(case: Case) -> int:
     """An upper estimate of what all providers of one case need at once: float32 copies of x, and dense updates."""
-    shape, width = SHAPES[case.shape], case.torch_dtype.itemsize
+    shape, width = shape_of(case.shape), case.torch_dtype.itemsize
     activations = case.M * (shape.N + shape.K)
     return activations * (4 * width + 4 * 4) + shape.N * shape.K * (width + 4 * 4)
 
@@ -145,8 +153,8 @@ def work(case: Case, frozen: bool = False) -> tuple[float, float]:
 
     Backward is that of x and of the adapter; each matrix is read or written once.
     """
-    N, K, M, R = SHAPES[case.shape].N, SHAPES[case.shape].K, case.M, case.R
-    e = case.torch_dtype.itemsize
+    shape, M, R = shape_of(case.shape), case.M, case.R
+    N, K, e = shape.N, shape.K, case.torch_dtype.itemsize
     flops, size = 4.0 * M * N * K, 2.0 * e * (M * K + N * K + M * N)
     if frozen:
         return flops, size

@@ -11,7 +11,6 @@ used for any of them.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from forgetless_kernels import tiles
 from forgetless_kernels.sums import strips_of
 from forgetless_kernels.tl_utils import pad_rank, parts_of
 
-from .harness import RESULTS, Parser, Row, row, start, write_json
+from .harness import RESULTS, Parser, Row, begin, row, write_json
 
 # ---------------------------------------------------------------- bytes and FLOPs of one launch, exact
 
@@ -158,29 +157,17 @@ TRAFFIC = {
 def flops(kernel: str, s: Sizes, tile: tiles.Tile) -> int:
     """What the kernel's products take, padding not counted"""
     gemm, skinny = 2 * s.M * s.N * (s.K + s.R), 2 * s.M * s.K * s.R
-    return {
-        "project": skinny,
-        "matmul_lowrank": gemm,
-        "matmul_lowrank_descriptor": gemm,
-        "outer": skinny,
-        "project_outer": 2 * skinny,
-        "full": gemm + cdiv(s.N, tile.BLOCK_N or s.N) * skinny,
-        "once": gemm + skinny,
-    }[kernel]
+    full = gemm + cdiv(s.N, tile.BLOCK_N or s.N) * skinny
+    of = {"project": skinny, "outer": skinny, "project_outer": 2 * skinny, "full": full, "once": gemm + skinny}
+    return of.get(kernel, gemm)
 
 
 def memory(kernel: str, s: Sizes, tile: tiles.Tile) -> int:
     """Bytes over the memory bus: every matrix once; partial sums are written, their reads left to L2"""
     loads, stores = TRAFFIC[kernel](s, tile)
-    once = {
-        "x": s.M * s.K * s.element,
-        "weight": s.N * s.K * s.element,
-        "h": s.M * s.R * s.element,
-        "g": s.M * s.R * s.element,
-        "down": s.R * s.K * s.factor,
-        "up": s.N * s.R * s.factor,
-    }
-    return sum(once[name] for name in loads if name in once and name not in stores) + sum(stores.values())
+    once = {"x": s.M * s.K * s.element, "weight": s.N * s.K * s.element, "h": s.M * s.R * s.element}
+    once |= {"g": s.M * s.R * s.element, "down": s.R * s.K * s.factor, "up": s.N * s.R * s.factor}
+    return sum(size for name, size in once.items() if name in loads and name not in stores) + sum(stores.values())
 
 
 # ------------------------------------------------------------------------------ predicted times
@@ -234,15 +221,11 @@ def designs(s: Sizes, arch: int) -> dict[str, tuple[float, float]]:
     add_y, scale_y, add_x = moved(3 * M * N), moved(2 * M * N), moved(3 * M * K)
     write_y, write_x = moved(M * N, M * R), moved(M * K, M * R)
     update_y, update_x = moved(2 * M * N), moved(2 * M * K)
-    forward = (2 * M * N * R) / speed  # the low-rank product inside a GEMM
-    backward = (2 * M * K * R) / speed
+    forward, backward = 2 * M * N * R / speed, 2 * M * K * R / speed  # the low-rank products inside GEMMs
     cast, mask = moved(3 * M * K), rate.time(0, M * K)  # to float32 and back; one byte an element
-    sweep, ddown = run("project_outer", back), run("outer", s)
-    h = run("project", s)
-    wide = 128 if arch in (80, 86, 89, 120) else 256
-    extra = 2 * M * N * K * max(R, 16) / wide
-    makers = 2 * M * K * max(R, 16) / speed
-    drop = moved(2 * M * K) + mask
+    h, sweep, ddown = run("project", s), run("project_outer", back), run("outer", s)
+    extra = 2 * M * N * K * max(R, 16) / (128 if arch in (80, 86, 89, 120) else 256)
+    makers, drop = 2 * M * K * max(R, 16) / speed, moved(2 * M * K) + mask
     return {
         "frozen layer": (gemm, gemm),
         "PEFT default (float32 adapters)": (
@@ -293,9 +276,9 @@ def kernel_rows(s: Sizes, arch: int, compile_them: bool = True) -> list[dict[str
     }  # fmt: skip
     for case in (*plain, "project dropout", "full dropout", "once dropout", "dx dropout", "outer dropout"):
         name, _, dropped = case.partition(" ")
-        kernel, sizes, transposed = *plain[name], name == "dx"
+        kernel, sizes = plain[name]
         sizes = dataclasses.replace(sizes, dropout=bool(dropped))
-        kernel, tile = on_card(kernel, arch, s.R, transposed)
+        kernel, tile = on_card(kernel, arch, s.R, name == "dx")
         loads, stores = TRAFFIC[kernel](sizes, tile)
         work, moved = flops(kernel, sizes, tile), memory(kernel, sizes, tile)
         sizes_of = f"{tile.BLOCK_M}/{tile.BLOCK_N or '–'}/{tile.BLOCK_K} w{tile.num_warps} s{tile.num_stages}"
@@ -313,35 +296,29 @@ def kernel_rows(s: Sizes, arch: int, compile_them: bool = True) -> list[dict[str
 
 def rows_of(s: Sizes, arch: int, compiled: bool) -> list[Row]:
     """What is assumed of a card, the designs on it, and its kernels."""
-    card, (name, speed, bandwidth) = f"sm_{arch}", CARDS[arch]
-    rows = [
-        row(name, card, "assumed", "products", speed, "FLOP/s"),
-        row(name, card, "assumed", "memory", bandwidth, "B/s"),
-    ]
+    card, (name, *rates) = f"sm_{arch}", CARDS[arch]
+    assumed = zip(("products", "memory"), rates, ("FLOP/s", "B/s"), strict=True)
+    rows = [row(name, card, "assumed", what, value, unit) for what, value, unit in assumed]
     for design, times in designs(s, arch).items():
-        for phase, time in zip(("forward", "backward"), times, strict=True):
-            rows.append(row(design, card, phase, "predicted time", time, "s"))
+        both = zip(("forward", "backward"), times, strict=True)
+        rows += [row(design, card, phase, "predicted time", time, "s") for phase, time in both]
     units = {"flops": "FLOP", "predicted": "s", "loaded": "B", "memory": "B", "stack": "B", "shared": "B"}
     for kernel in kernel_rows(s, arch, compiled):
-        for key, value in kernel.items():
-            if key not in ("call", "tile"):
-                rows.append(row(kernel["call"], card, kernel["tile"], key, value, units.get(key, "1")))
+        call, tile = kernel.pop("call"), kernel.pop("tile")
+        rows += [row(call, card, tile, key, value, units.get(key, "1")) for key, value in kernel.items()]
     return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(prog="forgetless bench static", description=(__doc__ or "").splitlines()[0])
     for size, value in (("M", 8192), ("N", 4096), ("K", 4096), ("R", 16)):
         parser.add_argument(f"-{size}", type=int, default=value)
     parser.add_argument("--no-compile", action="store_true", help="leave out what the kernels compile to")
     parser.add_argument("--out", type=Path, default=RESULTS / "static.json")
-    options = parser.parse_args(given)
-    options.device, options.smoke = "cpu", False
-    results = start("static", options, given)
+    parser.set_defaults(device="cpu", smoke=False)
+    options, _, results = begin(parser, "static", arguments)
     s = Sizes(options.M, options.N, options.K, options.R)
-    for arch in CARDS:
-        name = CARDS[arch][0]
+    for arch, (name, *_) in CARDS.items():
         results["cases"][name] = {**dataclasses.asdict(s), "dtype": "bfloat16"}
         results["rows"] += rows_of(s, arch, not options.no_compile)
     write_json(options.out, results)

@@ -10,30 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import forgetless as fl
 
 from . import providers as peers
 from .against import Both, providers
-from .harness import OURS, Results, finish, interleave, parser, start, time_rows
+from .bytes import peak_bytes, saved_bytes
+from .harness import AGAINST, BATCH, DROPOUT, OURS, Results, begin, finish, interleave, parser, time_rows
 from .providers import NO_PEFT, have_peft
 
 METHODS = ("lora", "clora", "curlora")
 
 
-@dataclass
-class Step:
+class Step(NamedTuple):
     """One provider: forward and backward of its model."""
 
-    runs: Sequence[Callable[[], Any]]
+    model: Any
+    inputs: Tensor
+    ids: Tensor
+    penalty: Callable[[], Tensor] | None = None
+
+    @property
+    def runs(self) -> Sequence[Callable[[], Any]]:
+        return [peers.step(self.model, self.inputs, self.ids, self.penalty)]
 
     def sizes(self) -> dict[str, int]:
-        return {}
+        forward = partial(self.model, inputs_embeds=self.inputs.detach().requires_grad_(True), labels=self.ids)
+        return {"saved": saved_bytes(forward, [self.model]), "peak": peak_bytes(self.runs[0], self.inputs.device)}
 
 
 def make(
@@ -43,41 +51,31 @@ def make(
     torch.manual_seed(0)
     base, _ = peers.smollm2(torch.device(device), smoke)
     inputs, ids = peers.batch(base, *batch)
-    peft = have_peft()
-
-    def step(model: Any, penalty: Any = None) -> Step:
-        return Step([peers.step(model, inputs, ids, penalty)])
-
     builders = peers.models(dropout if "lora" in methods else (), "curlora" in methods)
-    made = {name: step(build(base)) for name, build in builders.items()}
+    made = {name: Step(build(base), inputs, ids) for name, build in builders.items()}
     if "clora" in methods:
         for basis in ("orthogonal", "hadamard"):
             model = peers.clora_model(base, basis, k)
-            made[f"{OURS} CLoRA, {basis}"] = step(model, partial(fl.penalty, model))
-        if peft:
+            made[f"{OURS} CLoRA, {basis}"] = Step(model, inputs, ids, partial(fl.penalty, model))
+        if have_peft():
             model = peers.peft_model(base, 0.0)
-            made["PEFT + authors' CLoRA"] = step(model, peers.authors_clora(model, k))
-    return made, [] if peft else [NO_PEFT]
+            made["PEFT + authors' CLoRA"] = Step(model, inputs, ids, peers.authors_clora(model, k))
+    return made, [] if have_peft() else [NO_PEFT]
+
+
+def case_of(name: str, options: Any) -> str:
+    """What ran, in words."""
+    return f"{name}, bfloat16, all linear layers, rank {peers.RANK}, {'×'.join(map(str, options.batch))} tokens"
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "step", 7)
-    made.add_argument("--batch", type=int, nargs=2, default=(4, 128), metavar=("SEQUENCES", "TOKENS"))
-    made.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
-    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    made.add_argument("--against", metavar="COMMIT", help="measure that commit of the library too")
-    options = made.parse_args(arguments)
-    k = peers.K
-    if options.smoke:
-        options.rounds, options.batch, k = 2, (2, 8), 8
-    device = torch.device(options.device)
-    results = start("step", options, arguments)
+    methods = {"nargs": "+", "choices": METHODS, "default": list(METHODS)}
+    made = parser(__doc__, "step", 7, batch=BATCH, dropout=DROPOUT, methods=methods, against=AGAINST)
+    options, device, results = begin(made, "step", arguments, batch=(2, 8))
     spec = {name: getattr(options, name) for name in ("batch", "dropout", "methods", "smoke", "device")}
     with ExitStack() as stack:
         both = stack.enter_context(Both(options.against)) if options.against else None
-        steps = providers(both, "step", {**spec, "k": k}, results)
+        steps = providers(both, "step", {**spec, "k": 8 if options.smoke else peers.K}, results)
         times = interleave({name: one.runs for name, one in steps.items()}, options.rounds, 2, device, options.seconds)
-    _, name = peers.smollm2(device, options.smoke)
-    case = f"{name}, bfloat16, all linear layers, rank {peers.RANK}, {'×'.join(map(str, options.batch))} tokens"
-    results["rows"] += time_rows(case, times, ("step",))
+    results["rows"] += time_rows(case_of(peers.smollm2(device, options.smoke)[1], options), times, ("step",))
     return finish(results, options)

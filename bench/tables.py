@@ -6,6 +6,7 @@ Ratios are computed here, from the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,27 @@ def unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+Key = Callable[[Row], str]
+Columns = Sequence[tuple[str, str, float, int]]
+
+
+def nested(rows: Iterable[Row], first: str = "case", second: str = "provider") -> dict[str, dict[str, Row]]:
     """case -> provider -> row, of rows of one phase and metric."""
     result: dict[str, dict[str, Row]] = {}
     for row in rows:
-        result.setdefault(row["case"], {})[row["provider"]] = row
+        result.setdefault(row[first], {})[row[second]] = row
     return result
+
+
+def pivot(rows: Iterable[Row], head: str, line: str | Key, column: str | Key, cell: Key) -> str:
+    """A line and a column for each value of these fields, in the order of the rows; empty without rows."""
+    line_of, column_of = (itemgetter(key) if isinstance(key, str) else key for key in (line, column))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(line_of(row), {})[column_of(row)] = cell(row)
+    columns = unique(name for each in cells.values() for name in each)
+    lines = [[name, *(each.get(name_of, NONE) for name_of in columns)] for name, each in cells.items()]
+    return table([head, *columns], lines) if lines else ""
 
 
 def source(results: Results, path: Path | None = None) -> str:
@@ -46,7 +62,7 @@ def source(results: Results, path: Path | None = None) -> str:
     parts = []
     if machine:
         threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-        parts.append(machine["gpu"] or f"{machine['processor']}, {threads}")
+        parts.append(f"{machine['processor']}, {threads}" if machine["device"] == "cpu" else machine["device"])
     parts.append(", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "peft") if name in versions))
     parts.append(f"commit {commit[:12]}{' with changes' if plus else ''}, {results['created']}")
     against = f", against commit {results['against'][:12]}" if "against" in results else ""
@@ -55,11 +71,7 @@ def source(results: Results, path: Path | None = None) -> str:
 
 
 def provider_table(
-    rows: Iterable[Row],
-    first: str,
-    columns: Sequence[tuple[str, str, float, int]],
-    floor: str | None = None,
-    last: Mapping[str, str] | None = None,
+    rows: Iterable[Row], first: str, columns: Columns, floor: str | None = None, last: Mapping[str, str] | None = None
 ) -> str:
     """A line for each provider.
 
@@ -69,10 +81,8 @@ def provider_table(
     """
     cells: dict[str, dict[str, float]] = {}
     for row in rows:
-        cell = cells.setdefault(row["provider"], {})
-        cell[row["metric"]] = row["value"]
-        if "spread" in row:
-            cell["spread"] = row["spread"]
+        more = {"spread": row["spread"]} if "spread" in row else {}
+        cells.setdefault(row["provider"], {}).update({row["metric"]: row["value"], **more})
     if floor is not None:
         for name, cell in cells.items():
             own = floor + "".join(name.partition(" @ ")[1:])  # the floor of the same process
@@ -90,27 +100,22 @@ SECONDS = ("seconds", "time", 1.0, 3), ("±", "spread", 1.0, 3)
 # ------------------------------------------------------------------------------------- one training step
 
 
-def step_shares(results: Results) -> list[str]:
-    """Our share of PEFT's overhead over the frozen step, by dropout."""
-    times = {row["provider"]: row for row in select(results, phase="step", metric="time")}
-    texts = []
-    for name in times:
+def step_text(results: Results) -> str:
+    rows = select(results, phase="step", metric="time")
+    times = {row["provider"]: row for row in rows}
+    text = f"{rows[0]['case']}; forward and backward, {rows[0]['count']} interleaved rounds.\n\n"
+    shares = []
+    for name, time in times.items():
         library, _, dropout = name.partition(", dropout ")
         if library == OURS and dropout and f"{PEFT}, dropout {dropout}" in times:
-            part = overhead(times[name], times[f"{PEFT}, dropout {dropout}"], times[FROZEN])
-            text = "within the noise" if part is None else f"{part[0]:.2f} ± {part[1]:.2f}"
-            texts.append(f"{text} at dropout {dropout}")
-    return texts
-
-
-def step_text(results: Results) -> str:
-    times = select(results, phase="step", metric="time")
-    text = f"{times[0]['case']}; forward and backward, {len(times[0]['rounds'])} interleaved rounds.\n\n"
+            part = overhead(time, times[f"{PEFT}, dropout {dropout}"], times[FROZEN])
+            share = "within the noise" if part is None else f"{part[0]:.2f} ± {part[1]:.2f}"
+            shares.append(f"{share} at dropout {dropout}")
     if "against" in results:  # the JSON has the times
         text += against_text(results, "step").lstrip()
     else:
-        text += provider_table(times, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
-    if shares := step_shares(results):
+        text += provider_table(rows, "provider", [*SECONDS, ("× frozen", "ratio", 1, 2)], FROZEN)
+    if shares:
         text += f"\nOur overhead over the frozen model is {', '.join(shares)} of PEFT's, within every round.\n"
     return text
 
@@ -118,23 +123,15 @@ def step_text(results: Results) -> str:
 def against_text(results: Results, phase: str) -> str:
     """This checkout's times over the other commit's, within every round."""
     rows = []
-    for case, times in by_case(select(results, phase=phase, metric="time")).items():
-        for name in times:
+    for case, times in nested(select(results, phase=phase, metric="time")).items():
+        for name, other in times.items():
             ours, mark, _ = name.partition(" @ ")
             if mark:
-                pairs = zip(times[ours]["rounds"], times[name]["rounds"], strict=True)
-                middle, spread = median_and_spread([a / b for a, b in pairs])
-                rows.append([case, ours, f"{middle:.3f} ± {spread:.3f}"])
+                pairs = zip(times[ours]["rounds"], other["rounds"], strict=True)
+                rows.append([case, ours, "{:.3f} ± {:.3f}".format(*median_and_spread([a / b for a, b in pairs]))])
     if not rows:
         return ""
     return f"\nThis checkout's time over commit {results['against'][:8]}'s:\n\n" + table(["case", "", "ratio"], rows)
-
-
-def by_provider(rows: Iterable[Row]) -> dict[str, list[float]]:
-    result: dict[str, list[float]] = {}
-    for row in rows:
-        result.setdefault(row["provider"], []).append(row["value"])
-    return result
 
 
 # ------------------------------------------------------------------------------------------ one layer
@@ -164,12 +161,12 @@ def layer_groups(results: Results) -> dict[tuple[Any, ...], list[str]]:
 
 
 def title_of(case: Mapping[str, Any], more: Sequence[str] = ()) -> str:
-    sizes = "".join(f" {key}={case[key]}" for key in more)
-    return f"{case['models'].split(',')[0]} {case['projection']} {case['N']}×{case['K']}{sizes}"
+    parts = case["models"].split(",")[0], case["projection"], f"{case['N']}×{case['K']}"
+    return " ".join([*filter(None, parts), *(f"{key}={case[key]}" for key in more)])
 
 
 def layer_text(results: Results) -> str:
-    times = by_case(select(results, phase="both", metric="time"))
+    times = nested(select(results, phase="both", metric="time"))
     peaks = {row["provider"]: row["value"] for row in select(results, case="machine")}
     text = (
         "Forward and backward, the gradient of the input included: times the frozen layer, in brackets the overhead "
@@ -182,10 +179,10 @@ def layer_text(results: Results) -> str:
         providers = unique(provider for name in names for provider in times[name])
         rows = [[p, *(layer_cell(times[name], p, rival(method)) for name in names)] for p in providers]
         if dtype in peaks:
-            least = [
-                fastest(case, peaks) / times[name][FROZEN]["value"] for name, case in zip(names, cases, strict=True)
-            ]
-            rows.append(["at the machine's peaks", *map(number, least)])
+            needs = (work(Case(**{key: case[key] for key in Case.__dataclass_fields__})) for case in cases)
+            least = (max(flops / (peaks[dtype] * 1e12), size / (peaks["bytes"] * 1e9)) for flops, size in needs)
+            frozen = (times[name][FROZEN]["value"] for name in names)
+            rows.append(["at the machine's peaks", *(number(a / b) for a, b in zip(least, frozen, strict=True))])
         fixed = [key for key in ("M", "R") if len({case[key] for case in cases}) == 1]
         titles = [title_of(case, [key for key in ("M", "R") if key not in fixed]) for case in cases]
         dropped = f", dropout {dropout:g}" if method == "lora" else ""
@@ -198,46 +195,33 @@ def layer_text(results: Results) -> str:
 def saved_text(results: Results) -> str:
     """What each provider saves for the backward pass at each dropout; the sweep's rows are in its JSON."""
     lines: dict[str, dict[str, list[str]]] = {}
-    for row in select(results, phase="both", metric="saved"):
+    for row in select(results, phase="both", metric="saved") if results["kind"] == "layer" else []:
         case = results["cases"][row["case"]]
-        if results["kind"] == "layer" and not row["provider"].startswith(FROZEN):
+        if not row["provider"].startswith(FROZEN):
             line = lines.setdefault(f"{case['method']}, {case['dtype']}: {row['provider']}", {})
             line.setdefault(title_of(case), []).append(number(row["value"] / MIB))
-    if not lines:
-        return ""
     shapes = unique(title_of(case) for case in results["cases"].values())
     cells = [[name, *(" / ".join(unique(of.get(shape, [NONE]))) for shape in shapes)] for name, of in lines.items()]
-    return "\nSaved for the backward pass, MiB, at dropout 0 / 0.1 where they differ:\n\n" + table(
-        ["", *shapes], sorted(cells)
-    )
+    title = "\nSaved for the backward pass, MiB, at dropout 0 / 0.1 where they differ:\n\n"
+    return title + table(["", *shapes], sorted(cells)) if lines else ""
 
 
-def fastest(case: Mapping[str, Any], peaks: Mapping[str, float]) -> float:
-    """Seconds of the adapted layer at the machine's peaks."""
-    flops, size = work(Case(**{key: case[key] for key in Case.__dataclass_fields__}))
-    return max(flops / (peaks[case["dtype"]] * 1e12), size / (peaks["bytes"] * 1e9))
-
-
-def lora_times(results: Results) -> dict[float, list[dict[str, Row]]]:
-    """dropout -> for each LoRA case its providers' times."""
-    times = by_case(select(results, phase="both", metric="time"))
-    result: dict[float, list[dict[str, Row]]] = {}
+def lora_times(results: Results, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Row]]]:
+    """What cases have in these fields -> for each LoRA case its providers' times."""
+    times = nested(select(results, phase="both", metric="time"))
+    result: dict[tuple[Any, ...], list[dict[str, Row]]] = {}
     for name, case in results["cases"].items():
         if case["method"] == "lora" and OURS in times[name]:
-            result.setdefault(case["dropout"], []).append(times[name])
+            result.setdefault(tuple(case[key] for key in keys), []).append(times[name])
     return result
 
 
 def layer_verdict(results: Results) -> list[str]:
     """How often each of the others has the smaller median."""
     lines = []
-    for dropout, cases in lora_times(results).items():
-        texts = []
-        for name in ADAPTERS:
-            both = [times for times in cases if name in times]
-            if both:
-                texts.append(f"{name} {sum(times[name]['value'] < times[OURS]['value'] for times in both)}")
-        if texts:
+    for (dropout,), cases in lora_times(results, "dropout").items():
+        faster = {name: [t[name]["value"] < t[OURS]["value"] for t in cases if name in t] for name in ADAPTERS}
+        if texts := [f"{name} {sum(each)}" for name, each in faster.items() if each]:
             lines.append(f"Faster than forgetless at dropout {dropout:g}, of {len(cases)} cases: {', '.join(texts)}.")
     return lines
 
@@ -250,18 +234,15 @@ def penalty_text(results: Results) -> str:
     columns = [("ms", "time", 1e3, 2), ("±", "spread", 1e3, 2), ("% of a step", "ratio", 100, 1)]
     columns += [("state MiB", "state", 1 / MIB, 1)]
     text = f"{rows[0]['case']}.\n\n" + provider_table(rows, "value and gradient", columns, "training step, LoRA")
-    text += f"\nTimes faster than the authors' loop, by basis: {clora_speedup(results)}.\n"
+    times = {row["provider"]: row["value"] for row in rows if row["metric"] == "time"}
+    faster = ((name, times["authors' CLoRA"] / time) for name, time in times.items() if name.startswith("NullSpace, "))
+    texts = ", ".join(f"{name.partition(', ')[2]} {factor:.1f}" for name, factor in faster)
+    text += f"\nTimes faster than the authors' loop, by basis: {texts}.\n"
     calibrations = select(results, phase="calibrate")
     if calibrations:
         text += f"\n`fl.calibrate` on {calibrations[0]['case']}, and plain passes over them:\n\n"
         text += provider_table(calibrations, "pass", [*SECONDS, ("× forward", "ratio", 1, 2)], "forward")
     return text
-
-
-def clora_speedup(results: Results) -> str:
-    times = {row["provider"]: row["value"] for row in select(results, phase="penalty", metric="time")}
-    factors = {name: times["authors' CLoRA"] / value for name, value in times.items() if name.startswith("NullSpace")}
-    return ", ".join(f"{name.partition(', ')[2]} {factor:.1f}" for name, factor in factors.items())
 
 
 def memory_text(results: Results) -> str:
@@ -274,9 +255,9 @@ def memory_text(results: Results) -> str:
 
 
 def qlora_text(results: Results) -> str:
-    losses = by_provider(select(results, metric="loss"))
+    losses = nested(select(results, metric="loss"), "provider", "phase")
     columns = [(f"{metric} MiB", metric, 1 / MIB, 1) for metric in ("weights", "saved", "peak")]
-    last = {name: " ".join(number(loss) for loss in values) for name, values in losses.items()}
+    last = {name: " ".join(number(row["value"]) for row in steps.values()) for name, steps in losses.items()}
     rows = select(results, phase="step")
     return (
         f"{rows[0]['case']}. Weights: of the frozen linear layers, scales included. Saved: for the backward pass. "
@@ -291,49 +272,33 @@ def dispatch_text(results: Results) -> str:
     return text + provider_table(rows, "provider", columns, rows[0]["provider"])
 
 
-def host_overheads(results: Results) -> dict[str, dict[str, float]]:
-    """provider -> phase -> seconds of the host over the frozen model, per layer."""
-    times: dict[str, dict[str, float]] = {}
-    for row in select(results, metric="time"):
-        times.setdefault(row["provider"], {})[row["phase"]] = row["value"]
-    frozen = times.pop(FROZEN)
-    return {name: {phase: value - frozen[phase] for phase, value in each.items()} for name, each in times.items()}
-
-
-def host_share(results: Results, name: str) -> float | None:
-    """A provider's overhead over PEFT's, forward and backward together."""
-    over = host_overheads(results)
-    return over[name]["both"] / over[PEFT]["both"] if PEFT in over else None
-
-
 def host_bench_text(results: Results) -> str:
-    rows, launches = [], {row["provider"]: row["value"] for row in select(results, metric="launches")}
-    for name, over in host_overheads(results).items():
-        times = [number(over[phase] * 1e6, 0) for phase in ("forward", "backward", "both")]
-        rows.append([name, *times, number(host_share(results, name)), number(launches.get(name))])
+    launches = {row["provider"]: row["value"] for row in select(results, metric="launches")}
+    times = nested(select(results, metric="time"), "provider", "phase")
+    frozen = times.pop(FROZEN)
+    over = {name: [each[phase]["value"] - frozen[phase]["value"] for phase in frozen] for name, each in times.items()}
+    rows = []
+    for name, seconds in over.items():
+        share = seconds[-1] / over[PEFT][-1] if PEFT in over else None
+        rows.append([name, *(number(t * 1e6, 0) for t in seconds), number(share), number(launches.get(name))])
     text = f"{results['rows'][0]['case']}. Per adapted layer, without a card: what the host does.\n\n"
     return text + table(["µs over frozen", "forward", "backward", "both", "× PEFT", "Triton's launches"], rows)
 
 
 def penalised_text(results: Results) -> str:
     """Each penalty, grouped and in the pass: counted operations, bytes and FLOPs, and a predicted time."""
-    costs: dict[str, dict[str, dict[str, float]]] = {}
-    for row in select(results, phase="penalty"):
-        costs.setdefault(row["case"], {}).setdefault(row["metric"], {})[row["provider"]] = row["value"]
     step = select(results, phase="step")[0]["value"]
-    forms: list[tuple[str, Callable[[float], str]]] = [
-        ("operations", "{:.0f}".format),
-        ("moved", lambda value: f"{value / 1e9:.2f}"),
-        ("FLOPs", lambda value: f"{value / 1e9:.0f}"),
-        ("predicted time", lambda value: f"{value / step:.2%}"),
-    ]
+    forms: dict[str, tuple[str, float, str]] = {
+        "held": ("MiB kept", MIB, ".0f"), "operations": ("torch operations", 1, ".0f"), "moved": ("GB", 1e9, ".2f"),
+        "FLOPs": ("GFLOP", 1e9, ".0f"), "predicted time": ("of the step's time", step, ".2%"),
+    }  # fmt: skip
+    cells: dict[str, dict[str, list[str]]] = {}
+    for row in select(results, phase="penalty"):
+        _, unit, form = forms[row["metric"]]
+        cells.setdefault(row["case"], {}).setdefault(row["metric"], []).append(f"{row['value'] / unit:{form}}")
     lines = [
-        [
-            name,
-            f"{of['held']['grouped'] / MIB:.0f}",
-            *(" → ".join(map(form, of[metric].values())) for metric, form in forms),
-        ]
-        for name, of in costs.items()
+        [name, of["held"][0], *(" → ".join(of[metric]) for metric in forms if metric != "held")]
+        for name, of in cells.items()
     ]
     text = (
         "Counted and predicted, not timed: 8192 tokens, rank 16, the seven linear layers of 32 blocks, an H100 at the "
@@ -341,27 +306,23 @@ def penalised_text(results: Results) -> str:
         "(grouped) → in the kernels' passes. Bytes of the kernels are in closed form, operations and bytes of torch "
         "are counted on tensors without storage.\n\n"
     )
-    columns = ["penalty", "MiB kept", "torch operations", "GB", "GFLOP", "of the step's time"]
-    return text + table(columns, lines)
+    return text + table(["penalty", *(title for title, *_ in forms.values())], lines)
 
 
 def check_text(results: Results) -> str:
     """How near each kernel's worst result comes to its limit; what is over it or without a result is in the notes."""
     rows = []
-    for kernel, values in by_provider(select(results, phase="check")).items():
-        right = [value for value in values if value is not None and value <= 1]
-        rows.append([kernel, f"{len(right)} of {len(values)}", number(max(right, default=None))])
+    for kernel, cases in nested(select(results, phase="check"), "provider", "case").items():
+        right = [row["value"] for row in cases.values() if row["value"] is not None and row["value"] <= 1]
+        rows.append([kernel, f"{len(right)} of {len(cases)}", number(max(right, default=None))])
     return table(["kernel", "right", "worst error of these, of the limit"], rows)
 
 
 def host_text(results: Results) -> str:
     """What the host takes to issue a layer's work."""
-    times = by_case(select(results, phase="both", metric="host time"))
-    rows = []
-    for name in unique(name for case in times.values() for name in case):
-        cells = [number(case[name]["value"] * 1e6, 0) if name in case else NONE for case in times.values()]
-        rows.append([name, *cells])
-    return "\nThe host's time for the same, µs:\n\n" + table(["provider", *times], rows) if rows else ""
+    rows = select(results, phase="both", metric="host time")
+    cells = pivot(rows, "provider", "provider", "case", lambda r: number(r["value"] * 1e6, 0))
+    return cells and f"\nThe host's time for the same, µs:\n\n{cells}"
 
 
 #: kind -> (title, text).

@@ -27,13 +27,13 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from forgetless_kernels import launcher, matmul_lowrank, sums, tiles
 
-from .harness import RESULTS, ROOT, Parser, Results, read, row, start, write_json
+from .harness import RESULTS, ROOT, Parser, Results, begin, read, row, write_json
+from .host import NoCard
 from .target_cases import Case, calls, everything, subset
 
 # ---------------------------------------------------------------------------------- what is compiled
@@ -41,22 +41,6 @@ from .target_cases import Case, calls, everything, subset
 Record = dict[str, Any]
 ARCHS = (80, 86, 89, 90, 100, 120)
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-
-
-class _NoDriver:
-    """Answers what the compiler asks of a driver; each architecture is a device of its own."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
 
 
 @contextlib.contextmanager
@@ -77,7 +61,7 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         (matmul_lowrank, "programs_of", lambda device: PROCESSORS[arch]),
         (sums, "sweep_pays", lambda *sizes: True),
         (launcher, "KNOWN", False),  # every launch by the call that is patched here
-        (driver, "_active", _NoDriver(arch)),
+        (driver, "_active", NoCard(arch, device=arch)),  # each architecture is a device of its own
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in patches:
@@ -212,60 +196,45 @@ def occupancy(registers: int, shared: int, warps: int, arch: int) -> int:
 
 def macs_a_step(record: Record) -> int:
     """Multiply-adds that one step of the kernel's main loop, and what surrounds it, must hold"""
-    block, name = record["block"], record["kernel"].removeprefix("grouped_")
-    M, K, R, N = (block.get(axis, 0) for axis in "MKRN")
-    if name in ("project", "outer", "project_outer"):
-        return M * K * R * (2 if name == "project_outer" else 1)
-    if name.startswith("matmul"):
-        return M * N * K + M * N * R
-    if name == "linear_lowrank":
-        return M * N * K + M * K * R + M * N * R
-    return 0
+    M, K, R, N = (record["block"].get(axis, 0) for axis in "MKRN")
+    name, skinny = record["kernel"].removeprefix("grouped_"), M * K * R
+    whole = {
+        "project": skinny,
+        "outer": skinny,
+        "project_outer": 2 * skinny,
+        "linear_lowrank": M * N * (K + R) + skinny,
+    }
+    return whole.get(name, M * N * (K + R) if name.startswith("matmul") else 0)
 
 
 def bytes_a_tile(record: Record) -> int:
     """Bytes that a program must store at least, whatever it stores them with"""
-    block, name = record["block"], record["kernel"].removeprefix("grouped_")
-    size = 4 if record["dtype"] == "float32" else 2
-    if name == "project":
-        return block["M"] * block["R"] * size
-    if name == "outer":
-        return block["R"] * block["K"] * 4
-    if name == "project_outer":
-        return (block["M"] + block["K"]) * block["R"] * 4
-    if name in ("matmul_lowrank", "linear_lowrank", "matmul", "sum"):
-        return block["M"] * block["N"] * size
-    return 0
+    M, K, R, N = (record["block"].get(axis, 0) for axis in "MKRN")
+    name, size = record["kernel"].removeprefix("grouped_"), 4 if record["dtype"] == "float32" else 2
+    whole = M * N * size if name in ("matmul_lowrank", "linear_lowrank", "matmul", "sum") else 0
+    return {"project": M * R * size, "outer": R * K * 4, "project_outer": (M + K) * R * 4}.get(name, whole)
 
 
 def problems(record: Record) -> list[str]:
     """What is wrong with a compiled kernel; nothing, if all is well"""
-    result = []
-    limit = tiles.SHARED[record["arch"]]
-    if record["shared"] > limit:
-        result.append(f"{record['shared']} bytes of shared memory, the card has {limit}")
-    if record["stack"] or record["spills"]:
-        result.append(f"spills: STACK:{record['stack']}, {record['spills']} local loads and stores")
-    expected = macs_a_step(record)
-    if record["dtype"] == "float32":
-        if expected and not record["fma"]:
-            result.append("no FMA")
-    elif record["macs"] < expected:
-        result.append(f"{record['macs']} multiply-adds on tensor cores, a step needs {expected}")
+    limit, expected, least = tiles.SHARED[record["arch"]], macs_a_step(record), bytes_a_tile(record)
+    float32, described = record["dtype"] == "float32", record["kernel"].endswith("descriptor")
     best = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(record["arch"])
     wide = record["kernel"].startswith(("matmul", "linear", "grouped_matmul")) and record["block"]["M"] >= 64
-    if best and wide and record["dtype"] != "float32" and best not in record["mma"]:
-        result.append(f"{record['mma']} where the card has {best}")
-    if record["kernel"].endswith("descriptor"):
-        if record["bulk_stores"] < 2:
-            result.append(f"{record['bulk_stores']} bulk stores of 2")
-    elif record["written"] < bytes_a_tile(record) or not record["written"]:
-        result.append(f"{record['written']} bytes stored of {bytes_a_tile(record)}")
-    if record["serialized"]:
-        result.append(f"serialized: {record['serialized']}")
-    if not record["blocks_per_sm"]:
-        result.append("not one block fits a multiprocessor")
-    return result
+    stored = not described and (record["written"] < least or not record["written"])
+    spills = f"STACK:{record['stack']}, {record['spills']} local loads and stores"
+    checks = [
+        (record["shared"] > limit, f"{record['shared']} bytes of shared memory, the card has {limit}"),
+        (record["stack"] or record["spills"], f"spills: {spills}"),
+        (float32 and expected and not record["fma"], "no FMA"),
+        (not float32 and record["macs"] < expected, f"{record['macs']} multiply-adds on tensor cores of {expected}"),
+        (best and wide and not float32 and best not in record["mma"], f"{record['mma']} where the card has {best}"),
+        (described and record["bulk_stores"] < 2, f"{record['bulk_stores']} bulk stores of 2"),
+        (stored, f"{record['written']} bytes stored of {least}"),
+        (record["serialized"], f"serialized: {record['serialized']}"),
+        (not record["blocks_per_sm"], "not one block fits a multiprocessor"),
+    ]
+    return [text for wrong, text in checks if wrong]
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -318,19 +287,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--triton", help="another version of Triton")
-    options = parser.parse_args(given)
+    parser.set_defaults(device="cpu", smoke=False)
+    options, _, results = begin(parser, "targets", given)
     if options.triton and options.triton != triton.__version__:  # Triton is imported: go on in a process with that one
         path = [str(beside(options.triton)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
         return subprocess.run([sys.executable, "-m", "bench", "targets", *given], env=environment, cwd=ROOT).returncode
     cases = [case for case in (everything() if options.all else subset()) if options.only in str(case)]
     records = collect(cases, options.archs, options.jobs, show=True)
-    bad = [r for r in records if r["problems"]]
     if options.all and not options.only and options.archs == ARCHS:
-        options.device, options.smoke = "cpu", False
-        write(records, start("targets", options, given))
+        write(records, results)
     else:
         for r in records:
             print(json.dumps({key: value for key, value in r.items() if key != "problems"}))
-    print(f"Triton {triton.__version__}: {len(records)} kernels compiled, {len(bad)} with problems")
+    bad = sum(bool(r["problems"]) for r in records)
+    print(f"Triton {triton.__version__}: {len(records)} kernels compiled, {bad} with problems")
     return bool(bad)

@@ -81,8 +81,8 @@ def adapt_layers(
     for site in sites.values():
         if site.weight.is_meta and any(hasattr(module, "_hf_hook") for module in model.modules()):
             raise ValueError(
-                f"the weight of {site.name} is offloaded with the module around it, and cannot be adapted there; keep "
-                "experts on a device, and leave preload_module_classes out"
+                f"the weight of {site.name} is offloaded with the module around it, and cannot be adapted there; "
+                "leave preload_module_classes out"
             )
     built = {name: build(method, site, layers[name]) for name, site in sites.items()}
     model.requires_grad_(False)
@@ -283,7 +283,7 @@ def explain(model: nn.Module) -> Report:
     """
     from .peft.explain import reports
 
-    listed = reports(model)
+    listed = reports(checked(model))
     layers = adapters(model) if listed else _adapters(model)
     report = Report(listed, {} if listed else passed_over(model))
     idle = set(uncalled(layers))

@@ -15,8 +15,8 @@ there: run the layer once before capturing, as torch asks of every graph.
 
 Two runs give the same bits: no float is ever added atomically, and partial sums are added in the order of rows. How
 rows are cut into strips depends on sizes and tiles, never on the card or on what it does beside. Offsets are 64 bits
-wide. Byte counts of every kernel are in closed form in ``bench/static.py`` and asserted in
-``tests/triton_kernels/test_bytes.py``.
+wide. Byte counts of the kernels are in closed form in ``bench/static.py`` and asserted in
+``tests/triton_kernels/test_bytes.py``, those of experts in ``test_grouped.py`` beside it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles, tl_utils
-from .grouped import grouped_matmul_lowrank, grouped_outer, grouped_project, grouped_sum
+from .grouped import grouped_matmul_lowrank, grouped_outer, grouped_project
+from .grouped_sum import grouped_sum
 from .launcher import Facts, Launch, prepared
 from .mask import keep_bits
 from .matmul_lowrank import MOST_RANKS, add_products, matmul_lowrank, most_pairs

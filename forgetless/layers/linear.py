@@ -274,7 +274,8 @@ class AdaptedLinear(Standing):
         trace = Trace(sample(x) if sampled else None, seen, made) if kept else None
         if trace is not None and self.trace is not None and self.passes is not None and self.passes.level is not None:
             trace = trace.after(self.trace)  # the layer is used more than once
-        self.__dict__.update(trace=trace, called=True)
+        state = self.__dict__
+        state["trace"], state["called"] = trace, True
 
     def enter(self) -> None:
         """It is called; RuntimeError if a checkpoint recomputes it in another scale: see ``Passes.enter``."""

@@ -34,9 +34,10 @@ from .plans import Choice, Route
 
 kernels: Any = None
 try:
-    from forgetless_kernels import fused as kernels  # type: ignore[no-redef]
-    from forgetless_kernels import tiles
+    from forgetless_kernels import fused, tiles
     from forgetless_kernels.tl_utils import LaunchError
+
+    kernels = fused
 except ImportError as error:
     if error.name is None or not error.name.startswith("triton"):
         raise

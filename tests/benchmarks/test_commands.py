@@ -6,6 +6,7 @@ import io
 import json
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from forgetless_bench.shapes import Case  # noqa: E402
 
 CPU = torch.device("cpu")
 KINDS = ("layer", "penalty", "step", "memory", "dispatch")
-TINY = {"shape": "tiny", "M": 8, "R": 4, "dtype": "float32", "dropout": 0.0, "method": "lora"}
+TINY = {"shape": "tiny.q", "M": 8, "R": 4, "dtype": "float32", "dropout": 0.0, "method": "lora"}
 CHECKOUT = (harness.ROOT / ".git").exists()
 
 
@@ -60,7 +61,8 @@ def test_results_say_what_ran_and_where(smoke):
     for name, data in smoke.items():
         assert data["kind"] == name and data["schema"] == harness.SCHEMA and data["smoke"] is True
         assert data["command"] == f"python -m bench {name} --smoke --device cpu"
-        assert set(data["machine"]) == {"processor", "cores", "threads", "gpu"} and data["versions"]["torch"]
+        assert set(data["machine"]) == {"system", "processor", "cores", "threads", "device"}
+        assert data["versions"]["torch"]
         assert data["rows"] and isinstance(data["notes"], list) and "commit" in data
         for row in data["rows"]:
             assert list(row)[:6] == ["case", "provider", "phase", "metric", "value", "unit"]
@@ -85,8 +87,8 @@ def test_rows_of_layers(smoke):
 def test_the_sweeps_are_a_run_of_their_own(sweep):
     assert sweep["kind"] == "sweep" and sweep["command"].startswith("python -m bench layer --sweep")
     sizes = [(case["shape"], case["M"], case["R"]) for case in sweep["cases"].values()]
-    tiny = [("tiny", 8, 2), ("tiny", 8, 4), ("tiny.k", 4, 4), ("tiny.k", 8, 4)]
-    assert sorted(set(sizes)) == tiny and {case["dropout"] for case in sweep["cases"].values()} == {0.0}
+    tiny = [("tiny.q", 8, 2), ("tiny.q", 8, 4), ("tiny.k", 4, 4), ("tiny.k", 8, 4)]
+    assert sorted(set(sizes)) == sorted(tiny) and {case["dropout"] for case in sweep["cases"].values()} == {0.0}
 
 
 def test_rows_of_the_others(smoke):
@@ -229,7 +231,7 @@ def test_tables_from_results(smoke, sweep, house, capsys):
 def made_up(providers_of: dict[str, list[list[float]]]) -> dict[str, Any]:
     """Results of as many LoRA cases as there are lists of rounds."""
     count = len(next(iter(providers_of.values())))
-    cases = [Case("tiny", M, 4, "float32", 0.0, "lora") for M in range(8, 8 + count)]
+    cases = [Case("tiny.q", M, 4, "float32", 0.0, "lora") for M in range(8, 8 + count)]
     rows = [
         harness.time_row(case.name, provider, "both", rounds[index])
         for index, case in enumerate(cases)
@@ -299,12 +301,28 @@ def test_static_is_written_with_the_schema(tmp_path, capsys):
     assert "forgetless once" in report.static_text(results, path)
 
 
-def test_the_best_of_several_tries_counts():
-    from forgetless_bench import test_ratios
-
-    values = iter([3.0, 1.2, 1.0])
-    assert test_ratios.best(lambda: next(values), 1.0) == 1.2
-    assert test_ratios.best(iter([2.0, 1.9, 1.8]).__next__, 1.0) == 1.8
+@pytest.mark.skipif(not (harness.ROOT / "pyproject.toml").exists(), reason="not a source checkout")
+def test_microbenchmarks_write_rows_of_our_schema(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "micro.json"
+    words = ["--benchmark-only", f"--benchmark-json={path}", "--benchmark-max-time=0.01", "--benchmark-min-rounds=3"]
+    run = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", *words, "-k", "outer"]
+    shapes = ["--shapes", "24x16,32x48", "--tokens", "16", "--rank", "4", "--dtype", "float32"]
+    done = subprocess.run([*run, *shapes], cwd=harness.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = harness.read(path)["rows"]
+    native = "Triton" if torch.cuda.is_available() else "interpreter"
+    expected = {
+        (f"{shape} M=16 R=4 float32 lora dropout 0", f"{kernel}, {backend}")
+        for shape in ("24x16", "32x48")
+        for kernel in ("outer", "project_outer")
+        for backend in ("BLAS", native)
+    }
+    assert {(row["case"], row["provider"]) for row in rows} == expected
+    assert all(row["phase"] == "kernel" and row["unit"] == "s" and 0 < row["low"] <= row["value"] for row in rows)
+    assert json.loads(path.read_text())["benchmarks"][0]["extra_info"]["phase"] == "kernel"
+    done = subprocess.run([*run, "--shapes", "no-such"], cwd=harness.ROOT, capture_output=True, text=True)
+    assert done.returncode and "'no-such' is neither NxK nor one of smollm2.q" in done.stderr
 
 
 def test_qlora_trains_on_both_bases(tmp_path):
@@ -312,6 +330,6 @@ def test_qlora_trains_on_both_bases(tmp_path):
     pytest.importorskip("peft")
     assert cli.main(["qlora", "--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "qlora-cpu.json").read_text())
-    losses = tables.by_provider(harness.select(results, metric="loss"))
+    losses = tables.nested(harness.select(results, metric="loss"), "provider", "phase")
     assert len(losses) == 4 and all(len(values) == 2 for values in losses.values())
     assert "NF4 base, swapped in" in tables.qlora_text(results)

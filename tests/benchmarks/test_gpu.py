@@ -59,7 +59,7 @@ def test_a_kernel_that_faults_costs_the_others_nothing(gpu_run, tmp_path, capsys
             todo = kernels_of(command)
             if todo[0] == "outer":
                 return -11
-            end = todo.index("matmul_lowrank") + 1 if "matmul_lowrank" in todo else len(todo)
+            end = todo.index("matmul_lowrank_t") + 1 if "matmul_lowrank_t" in todo else len(todo)
             write_check(tmp_path, todo[:end], [f"wrong: {todo[end - 1]}"] if end < len(todo) else [])
         return 0
 
@@ -69,7 +69,7 @@ def test_a_kernel_that_faults_costs_the_others_nothing(gpu_run, tmp_path, capsys
     assert [command[0] for command in ran[3:]] == ["layer", "step", "memory", "penalty", "dispatch", "layer"]
     results = json.loads((tmp_path / "check-card.json").read_text())
     assert {row["provider"] for row in results["rows"]} == set(gpu.KERNELS) - {"outer"}
-    assert results["notes"] == ["wrong: matmul_lowrank", "outer was not checked"]
+    assert results["notes"] == ["wrong: matmul_lowrank_t", "outer was not checked"]
     assert "note: check of outer failed" in capsys.readouterr().out
 
 

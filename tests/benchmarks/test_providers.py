@@ -172,8 +172,8 @@ def test_authors_curlora_of_a_whole_model_is_ours():
 
 def test_flops_are_those_that_torch_counts():
     base, down, up = layer(torch.float32, bias=False)
-    case = shapes.Case("tiny", M, R, "float32", 0.0, "lora")
-    assert (shapes.SHAPES["tiny"].N, shapes.SHAPES["tiny"].K) == (N, K)
+    case = shapes.Case("tiny.q", M, R, "float32", 0.0, "lora")
+    assert (shapes.SHAPES["tiny.q"].N, shapes.SHAPES["tiny.q"].K) == (N, K)
     x = torch.randn(M, K, requires_grad=True)
     for frozen, run in ((True, base), (False, providers.Eager(base, down, up, 1.0))):
         with FlopCounterMode(display=False) as counter:
@@ -184,11 +184,11 @@ def test_flops_are_those_that_torch_counts():
 def test_what_does_not_fit_is_left_out_with_a_note(monkeypatch):
     monkeypatch.setattr(shapes, "available_bytes", lambda device: 1 << 20)
     options = types.SimpleNamespace(
-        shapes=["tiny", "llama3.up"], dtypes=["float32"], methods=["lora"], dropout=[0.0], tokens=[8], ranks=[4]
+        shapes=["tiny.q", "llama3.up"], dtypes=["float32"], methods=["lora"], dropout=[0.0], tokens=[8], ranks=[4]
     )
     notes: list[str] = []
     cases = shapes.fitting(shapes.grid(options), CPU, notes)
-    assert [case.shape for case in cases] == ["tiny"]
+    assert [case.shape for case in cases] == ["tiny.q"]
     assert len(notes) == 1 and "llama3.up" in notes[0] and "left out" in notes[0]
 
 

@@ -34,7 +34,7 @@ INNER: dict[str, tuple[str, ...]] = {
     "forgetless.ops.reference": (
         "project", "matmul_lowrank", "outer", "project_outer", "linear_lowrank", "keep_mask",
     ),
-    "forgetless.ops.dispatch": ("choose", "Choice", "forget"),
+    "forgetless.ops.plans": ("choose", "Choice", "forget"),
     "forgetless_kernels.fused": ("project", "matmul_lowrank", "outer", "project_outer", "linear_lowrank"),
     "forgetless_kernels.tiles": ("Tile", "forced", "tile_for"),
 }  # fmt: skip

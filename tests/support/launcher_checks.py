@@ -29,7 +29,13 @@ class Recording(host.NoCard):
         self.compiled: list[str] = []
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *arguments: self.seen.append((metadata.name, *map(plain, arguments)))
+        def launch(*arguments: Any) -> None:
+            *given, enter, leave = arguments[:9]
+            if not any(getattr(hook, "calls", ()) for hook in (enter, leave)):  # nobody is told anything
+                given[6], enter, leave = None, None, None
+            self.seen.append((metadata.name, *map(plain, (*given, enter, leave, *arguments[9:]))))
+
+        return launch
 
     def load_binary(self, name: str, *rest: Any) -> tuple[int, int, int, int, int]:
         self.compiled.append(name)
@@ -195,7 +201,13 @@ def hooks(card: Recording) -> None:
         knobs.runtime.add_stages_inspection_hook = None
     with no_jit():
         fused.project(x, down)
-    assert met == ["before"] and card.seen[-1] == card.seen[0] and "_project_kernel" in card.seen[0][1:]  # metadata
+    assert met == ["before"] and card.seen[-1] == card.seen[0]
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        hook.add(met.append)
+        with no_jit():
+            fused.project(x, down)
+        assert card.seen[-1] != card.seen[0] and "_project_kernel" in card.seen[-1][1:]  # metadata
+        hook.remove(met.append)
 
 
 def little_is_kept(card: Recording) -> None:

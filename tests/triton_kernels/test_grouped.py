@@ -256,12 +256,30 @@ def test_two_runs_give_the_same_bits(function):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
 @every_function
-def test_x_is_read_in_place(function, meter):
-    """By token, rows of x are looked up by the kernel: nothing of S rows is made but the result."""
-    rows = rows_of([6, 0, 20, 4], tokens=15)
-    tensors = operands(function, rows, 16, 32, 8, torch.bfloat16, True)
+def test_rows_of_x_are_read_in_place_and_of_the_stack_what_has_rows(function, meter):
+    """By token, the kernel looks rows up: nothing is made but the result. Bytes are those of the formula."""
+    counts, N, K, R, tile = [6, 0, 20, 4], 64, 32, 8, 16
+    rows = rows_of(counts, tokens=15)
+    blocks, S, E = sum(-(-count // tile) for count in counts), sum(counts), len(counts)
+    tensors = operands(function, rows, N, K, R, torch.bfloat16, True)
     result = run(function, rows, tensors, 0.0, True)
     assert [t.shape for t in meter.made] == [result.shape] and len(meter.launches) == 1
+    names = {
+        "grouped_project": ("x", "down"),
+        "grouped_matmul_lowrank": ("x", "weight", "h", "up", "bias"),
+        "grouped_outer": ("g", "x"),
+    }[function]
+    named = {**dict(zip(names, tensors, strict=True)), "tokens": rows.tokens, "ends": rows.ends}
+    loads, stores = meter.total(named, ["result"])
+    columns = N // 32 if function == "grouped_matmul_lowrank" else 1  # of tiles
+    padded = S if function == "grouped_outer" else blocks * tile
+    assert loads["x"] == padded * K * 2 * columns and loads["tokens"] == padded * 8 * columns
+    if function == "grouped_matmul_lowrank":
+        assert loads["weight"] == blocks * N * K * 2 and stores == {"result": S * N * 2}
+    elif function == "grouped_project":
+        assert loads["down"] == blocks * 16 * K * 4 and stores == {"result": S * R * 2}
+    else:
+        assert loads["g"] == S * 16 * 2 and stores == {"result": E * R * K * 2}
 
 
 def test_what_does_not_fit_is_refused_before_a_launch():
