@@ -31,6 +31,7 @@ from .metrics import continual, summary
 from .models import describe
 from .plans import Plan
 from .runs import Store, put_aside, slug
+from .samples import answers
 from .session import CompareOptions, Session, checksum, needs_calibration, prepare
 from .stats import mean
 from .train import DIVERGED, FINISHED, INTERRUPTED, Step, TrainConfig, train, trainable
@@ -68,6 +69,12 @@ def evaluate(session: Session, plan: Plan | None, after: int = -1, midway: bool 
     if session.facts:
         matches["facts"] = list(facts(model, session.tokenizer))
     return matches
+
+
+def samples(session: Session) -> dict[str, list[dict[str, str]]]:
+    """Answers to a few held-out prompts of each task."""
+    held_out = {task.name: session.held_out[task.name] for task in session.tasks}
+    return {name: answers(session.model, session.tokenizer, rows) for name, rows in held_out.items()}
 
 
 def drift(session: Session, plan: Plan) -> dict[str, float]:
@@ -108,6 +115,8 @@ def run_row(session: Session, plan: Plan, seed: int, row: dict[str, Any], ui: Ui
         factor = finish(session, plan, task, row) if result.stopped == FINISHED else 1.0
         with scaling(model, factor):
             row["stages"].append({"after": task.name, "factor": factor, **evaluate(session, plan)})
+            if task is session.tasks[-1]:
+                row["stages"][-1]["samples"] = samples(session)
         if result.stopped != FINISHED:
             break
         if plan.extras.folds and i < len(session.tasks) - 1:
@@ -163,7 +172,13 @@ def base_row(session: Session, store: Store, ui: Ui) -> dict[str, Any]:
     path, mark, row = store.find(None, None)
     if row is None:
         ui.say("base: evaluating")
-        row = {"fingerprint": mark, "commit": commit(), "label": "base", **evaluate(session, None)}
+        row = {
+            "fingerprint": mark,
+            "commit": commit(),
+            "label": "base",
+            **evaluate(session, None),
+            "samples": samples(session),
+        }
         store.keep(path, row)
     return row
 

@@ -77,6 +77,9 @@ def test_results_hold_everything(finished: Path) -> None:
         assert all(len(t["loss"]) == len(t["penalty"]) == len(t["grad_norm"]) == 6 for t in row["tasks"])
         assert row["trainable"] > 0 and row["seconds_per_step"] > 0 and row["peak_mib"] > 0 and row["drift"] > 0
         assert len(row["stages"][-1]["drift_layers"]) == 14
+        assert "samples" not in row["stages"][0] and set(row["stages"][-1]["samples"]) == {"upper", "swap"}
+        asked = [[{**s, "answer": ""} for s in of["samples"]["upper"]] for of in (found["base"], row["stages"][-1])]
+        assert asked[0] == asked[1] and len(asked[0]) == 2, "the same prompts before and after"
         assert ("calibrate_seconds" in row) == (row["label"] in ("LaLoRA", "LoRA+source"))
 
 
@@ -125,7 +128,11 @@ def test_the_report_is_one_file(finished: Path) -> None:
     links = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len(links) == 3 and all(link.startswith("data:image/png;base64,iVBOR") for link in links)
     assert "http" not in re.sub(r'src="[^"]*"', "", page) and "<script" not in page
-    assert "Losses are mean negative log-likelihoods" in page and "forgetless compare --model" in page
+    assert (
+        "Answers before and after" in page
+        and "Losses are mean negative log-likelihoods" in page
+        and "forgetless compare --model" in page
+    )
     assert page.count("LoRA+source") >= 2
 
 
