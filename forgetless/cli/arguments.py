@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 #: Texts that are built in (``forgetless.study.data.BUILTIN``): named in the help without importing the study.
 TEXTS = (
     "django-de", "django-es", "django-fi", "django-fr", "django-pl", "tool-calls",
-    "news", "python", "python-docs", "wikipedia",
+    "news", "python", "python-docs", "shakespeare", "wikipedia",
 )  # fmt: skip
 ROWS = ".jsonl, .json, .csv, .parquet (messages, prompt and completion, Alpaca, ShareGPT, text), .txt or a folder"
-METHOD = "NAME[+PART]...[:FIELD=VALUE,...], e.g. clora, lora+source=0.03, clora:k=512,lr=1e-3, source+consolidate, full"
+METHOD = "NAME[+PART]...[:FIELD=VALUE,...], e.g. clora, lora+source=0.03, clora:k=512,lr=1e-3, lora+retain=0.3, full"
 
 
 def fail(message: str) -> int:

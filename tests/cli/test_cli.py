@@ -98,7 +98,7 @@ BAD = {
         "and could not be had from the hub: no connection",
     ),
     "model folder": ({"model": "/nowhere/at/all"}, "no such model file or folder: /nowhere/at/all"),
-    "no text to keep": ({"method": "lalora", "keep": "facts"}, "LaLoRA: calibrated on text to keep"),
+    "no text to keep": ({"method": "lalora", "keep": "facts"}, "LaLoRA: needs source text"),
     "missing file": ({"task": "nothing.jsonl"}, "nothing.jsonl: no such file"),
 }
 
