@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files import write_atomically
-from .frontier import FREE, PARTS, Frontiers, best, frontiers, reading, summary
+from .frontier import FREE, PARTS, Point, best, frontiers, summary
 from .metrics import main_rows, names
 from .page import command_of
 from .palette import colour, method_of
@@ -20,8 +20,6 @@ from .stats import interval
 
 #: Where the text compares.
 SHARE = 0.95
-#: Shares of LoRA's learning that the picture shows.
-FROM, TO, STEPS = 0.6, 1.15, 56
 #: That read other text, or more of it, while they train.
 REPLAY = ("lora+replay", "lora+self-replay", "lora+kl")
 
@@ -80,7 +78,7 @@ def table(studies: list[dict[str, Any]]) -> str:
     for study in studies:
         tasks, _ = names(study)
         heads += [f"{tasks[0]}, {tasks[-1]}: kept text", f"{tasks[0]} lost", "learned, at most"]
-    heads += ["extra forward passes", "time of LoRA"]
+    heads.append("extra forward passes")
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     summaries = [summary(study)[f"{SHARE:g}"]["families"] for study in studies]
     drawn = [frontiers(study) for study in studies]
@@ -99,83 +97,57 @@ def table(studies: list[dict[str, Any]]) -> str:
                 cells.append(f"**{text}**" if mark[part] == family else text)
             most = statistics.fmean(max(p.learnt for p in points) for points in curves[family].values())
             cells.append(f"{most:.0%}")
-        cells += costs(studies, family)
+        cells.append(passes(studies, family))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def costs(studies: list[dict[str, Any]], family: str) -> list[str]:
-    """Forward passes beyond those of training, and seconds in units of plain LoRA's, medians over all runs."""
+def passes(studies: list[dict[str, Any]], family: str) -> str:
+    """Forward passes of both tasks beyond those of training: the median over all runs."""
     rows = [row for study in studies for row in main_rows(study) if method_of(row["label"]) == family]
-    passes = statistics.median(row.get("extra_forwards", 0) for row in rows)
-    ratios = []
-    for study in studies:
-        per_step = {
-            f: statistics.median(r["seconds_per_step"] for r in main_rows(study) if method_of(r["label"]) == f)
-            for f in {method_of(r["label"]) for r in main_rows(study)}
-            if f in (family, "lora")
-        }
-        if len(per_step) == 2 or family == "lora":
-            ratios.append(per_step[family] / per_step["lora"])
-    return [f"{passes:g}", f"{statistics.median(ratios):.2f}" if ratios else "–"]
+    return f"{statistics.median(row.get('extra_forwards', 0) for row in rows):g}"
 
 
 def draw(studies: list[dict[str, Any]]) -> bytes:
-    """Frontiers: kept text above, the first task below, a column for each sequence; bands are 95 % intervals."""
+    """Frontiers: kept text above, the first task below, a column for each sequence."""
     figure = Figure(figsize=(5.6 * len(studies), 7.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(PARTS), len(studies), squeeze=False, sharex=True)
+    axes = figure.subplots(len(PARTS), len(studies), squeeze=False, sharex="col")
     labels: dict[str, Any] = {}
     for column, study in enumerate(studies):
         tasks, _ = names(study)
         curves = frontiers(study)
         for row, part in enumerate(PARTS):
             axis = axes[row][column]
-            for family in curves:
-                labels.setdefault(title(family), _curve(axis, family, curves, part))
+            for family in sorted(curves, key=lambda f: f not in FREE):
+                labels.setdefault(title(family), _curve(axis, family, curves[family], part))
+            seen = [getattr(p, part) for seeds in curves.values() for points in seeds.values() for p in points]
+            room = 0.06 * (max(seen) - min(seen)) or 1.0
+            axis.set_ylim(min(0, *seen) - room, max(seen) + room)
             axis.axhline(0, color="black", linewidth=0.8)
-            axis.set_xlim(FROM, TO)
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+            axis.set_title(" → ".join(tasks) if row == 0 else "")
+            axis.set_xlabel("learned, share of what LoRA learned" if row else "")
             if column == 0:
                 axis.set_ylabel("nats per token of kept text" if part == "kept" else "nats per token of the first task")
-            if row == 0:
-                axis.set_title(" → ".join(tasks))
-            else:
-                axis.set_xlabel("learned, share of what LoRA learned")
-                axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle("Forgotten against learned: right and down is better")
     return png(figure)
 
 
-def _curve(axis: Any, family: str, curves: Frontiers, part: str) -> Any:
-    """The mean frontier over seeds with its interval; single strengths are points with bars."""
-    style = {"color": colour(family)}
-    seeds = curves[family]
-    grid = [FROM + (TO - FROM) * i / (STEPS - 1) for i in range(STEPS)]
-    lows = max(min(p.learnt for p in points) for points in seeds.values())
-    shown = []
-    for share in grid:
-        values = [reading(points, share, part) for points in seeds.values()]
-        if share >= lows and None not in values:
-            middle = interval(values)
-            assert middle is not None
-            shown.append((share, middle["mean"], middle["low"], middle["high"]))
-    labels = {p.label for points in seeds.values() for p in points}
-    heavy = {"linewidth": 2.2} if family not in FREE else {"linewidth": 1.6}
-    handle = None
-    if len(shown) > 1 and len(labels) > 1:
-        xs, ys, low, high = zip(*shown, strict=True)
-        (handle,) = axis.plot(xs, ys, **style, **heavy)
-        if None not in low:
-            axis.fill_between(xs, low, high, alpha=0.15, linewidth=0, **style)
-    for label in sorted(labels):
+def _curve(axis: Any, family: str, seeds: dict[int, list[Point]], part: str) -> Any:
+    """The means of all strengths, joined; every run as a small mark; bars are intervals of three seeds or more."""
+    style: dict[str, Any] = {"color": colour(family)}
+    marks = []
+    for label in {p.label: None for points in seeds.values() for p in points}:
         chosen = [p for points in seeds.values() for p in points if p.label == label]
-        x, y = statistics.fmean(p.learnt for p in chosen), interval(getattr(p, part) for p in chosen)
+        y = interval(getattr(p, part) for p in chosen)
         assert y is not None
-        bars = None if y["high"] is None else y["high"] - y["mean"]
-        mark = axis.errorbar(x, y["mean"], yerr=bars, marker="o", markersize=5, capsize=2, linewidth=0.8, **style)
-        handle = handle or mark
-    return handle
+        bar = y["high"] - y["mean"] if y["n"] > 2 else 0.0
+        marks.append((statistics.fmean(p.learnt for p in chosen), y["mean"], bar))
+        axis.plot([p.learnt for p in chosen], [getattr(p, part) for p in chosen], ".", markersize=4, alpha=0.4, **style)
+    xs, ys, bars = zip(*sorted(marks), strict=True)
+    return axis.errorbar(xs, ys, yerr=bars, marker="o", markersize=6, capsize=2, elinewidth=0.7, linewidth=1.8, **style)
 
 
 def page(studies: list[dict[str, Any]], picture: str, data: list[str]) -> str:
@@ -199,15 +171,17 @@ def page(studies: list[dict[str, Any]], picture: str, data: list[str]) -> str:
         "where the task's text and the text to keep are the same kind of text (there is nothing to tell apart), or "
         "with CURLoRA (its factors are frozen): scale the update there (`fl.fit_budget`).",
         f"![Forgotten against learned, for each method]({picture})",
-        f"Lines join the strengths of a method; bands and bars are 95 % intervals over seeds. Free methods need no "
-        f"other text: {', '.join(map(title, FREE))}. "
+        f"Large marks are means over seeds, small ones single runs; lines join the strengths of a method; bars are "
+        f"95 % intervals where there are three seeds. Free methods need no other text: "
+        f"{', '.join(title(f) for f in FREE if any(f in frontiers(s) for s in studies))}. "
         f"{', '.join(title(f) for f in REPLAY if any(f in frontiers(s) for s in studies)) or 'None here'} "
         "train on text to keep or on text that the base model writes.",
         f"## All methods at {SHARE:.0%} of LoRA's learning",
         table(studies),
         "A reading is the least that the method forgets at this much learning, on the line between two of its "
         "strengths where none is there. A dash: with some seed it never learns so much. *learned, at most*: its "
-        "strongest setting. *time of LoRA*: seconds of a training step relative to LoRA's. Bold: the least.",
+        "strongest setting. *extra forward passes*: beyond those of training, in both tasks; LoRA trains with "
+        f"{2 * options['steps']} and as many backward passes. Bold: the least.",
         "## Setting",
         f"{first['model']['name']} ({first['model']['parameters']:,} parameters, {options['dtype']}) learns two tasks "
         f"one after the other, {options['steps']} steps each of {options['batch_size']} examples. Kept text: "

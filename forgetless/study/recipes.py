@@ -64,7 +64,8 @@ def python(row: dict[str, Any], options: dict[str, Any]) -> str:
         scale = f"{settings['scaled']:g}"
         lines.append(f"fl.scaled(model, {scale})")
         lines.append(f"# or, before another task: fl.consolidate(model, task_batches, scale={scale})")
-    if extras := [part for part in extras_of(settings) if part.partition("=")[0] not in ("retain", "scaled")]:
+    shown = ("retain", "scaled", *(["consolidate"] if settings.get("retain") or settings.get("scaled") else []))
+    if extras := [part for part in extras_of(settings) if part.partition("=")[0] not in shown]:
         lines.append(f"# and {', '.join(extras)}: see forgetless compare --help")
     return "\n".join(lines)
 
