@@ -69,7 +69,13 @@ def sentence(study: dict[str, Any], family: str) -> str:
             ratio = "" if free["ratio"] is None else f"; ratio {free['ratio']:.2f}"
             text += f" (difference {figure(free['difference'])}{ratio})"
         said.append(text)
-    return f"- **{', then '.join(tasks)}**: " + "; ".join(said) + "."
+    beside = [
+        f"{title(other)} {figure(rows['kept']['value'])} and {figure(rows['task']['value'])}"
+        for other, rows in at["families"].items()
+        if other in REPLAY and rows["kept"]["value"] is not None
+    ]
+    text = f"- **{', then '.join(tasks)}**: " + "; ".join(said) + "."
+    return text + (f" With training on text to keep: {'; '.join(beside)}." if beside else "")
 
 
 def table(studies: list[dict[str, Any]]) -> str:
@@ -169,13 +175,13 @@ def page(studies: list[dict[str, Any]], picture: str, data: list[str]) -> str:
         "Cholesky factor for each distinct input of the layers. It needs text to keep (`fl.calibrate` before "
         "training) and holds a K × K matrix for each distinct input; `covariance=q` holds q columns. Do not use it "
         "where the task's text and the text to keep are the same kind of text (there is nothing to tell apart), or "
-        "with CURLoRA (its factors are frozen): scale the update there (`fl.fit_budget`).",
+        "with CURLoRA (its factors are frozen): scale the update there (`fl.fit_budget`). Where the text to keep may be "
+        "trained on and no earlier task has to be kept, replay is simpler.",
         f"![Forgotten against learned, for each method]({picture})",
         f"Large marks are means over seeds, small ones single runs; lines join the strengths of a method; bars are "
         f"95 % intervals where there are three seeds. Free methods need no other text: "
         f"{', '.join(title(f) for f in FREE if any(f in frontiers(s) for s in studies))}. "
-        f"{', '.join(title(f) for f in REPLAY if any(f in frontiers(s) for s in studies)) or 'None here'} "
-        "train on text to keep or on text that the base model writes.",
+        "Replay and KL train on text to keep, self-replay on text that the base model writes.",
         f"## All methods at {SHARE:.0%} of LoRA's learning",
         table(studies),
         "A reading is the least that the method forgets at this much learning, on the line between two of its "
