@@ -266,8 +266,8 @@ def test_one_token_and_none(name):
 
 @every_method
 def test_the_command_line_knows_it(name):
-    options = pytest.importorskip("forgetless.study.options")
-    plan = options.parse_method(name, lr=1e-3)
+    plans = pytest.importorskip("forgetless.study.plans")
+    plan = plans.parse_method(name, lr=1e-3)
     assert isinstance(plan.method, METHODS[name])
 
 

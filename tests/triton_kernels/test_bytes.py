@@ -145,12 +145,14 @@ FORWARD = {
     "descriptors": ["project", "matmul_lowrank_descriptor"],
     "full": ["linear_lowrank"],
     "once": ["linear_lowrank"],
+    "hybrid": ["project"],
 }
 BACKWARD = {
     "split": ["project_outer", "matmul_lowrank", "outer"],
     "descriptors": ["project_outer", "matmul_lowrank_descriptor", "outer"],
     "full": ["linear_lowrank", "outer", "outer"],
     "once": ["linear_lowrank", "outer", "outer"],
+    "hybrid": ["project_outer", "outer"],
 }
 
 
@@ -165,15 +167,19 @@ def test_a_plan_writes_nothing_large_but_its_results_and_reads_no_more_than_it_m
     with on_kernels(plan, monkeypatch, BLOCK_K=64):
         with Large(M * min(N, K), [*named.values()]) as large:
             y = lowrank_linear(x, weight, down, up, None, 0.5, dropout, seed)
-        assert [t.shape for t in meter.made if t.numel() >= M * K] == [(M, N)]
+        own = plan != "hybrid"  # whose large product is the vendor's, which the meter does not see
+        assert [t.shape for t in meter.made if t.numel() >= M * K] == ([(M, N)] if own else [])
         assert meter.launches == FORWARD[plan]
-        assert meter.streams(named) == {"x": len(FORWARD[plan]), "W": 1}
-        assert large.found == [("aten.empty.memory_format", (M, N))]
+        assert meter.streams(named) == {"x": len(FORWARD[plan])} | ({"W": 1} if own else {})
+        assert [shape for _, shape in large.found] == [(M, N)]
+        assert not own or large.found[0][0] == "aten.empty.memory_format"
         del meter.launches[:], meter.traffic[:]
         forward = len(meter.made)
         with Large(M * min(N, K), [*named.values(), y]) as large:
             torch.autograd.grad(y, (x, down, up), dy)
-    assert [t.shape for t in meter.made[forward:] if t.numel() >= M * K] == [(M, K)]
-    assert large.found == [("aten.empty.memory_format", (M, K))]
+    assert [t.shape for t in meter.made[forward:] if t.numel() >= M * K] == ([(M, K)] if own else [])
+    # under dropout the vendor's low-rank part of dx is masked before it is added
+    assert [shape for _, shape in large.found] == [(M, K)] * (1 if own or not dropout else 2)
+    assert not own or large.found[0][0] == "aten.empty.memory_format"
     assert meter.launches == BACKWARD[plan]
-    assert meter.streams(named) == {"dy": 2, "x": 1, "W": 1}
+    assert meter.streams(named) == ({"dy": 2, "x": 1, "W": 1} if own else {"dy": 1, "x": 1})
