@@ -175,8 +175,8 @@ def page(studies: list[dict[str, Any]], picture: str, data: list[str]) -> str:
         "Cholesky factor for each distinct input of the layers. It needs text to keep (`fl.calibrate` before "
         "training) and holds a K × K matrix for each distinct input; `covariance=q` holds q columns. Do not use it "
         "where the task's text and the text to keep are the same kind of text (there is nothing to tell apart), or "
-        "with CURLoRA (its factors are frozen): scale the update there (`fl.fit_budget`). Where the text to keep may "
-        "be trained on and no earlier task has to be kept, replay is simpler.",
+        "with CURLoRA (its factors are frozen): scale the update there (`fl.fit_budget`). Where no earlier task has to "
+        "be kept, a KL term on the text to keep does as well on that text, for two more forward passes a step.",
         f"![Forgotten against learned, for each method]({picture})",
         f"Large marks are means over seeds, small ones single runs; lines join the strengths of a method; bars are "
         f"95 % intervals where there are three seeds. Free methods need no other text: "
