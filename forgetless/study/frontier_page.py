@@ -170,7 +170,8 @@ def page(studies: list[dict[str, Any]], picture: str, data: list[str]) -> str:
         f"**Use {title(family)}.** Where each method has learned {SHARE:.0%} of what LoRA learned, it forgets, in nats "
         "per token (mean over seeds, 95 % interval in brackets):",
         "\n".join(sentence(study, family) for study in studies),
-        f"```python\n{python(row, options)}\n```",
+        "On [your model and batches](index.md#a-model-and-data); those of the task are its own text:",
+        f"```python\ntask_batches = batches\n{python(row, options)}\n```",
         "`fl.retain` costs nothing while training: after it, one forward pass over some text of the task, and one "
         "Cholesky factor for each distinct input of the layers. It needs text to keep (`fl.calibrate` before "
         "training) and holds a K × K matrix for each distinct input; `covariance=q` holds q columns. Do not use it "
