@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, get_cosine_schedule_with_warmup
 
 import forgetless as fl
 from forgetless.study.baselines import scaling
+from forgetless.study.data import Collator
+from forgetless.study.encoding import Encoded
+from forgetless.study.evaluate import nll
 from forgetless.study.extras import Extras
 from forgetless.study.machine import Peak
 from forgetless.study.models import load_model
@@ -68,36 +69,11 @@ def parse_answer(text: str) -> str | None:
     return results[-1].replace(",", "").rstrip(".") if results else None
 
 
-def tokens(texts: list[str], tokenizer: Any, length: int, end: bool = False) -> list[Tensor]:
-    """Ids of each text, at most ``length``; with ``end`` they end with the end-of-sequence token."""
+def tokens(texts: list[str], tokenizer: Any, length: int, end: bool = False) -> Encoded:
+    """Each text, at most ``length`` tokens, all of them labels; with ``end`` the end-of-sequence token follows."""
     last = [tokenizer.eos_token_id] if end else []
-    return [torch.tensor([*tokenizer(text)["input_ids"], *last][:length]) for text in texts]
-
-
-def batch(rows: list[Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Padded on the right; labels are the ids, -100 on padding."""
-    ids = pad_sequence(rows, batch_first=True)
-    mask = pad_sequence([torch.ones_like(ids_) for ids_ in rows], batch_first=True)
-    made = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    return {name: t.to(device) for name, t in made.items()}
-
-
-def batches(rows: list[Tensor], device: torch.device) -> list[dict[str, Tensor]]:
-    """All rows, four at a time."""
-    return [batch(rows[i : i + 4], device) for i in range(0, len(rows), 4)]
-
-
-@torch.no_grad()
-def loss_per_token(model: nn.Module, rows: list[Tensor], size: int) -> float:
-    """Mean over all tokens but the first of each row, in nats."""
-    total, count = 0.0, 0
-    for i in range(0, len(rows), size):
-        made = batch(rows[i : i + size], next(model.parameters()).device)
-        labels = made.pop("labels")[:, 1:]
-        logits = model(**made).logits[:, :-1]
-        total += cross_entropy(logits[labels != -100].float(), labels[labels != -100], reduction="sum").item()
-        count += int((labels != -100).sum())
-    return total / count
+    ids = [[*tokenizer(text)["input_ids"], *last][:length] for text in texts]
+    return [{"input_ids": row, "labels": row} for row in ids]
 
 
 @torch.no_grad()
@@ -107,7 +83,8 @@ def accuracy(model: Any, tokenizer: Any, test: list[dict[str, str]], size: int, 
     pad = tokenizer.eos_token_id
     for i in range(0, len(test), size):
         part = test[i : i + size]
-        rows = tokens([TEMPLATE.format(query=entry["query"]) for entry in part], tokenizer, longest)
+        prompts = tokens([TEMPLATE.format(query=entry["query"]) for entry in part], tokenizer, longest)
+        rows = [torch.tensor(prompt["input_ids"]) for prompt in prompts]
         ids = pad_sequence([r.flip(0) for r in rows], batch_first=True, padding_value=pad).flip(1)
         mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).flip(1)
         config = GenerationConfig(max_length=longest, do_sample=False, pad_token_id=pad, eos_token_id=pad)
@@ -118,7 +95,7 @@ def accuracy(model: Any, tokenizer: Any, test: list[dict[str, str]], size: int, 
     return right / len(test)
 
 
-def train(model: Any, rows: list[Tensor], lr: float, options: Any) -> float:
+def train(model: Any, rows: Encoded, collate: Collator, lr: float, options: Any) -> float:
     """Train the adapters; returns seconds."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.1)
@@ -127,7 +104,8 @@ def train(model: Any, rows: list[Tensor], lr: float, options: Any) -> float:
     began = time.perf_counter()
     for step in range(options.steps):
         at = step * options.batch % max(1, len(rows) - options.batch + 1)
-        loss = model(**batch(rows[at : at + options.batch], model.device)).loss + fl.penalty(model)
+        batch = {name: t.to(model.device) for name, t in collate(rows[at : at + options.batch]).items()}
+        loss = model(**batch).loss + fl.penalty(model)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -146,18 +124,19 @@ def run(plan: Plan, options: Any, data: dict[str, Any]) -> list[Row]:
     kept, measured = wiki[:KEPT_ROWS], wiki[KEPT_ROWS:] or wiki
     texts = [TEMPLATE.format(query=e["query"]) + " " + e["response"] for e in data["train"]]
     rows = tokens(texts, tokenizer, options.max_length, end=True)
-    before = loss_per_token(model, measured, options.batch)
+    collate = Collator(tokenizer)
+    before = nll(model, measured, collate, options.batch).loss
     fl.adapt(model, plan.seeded(options.seed), targets=options.targets)
     peak = Peak(model.device)
     if needs_calibration(model):
-        fl.calibrate(model, batches(kept, model.device))
-    seconds = train(model, rows, plan.lr, options)
+        fl.calibrate(model, collate.batches(kept))
+    seconds = train(model, rows, collate, plan.lr, options)
     if plan.extras.retain:
-        fl.retain(model, batches(rows[:KEPT_ROWS], model.device), plan.extras.retain)
+        fl.retain(model, collate.batches(rows[:KEPT_ROWS]), plan.extras.retain)
     mib = peak.mib()
     with scaling(model, plan.extras.scaled or 1.0):
         right = accuracy(model, tokenizer, data["test"], options.eval_batch, options.max_length)
-        rise = loss_per_token(model, measured, options.batch) - before
+        rise = nll(model, measured, collate, options.batch).loss - before
     named = zip(FIGURES, (right, rise, mib, seconds), strict=True)
     return [row("metamath", plan.label, "train", metric, value, unit) for (metric, unit), value in named]
 

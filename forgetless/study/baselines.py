@@ -17,6 +17,7 @@ import forgetless as fl
 
 from .data import Collator, Domain, padding_id
 from .encoding import IGNORED, encode_domain, start_tokens
+from .evaluate import evaluating
 from .plans import Plan
 from .session import Session
 from .texts import Example
@@ -46,14 +47,11 @@ def write(
         pad_token_id=padding_id(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
     )
-    mode = model.training
-    model.eval()
     generate: Any = model.generate
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         ids = torch.tensor([start] * count, device=device)
         out = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    model.train(mode)
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in out[:, len(start) :].tolist()]
     return [Example("", text) for text in texts if text]
 

@@ -137,7 +137,7 @@ def predictions(
             positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)  # (P,)
             labels = labels[:, positions]
             extra["logits_to_keep"] = positions
-        with _evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             logits = model(**batch, use_cache=False, **extra).logits  # (B, P, V) or (B, T, V)
             if not keeps:
                 logits = logits[:, :-1]
@@ -174,14 +174,14 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes:
     config = GenerationConfig(
         max_new_tokens=longest + 1, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
     )
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         generate: Any = model.generate
         out = generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in out[:, width:].tolist()]
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards each module is in the mode it was in."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -45,11 +45,11 @@ def combined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     result: dict[tuple[str, ...], dict[str, Any]] = {}
     for part in parts:
         tasks = tuple(names(part)[0])
-        whole = result.setdefault(tasks, {**part, "rows": []})
-        if whole["base"]["losses"] != part["base"]["losses"]:
+        joint = result.setdefault(tasks, {**part, "rows": []})
+        if joint["base"]["losses"] != part["base"]["losses"]:
             raise BadInput(f"two comparisons of {', '.join(tasks)} start from different losses of the base model")
-        known = {(row["label"], row["seed"]) for row in whole["rows"]}
-        whole["rows"] += [row for row in part["rows"] if (row["label"], row["seed"]) not in known]
+        known = {(row["label"], row["seed"]) for row in joint["rows"]}
+        joint["rows"] += [row for row in part["rows"] if (row["label"], row["seed"]) not in known]
     return list(result.values())
 
 
@@ -83,13 +83,10 @@ def _forgotten(row: Row, tasks: list[str], kept: list[str]) -> tuple[float, floa
 def reading(points: Sequence[Point], share: float, part: str) -> float | None:
     """The least that the family forgets where it has learned ``share``: at a point that has learned as much, or on a
     line between two points; None where it never learns so much."""
-    value = {id(point): float(getattr(point, part)) for point in points}
-    values = [value[id(p)] for p in points if p.learnt >= share]
-    for p in points:
-        for q in points:
-            if p.learnt < share < q.learnt:
-                along = (share - p.learnt) / (q.learnt - p.learnt)
-                values.append(value[id(p)] + along * (value[id(q)] - value[id(p)]))
+    known: list[tuple[float, float]] = [(point.learnt, getattr(point, part)) for point in points]
+    values = [y for x, y in known if x >= share]
+    for x0, y0 in known:
+        values += [y0 + (share - x0) / (x1 - x0) * (y1 - y0) for x1, y1 in known if x0 < share < x1]
     return min(values, default=None)
 
 

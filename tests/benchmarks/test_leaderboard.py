@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_study import tiny_model, tiny_tokenizer, write_model
 
+from forgetless.study.data import Collator
 from forgetless_bench import leaderboard
 from forgetless_bench.cli import main
 
@@ -76,10 +77,13 @@ def test_answers_are_numbers(text: str, number: str | None) -> None:
 
 
 def test_the_loss_is_that_of_the_next_token() -> None:
-    model, rows = tiny_model(), [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 10])]
-    single = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
-    wanted = (3 * single[0] + single[1]) / 4
-    assert leaderboard.loss_per_token(model, rows, 2) == pytest.approx(wanted, rel=1e-4)
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    rows = leaderboard.tokens(["abcd", "xy"], tokenizer, 64)
+    ids = [torch.tensor([row["input_ids"]]) for row in rows]
+    single = [model(input_ids=row, labels=row).loss.item() for row in ids]
+    counts = [row.shape[1] - 1 for row in ids]
+    expected = sum(n * value for n, value in zip(counts, single, strict=True)) / sum(counts)
+    assert leaderboard.nll(model, rows, Collator(tokenizer), 2).loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_right_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:

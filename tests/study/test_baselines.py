@@ -112,8 +112,8 @@ def test_kl_is_that_of_the_model_without_its_adapters() -> None:
         with fl.disabled(model):
             base = model(**batch).logits.double().log_softmax(-1)[:, :-1]
     real = batch["labels"][:, 1:] != -100
-    wanted = 0.5 * (base.exp() * (base - tuned)).sum(-1)[real].mean()
-    assert value.item() == pytest.approx(wanted.item(), rel=1e-4) and value.item() > 0
+    expected = 0.5 * (base.exp() * (base - tuned)).sum(-1)[real].mean()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4) and value.item() > 0
     value.backward()
     assert all(layer.adapter.up.grad.abs().sum() > 0 for layer in fl.adapters(model).values())
     term(model)

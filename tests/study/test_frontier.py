@@ -83,10 +83,10 @@ def test_families_are_read_at_shares_of_loras_learning() -> None:
 
 
 def test_comparisons_are_paired_over_seeds() -> None:
-    found = against(frontiers(results()), "lora+retain", "lora+scaled", 0.95, "kept")
-    assert found is not None and found["seeds"] == 3
-    assert found["difference"]["mean"] == pytest.approx(-0.15) and found["ratio"] == pytest.approx(0.25)
-    assert found["difference"]["high"] < 0
+    result = against(frontiers(results()), "lora+retain", "lora+scaled", 0.95, "kept")
+    assert result is not None and result["seeds"] == 3
+    assert result["difference"]["mean"] == pytest.approx(-0.15) and result["ratio"] == pytest.approx(0.25)
+    assert result["difference"]["high"] < 0
     about = summary(results())["0.95"]
     assert about["free"] == {"kept": "lora+scaled", "task": "lora+scaled"}
     assert about["families"]["lora+retain"]["task"]["lora"]["ratio"] == pytest.approx(0.06)
