@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .calibrate import LossFunction
 from .names import checked
 from .samples import Window, entry, run
-from .switch import disabled, scaled
+from .switch import disabled, evaluating, scaled
 
 #: Factors are tried to 1 / 32.
 _HALVINGS = 5
@@ -43,23 +43,17 @@ def fit_budget(
     kept = list(batches)
     if not kept:
         raise ValueError("batches is empty, wants at least one batch of text to keep")
-    modes = {module: module.training for module in checked(model).modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            with disabled(model):
-                most = _mean_loss(model, kept, loss) + budget
-            low, high = 0.0, 1.0
-            if _rises_to(model, kept, loss, 1.0) <= most:
-                return 1.0
-            for _ in range(_HALVINGS):
-                middle = (low + high) / 2
-                within = _rises_to(model, kept, loss, middle) <= most
-                low, high = (middle, high) if within else (low, middle)
-            return low
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(checked(model)), torch.no_grad():
+        with disabled(model):
+            most = _mean_loss(model, kept, loss) + budget
+        low, high = 0.0, 1.0
+        if _rises_to(model, kept, loss, 1.0) <= most:
+            return 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            within = _rises_to(model, kept, loss, middle) <= most
+            low, high = (middle, high) if within else (low, middle)
+        return low
 
 
 def _rises_to(model: nn.Module, batches: list[Any], loss: LossFunction | None, factor: float) -> float:

@@ -86,6 +86,18 @@ def disabled(model: nn.Module) -> Iterator[None]:
             passes.state = state
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module is in the mode it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 def _change_states(model: nn.Module) -> list[tuple[Any, int]]:
     """Each pass-keeper of the model is in a new state; (keeper, the state before)."""
     keepers = {id(layer.passes): layer.passes for layer in running(model).values() if layer.passes is not None}

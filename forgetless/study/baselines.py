@@ -14,10 +14,10 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import forgetless as fl
+from forgetless.switch import evaluating
 
 from .data import Collator, Domain, padding_id
 from .encoding import IGNORED, encode_domain, start_tokens
-from .evaluate import evaluating
 from .plans import Plan
 from .session import Session
 from .texts import Example

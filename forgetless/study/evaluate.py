@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from forgetless.layers.frozen import is_conv1d
 from forgetless.layers.linear import AdaptedLinear
 from forgetless.layers.trace import DRIFT_TOKENS
+from forgetless.switch import evaluating
 from forgetless.targets import find_layers
 
 from .data import Collator, padding_id
@@ -178,18 +179,6 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes:
         generate: Any = model.generate
         out = generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in out[:, width:].tolist()]
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module is in the mode it was in."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 class Original:
