@@ -22,6 +22,7 @@ __all__ = [
     "LaLoRA",
     "Laplace",
     "LoRA",
+    "LossDeviation",
     "NullSpace",
     "OutputDeviation",
     "SourceDeviation",

@@ -11,6 +11,6 @@ from .layers import quantized as packed
 from .methods import CLoRA, CURLoRA, LaLoRA, LoRA
 from .model import adapt, adapters, drift, explain, penalty, record_drift, remove
 from .peft.swap import swap_in, swap_out
-from .penalties import Decay, Laplace, NullSpace, OutputDeviation, SourceDeviation, WeightDeviation
+from .penalties import Decay, Laplace, LossDeviation, NullSpace, OutputDeviation, SourceDeviation, WeightDeviation
 from .retain import retain
 from .switch import disabled, fuse_penalty, scaled

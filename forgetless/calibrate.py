@@ -31,7 +31,8 @@ def calibrate(
     """Measure what must not be forgotten, with the adapters as they are, and centre the penalties there.
 
     ``Laplace`` takes per-sequence gradients (one forward and backward per batch, no per-sample backward),
-    ``SourceDeviation`` the inputs of each layer (forward only). Dropout is off. Saved with the adapter by ``fl.save``.
+    ``LossDeviation`` those of each token, ``SourceDeviation`` the inputs of each layer (forward only). Dropout is off.
+    Saved with the adapter by ``fl.save``.
     Siblings (q/k/v, gate/up) that are given the very same x share one covariance from then on. A layer that is used
     several times, or that some batches skip, counts as it is used: the gradient of a sequence is the sum over its uses.
 
@@ -138,7 +139,9 @@ class _Measured:
     ):
         self.model, self.layers, self.loss, self.of = model, layers, loss, of
         if not layers:
-            raise ValueError("no attached penalty asks for statistics; only Laplace (LaLoRA) and SourceDeviation do")
+            raise ValueError(
+                "no attached penalty asks for statistics; only Laplace (LaLoRA), LossDeviation and SourceDeviation do"
+            )
         cut = next((name for name, layer in layers.items() if getattr(layer, "cut", None) is not None), None)
         if cut is not None:
             raise ValueError(
@@ -253,19 +256,20 @@ def _finish(layer: AdaptedLinear, window: Window, of: StatesOf) -> None:
     if not states or calls.finished:
         return
     x, dy, mask = calls.joined(layer, window.sequences)
+    labels = window.sequences if window.labels is None else window.labels
     for by_batch in (False, True):
         group = [state for state in states if (getattr(state.spec, "fisher", None) == "batch") == by_batch]
         if not group:
             continue
         if by_batch:
             joint = None if mask is None else mask.flatten()[None]
-            tokens = Tokens(layer.adapter, x.flatten(0, 1)[None], dy.flatten(0, 1)[None], joint, None, 1)
+            tokens = Tokens(layer.adapter, x.flatten(0, 1)[None], dy.flatten(0, 1)[None], joint, None, 1, labels)
         else:
             share = window.share
             if share is None:
                 share = x.new_full((x.shape[0],), 1.0 / max(x.shape[0], 1), dtype=torch.float64)
             factor = torch.where(share > 0, 1.0 / share, 0.0)
-            tokens = Tokens(layer.adapter, x, dy, mask, factor, (share > 0).sum())
+            tokens = Tokens(layer.adapter, x, dy, mask, factor, (share > 0).sum(), labels)
         grads = tokens.gradients() if any(state.statistics == "gradients" for state in group) else {}
         for state in group:
             if state.statistics == "gradients":

@@ -66,6 +66,7 @@ class Window:
         self.batch = batch
         self.masks: list[Tensor] = []  # (sequences, tokens) bool, if anything is padding
         self.share: Tensor | None = None  # (sequences,) share of each sequence in the batch's mean loss
+        self.labels: Tensor | None = None  # how many labels it has
         self.sequences = 0  # not known yet
         self.lengths: set[int] = set()  # tokens of a sequence
         self.leaves: list[Tensor] = []  # where the graph starts
@@ -111,7 +112,8 @@ class Window:
 
     def _count(self, counted: Tensor) -> None:  # (sequences, ..) bool
         counts = counted.flatten(1).sum(1).double()
-        self.share = counts / counts.sum().clamp(min=1)
+        self.labels = counts.sum().long()
+        self.share = counts / self.labels.clamp(min=1)
 
     def start_graph(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """No parameter wants a gradient: an x that has none becomes a leaf, the same one for all that are given it."""
@@ -202,6 +204,7 @@ class Tokens:
     mask: Tensor | None  # (S, T) bool, the real tokens; None: all
     factor: Tensor | None  # (S,): contribution to the batch's mean -> gradient of the sample's own mean; None: 1
     count: Tensor | int  # samples that have labels
+    labels: Tensor | int  # of the batch; where it names none, its samples
 
     def _scaled(self, t: Tensor) -> Tensor:  # (S, T, ..), its own
         t *= self.adapter.scale
@@ -210,6 +213,10 @@ class Tokens:
     def scaled_dy(self) -> Tensor:  # (S, T, N)
         """Gradients of the samples' own mean losses at the output of up."""
         return self._scaled(self.dy.clone())
+
+    def summed_dy(self) -> Tensor:  # (S, T, N)
+        """The gradient of the batch's summed loss at the layer's output."""
+        return self.dy * self.labels
 
     def real_x(self) -> Tensor:  # (tokens, K)
         return self.x.flatten(0, 1) if self.mask is None else self.x[self.mask]

@@ -145,7 +145,9 @@ def fill(model: nn.Module, saved: Saved) -> None:
             targets = {f"{name}.{key}": tensor for key, tensor in own_tensors(layer).items()}
         pairs += _take(tensors, targets, WEIGHTS)
         for index, penalty in enumerate(layer.adapter.penalty_states()):
-            targets = {f"{name}.{index}.{key}": tensor for key, tensor in penalty.state_dict().items()}
+            prefix = f"{name}.{index}."
+            penalty.make_room([key.removeprefix(prefix) for key in state if key.startswith(prefix)])
+            targets = {prefix + key: tensor for key, tensor in penalty.state_dict().items()}
             pairs += _take(state, targets, STATE)
     for file, left in ((WEIGHTS, tensors), (STATE, state)):
         if left:

@@ -4,12 +4,14 @@ from .base import PENALTIES, Penalty, PenaltyState, register
 from .decay import Decay
 from .deviation import OutputDeviation, SourceDeviation, WeightDeviation
 from .laplace import Laplace
+from .loss_deviation import LossDeviation
 from .nullspace import NullSpace
 
 __all__ = [
     "PENALTIES",
     "Decay",
     "Laplace",
+    "LossDeviation",
     "NullSpace",
     "OutputDeviation",
     "Penalty",

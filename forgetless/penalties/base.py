@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -170,9 +171,13 @@ class PenaltyState(Stays):
         """Statistics are about to change, or have changed: ask again whether there are any."""
         self._known_calibrated = False
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def make_room(self, names: Iterable[str]) -> None:
+        """Saved statistics of these names are to be copied in: have a buffer for each."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.reset_caches()
-        super()._load_from_state_dict(*args)
+        self.make_room([name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def seen(self) -> Tensor | None:
         """How many samples or tokens the statistics are of, a scalar; None for a penalty without statistics."""
@@ -201,6 +206,13 @@ class Item(NamedTuple):
     state: Any
     adapter: Adapter
     hidden: Tensor | None
+
+
+def check_choice(title: str, value: object, known: tuple[str, ...]) -> None:
+    """ValueError unless ``value`` is one of the ``known`` words."""
+    if value not in known:
+        choices = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
+        raise ValueError(f"{title} is {value!r}, wants {choices}")
 
 
 def trains_factors(adapter: Adapter) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Site, whole, wide
-from .base import Item, Penalty, PenaltyState, register, trains_factors
+from .base import Item, Penalty, PenaltyState, check_choice, register, trains_factors
 from .batched import grouped
 from .kfac import Kron
 
@@ -69,9 +69,7 @@ class Laplace(Penalty):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, known in (("fisher", FISHERS), ("curvature", CURVATURES), ("at_zero", AT_ZERO)):
-            if getattr(self, name) not in known:
-                choices = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
-                raise ValueError(f"Laplace.{name} is {getattr(self, name)!r}, wants {choices}")
+            check_choice(f"Laplace.{name}", getattr(self, name), known)
         if isinstance(self.columns, bool) or not isinstance(self.columns, int) or self.columns < 0:
             raise ValueError(f"Laplace.columns is {self.columns!r}, wants an integer >= 0")
         if not 0.0 <= self.prior_precision < float("inf"):

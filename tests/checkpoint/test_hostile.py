@@ -27,7 +27,7 @@ METHODS = {
     "lora": fl.LoRA(rank=2),
     "clora": fl.CLoRA(rank=2, k=3),
     "curlora": fl.CURLoRA(rank=2),
-    "source": fl.LoRA(rank=2, penalties=(fl.SourceDeviation(0.1, 2), fl.Laplace())),
+    "source": fl.LoRA(rank=2, penalties=(fl.SourceDeviation(0.1, 2), fl.Laplace(), fl.LossDeviation(0.1, 2))),
 }
 
 

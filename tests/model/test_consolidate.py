@@ -26,6 +26,7 @@ def loss(model, x):
 METHODS = [
     fl.LoRA(4),
     fl.LoRA(4, rslora=True, penalties=(fl.SourceDeviation(0.3),)),
+    fl.LoRA(4, penalties=(fl.LossDeviation(0.3),)),
     fl.CLoRA(4, k=6),
     fl.CURLoRA(4),
     fl.LaLoRA(4, weight=3.0),

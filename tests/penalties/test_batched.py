@@ -21,8 +21,12 @@ PENALTIES = [
     fl.SourceDeviation(0.1, "full"),
     fl.SourceDeviation(0.1, 5),
     fl.SourceDeviation(0.1, 0),
+    fl.LossDeviation(0.1, 5),
+    fl.LossDeviation(0.1, "full"),
     fl.Decay(0.3),
 ]
+
+MEASURED = (fl.Laplace, fl.LossDeviation, fl.SourceDeviation)
 
 
 class Net(nn.Module):
@@ -64,7 +68,7 @@ def per_layer(model):
 @pytest.mark.parametrize("method", [fl.LoRA, fl.CURLoRA])
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 def test_frozen_adapters_have_a_penalty_without_gradient(penalty, method):
-    model, trained = moved(method(4, penalties=(penalty,)), isinstance(penalty, (fl.Laplace, fl.SourceDeviation)))
+    model, trained = moved(method(4, penalties=(penalty,)), isinstance(penalty, MEASURED))
     for p in trained:
         p.requires_grad_(False)
     model(torch.randn(6, 24, dtype=torch.float64))
@@ -77,7 +81,7 @@ def test_frozen_adapters_have_a_penalty_without_gradient(penalty, method):
 @pytest.mark.parametrize("method", [fl.LoRA, fl.CURLoRA])
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 def test_grouped_equals_the_sum_over_layers(penalty, method):
-    model, trained = moved(method(4, penalties=(penalty,)), isinstance(penalty, (fl.Laplace, fl.SourceDeviation)))
+    model, trained = moved(method(4, penalties=(penalty,)), isinstance(penalty, MEASURED))
     grouped, plain = fl.penalty(model), per_layer(model)
     assert plain > 0
     torch.testing.assert_close(grouped, plain, rtol=1e-13, atol=0)
@@ -96,7 +100,7 @@ def test_kinds_add_up():
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 def test_to_compute_it_changes_no_module_and_a_copy_gives_the_same(penalty):
-    model, _ = moved(fl.LoRA(4, penalties=(penalty,)), isinstance(penalty, (fl.Laplace, fl.SourceDeviation)))
+    model, _ = moved(fl.LoRA(4, penalties=(penalty,)), isinstance(penalty, MEASURED))
     before = {name: (b, b.data_ptr(), b._version, b.untyped_storage().nbytes()) for name, b in model.named_buffers()}
     first = fl.penalty(model)
     first.backward()

@@ -32,6 +32,7 @@ PENALTIES = {
     "source diag": fl.SourceDeviation(0.1),
     "source q": fl.SourceDeviation(0.1, 4),
     "source full": fl.SourceDeviation(0.1, "full"),
+    "loss": fl.LossDeviation(0.1, 4),
     "decay": fl.Decay(0.3),
 }
 every = pytest.mark.parametrize("name", PENALTIES)

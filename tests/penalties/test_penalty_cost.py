@@ -26,6 +26,7 @@ PENALTIES = {
     "weight": fl.WeightDeviation(0.2),
     "source diag": fl.SourceDeviation(0.1),
     "source q": fl.SourceDeviation(0.1, 6),
+    "loss": fl.LossDeviation(0.1, 4),
     "decay": fl.Decay(0.3),
 }
 #: Dispatcher operations of value and gradient for layers of one shape, at most; for the Hadamard basis, which works
