@@ -18,6 +18,7 @@ from .penalties import SourceDeviation
 from .penalties.covariance import Covariance
 from .samples import Tokens, Window, entry, run
 from .siblings import Family, StatesOf, siblings, states_of
+from .switch import evaluating
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -109,20 +110,16 @@ def _measuring(model: nn.Module, layers: list[AdaptedLinear], needs_gradients: b
 
     Only gradients of the layers' outputs are measured. Inference mode is left: its tensors have no graph.
     """
-    modes = {module: module.training for module in model.modules()}
     parameters = (*model.parameters(), *(p for layer in layers for p in layer.adapter.parameters()))
     trained = [p for p in dict.fromkeys(parameters) if p.requires_grad and p.is_leaf]
     try:
-        model.eval()
         for p in trained:
             p.requires_grad_(not needs_gradients)
-        with torch.inference_mode(False), torch.set_grad_enabled(needs_gradients):
+        with evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(needs_gradients):
             yield
     finally:
         for p in trained:
             p.requires_grad_(True)
-        for module, training in modes.items():
-            module.training = training
         for layer in layers:
             layer.trace = None
 

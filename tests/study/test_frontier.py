@@ -113,6 +113,17 @@ def test_the_page_says_what_to_use(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["frontier", str(data), "--markdown", str(page)]) == 0
     text = page.read_text()
     assert "ratio 0.25" in text and "Use LoRA + retain" in text and str(tmp_path) not in text
+    assert "none is shown" not in text and "does as well" not in text
+
+    level = results()
+    level["rows"] += [row("LoRA+kl=1", seed, 2.0, 0.05, 0.2, kl=1.0) for seed in range(3)]
+    for each in level["rows"]:
+        if each["label"].startswith("LoRA+scaled") and each["seed"] == 0:
+            each["forgotten"] = {name: 0.0 for name in each["forgotten"]}  # as well as ours, with one seed of three
+    data.write_text(json.dumps(level))
+    assert main(["frontier", str(data), "--markdown", str(page)]) == 0
+    text = page.read_text()
+    assert "none is shown with 3 seeds" in text and "LoRA + KL does as well on kept text" in text
     assert (tmp_path / "forgetting.png").read_bytes().startswith(b"\x89PNG")
     assert main(["frontier", str(tmp_path / "none.json"), "--markdown", str(page)]) == 2
     assert "cannot read" in capsys.readouterr().err
