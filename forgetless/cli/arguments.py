@@ -81,7 +81,9 @@ def parser(tools: Mapping[str, str], version: str) -> Parser:
 
 def add_compare(to: Parser) -> None:
     to.value("--out", "Folder to write into; made if it is not there. Default: runs/compare.", Path)
-    to.value("--preset", "demo (the defaults, minutes) or study (3 tasks, 10 methods, 3 seeds, a sweep: hours).")
+    to.value(
+        "--preset", "demo (the defaults, minutes); study or study-tools (the two of the page about forgetting, hours)."
+    )
     to.values("--task --tasks", f"What to learn, in this order: {', '.join(TEXTS)}, or {ROWS}.", dest="tasks")
     to.values("--keep --keeps", "What must not be forgotten: texts as above, or facts.", dest="keep")
     to.values("--source", "Texts that methods calibrate on. Default: all of --keep.")

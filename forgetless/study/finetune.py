@@ -37,7 +37,7 @@ from .options import (
 )
 from .plans import Plan, parse_method
 from .samples import answers, before_and_after
-from .session import calibrates, check_distinct, check_fit, checksum, source_rows, take_tokens
+from .session import calibrates, check_distinct, check_fit, checksum, needs_calibration, source_rows, take_tokens
 from .tables import Table, figure
 from .train import DIVERGED, FINISHED, INTERRUPTED, TrainConfig, train, trainable
 
@@ -79,8 +79,12 @@ def check(options: FinetuneOptions) -> Plan:
     check_dtype(options.dtype)
     check_report(options.report)
     plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
-    if plan.full or plan.extras != Extras(retain=plan.extras.retain):
-        raise BadInput(f"{plan.label}: finetune trains one adapter; full and all parts but retain are rows of compare")
+    extras = plan.extras
+    if plan.full or extras != Extras(retain=extras.retain, scaled=extras.scaled, budget=extras.budget):
+        raise BadInput(
+            f"{plan.label}: finetune trains one adapter; full and all parts but retain, scaled and budget are rows of "
+            "compare"
+        )
     if not options.overwrite and not options.dry_run:
         check_out(options)
     return plan
@@ -113,9 +117,10 @@ def prepare(options: FinetuneOptions) -> Work:
     if not options.dry_run:
         book.writable(options.out)
     domain = load_domain(options.data)
-    source_texts = [load_domain(spec) for spec in options.source] if calibrates(plan) else []
-    if calibrates(plan) and not source_texts:
-        raise BadInput(f"{plan.label} is calibrated on text to keep: give --source")
+    needed = calibrates(plan) or plan.extras.needs_source
+    source_texts = [load_domain(spec) for spec in options.source] if needed else []
+    if needed and not source_texts:
+        raise BadInput(f"{plan.label} measures text to keep: give --source")
     kept = [load_domain(spec) for spec in options.keep if spec != FACTS]
     check_distinct([domain.name, *(text.name for text in kept)], "named twice among the data and what to keep")
     model, tokenizer = load_model(options.model, DTYPES[options.dtype], options.device, options.load_in_4bit)
@@ -156,7 +161,7 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
     if options.dry_run:
         return FINISHED, shown_plan(work, config)
     collate = Collator(tokenizer)
-    if work.source:
+    if needs_calibration(model):
         ui.say(f"calibrating on {len(work.source)} sequences of {', '.join(options.source)}")
         fl.calibrate(model, collate.batches(work.source))
     before, asked = measure(work, collate), work.measured[work.domain.name]
@@ -172,12 +177,8 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
     with processes.stopping_together() as stop:
         with ui.training(f"{plan.label}: {work.domain.name}", work.steps) as on_step:
             result = train(model, tokenizer, work.domain.train, config, on_step, stop, checkpoints)
-        if plan.extras.retain and result.stopped != INTERRUPTED:
-            ui.say(
-                f"turning the update away from {', '.join(options.source)}: fl.retain, weight {plan.extras.retain:g}"
-            )
-            rows = encode_for_training(work.domain.train, tokenizer, config.max_length, work.template)
-            fl.retain(model, collate.batches(rows[: options.calibration]), plan.extras.retain)
+        if result.stopped != INTERRUPTED:
+            weaken(work, config, options, ui)
         if processes.number() == 0:
             fl.save(model, options.out)
         log: dict[str, Any] = {
@@ -207,6 +208,21 @@ def finetune(options: FinetuneOptions, ui: Ui) -> tuple[str, str]:
             if result.stopped != INTERRUPTED:
                 checkpoints.end()
         return result.stopped, told
+
+
+def weaken(work: Work, config: TrainConfig, options: FinetuneOptions, ui: Ui) -> None:
+    """What the method does to the finished update: ``fl.retain``, then its scale."""
+    model, extras, collate = work.model, work.plan.extras, Collator(work.tokenizer)
+    if extras.retain:
+        ui.say(f"turning the update away from {', '.join(options.source)}: fl.retain, weight {extras.retain:g}")
+        rows = encode_for_training(work.domain.train, work.tokenizer, config.max_length, work.template)
+        fl.retain(model, collate.batches(rows[: options.calibration]), extras.retain)
+    factor = extras.scaled or 1.0
+    if extras.budget:  # 0 would leave nothing of it
+        factor = max(fl.fit_budget(model, collate.batches(work.source), extras.budget), 1 / 32)
+    if factor != 1:
+        ui.say(f"scaling the update by {factor:g}")
+        fl.scaled(model, factor)
 
 
 def shown_plan(work: Work, config: TrainConfig) -> str:

@@ -177,14 +177,24 @@ def test_source_text_is_asked_for(inputs: dict[str, Path], tmp_path: Path, capsy
     assert "LoRA+replay: needs source text, and neither --source nor --keep names any" in capsys.readouterr().err
 
 
-def test_finetune_retains_and_saves_what_it_measured(inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_finetune_weakens_what_it_saves(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets: list[float] = []
+    monkeypatch.setattr(fl, "fit_budget", lambda model, batches, budget: budgets.append(budget) or 0.25)
     out = tmp_path / "adapter"
     words = ["finetune", "--model", str(inputs["model"]), "--data", str(inputs["upper"]), "--out", str(out)]
-    words += ["--source", str(inputs["prose"]), "--keep", str(inputs["prose"]), "--steps", "4", "--lr", "2e-2"]
-    rises = []
-    for method in ("lora:rank=4", "lora+retain=5:rank=4"):
-        assert main([*words, "--method", method, "--dtype", "float32", "--batch-size", "4", "--overwrite"]) == 0
+    words += ["--keep", str(inputs["prose"]), "--steps", "4", "--lr", "2e-2", "--dtype", "float32", "--batch-size", "4"]
+    rises, alphas = {}, {}
+    for method in ("lora", "lora+retain=5", "lora+scaled=0.5", "lora+budget=1e-6"):
+        line = [*words, "--source", str(inputs["prose"]), "--method", f"{method}:rank=4,alpha=8", "--overwrite"]
+        assert main(line) == 0
         log = json.loads((out / "training.json").read_text())
-        rises.append(log["after"]["prose"] - log["before"]["prose"])
-        assert ("retain" in log["settings"]) == ("retain" in method)
-    assert abs(rises[1]) < 0.5 * abs(rises[0])
+        rises[method] = abs(log["after"]["prose"] - log["before"]["prose"])
+        alphas[method] = json.loads((out / "adapter_config.json").read_text())["lora_alpha"]
+        part = method.partition("+")[2].partition("=")[0]
+        assert {name for name in ("retain", "scaled", "budget") if name in log["settings"]} == {part} - {""}
+    assert rises["lora+retain=5"] < 0.5 * rises["lora"] and rises["lora+scaled=0.5"] < 0.8 * rises["lora"]
+    assert alphas["lora"] == alphas["lora+retain=5"] == 8 and alphas["lora+scaled=0.5"] == 4
+    assert alphas["lora+budget=1e-6"] == 2 and "scaling the update by 0.25" in capsys.readouterr().out
+    assert budgets == [1e-6]

@@ -133,7 +133,7 @@ def test_finetune_refuses_what_is_no_adapter(
     words = ["finetune", "--model", str(inputs["model"]), "--data", str(inputs["upper"]), "--out", str(tmp_path / "a")]
     for method in ("full", "lora+consolidate"):
         assert main([*words, "--method", method]) == 2
-        assert "full and all parts but retain are rows of compare" in capsys.readouterr().err
+        assert "full and all parts but retain, scaled and budget are rows of compare" in capsys.readouterr().err
 
 
 # Full fine-tuning and drift ---------------------------------------------------------------------------
