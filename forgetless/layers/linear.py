@@ -43,7 +43,7 @@ def form_groups(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
 def _stores_factors(adapter: Adapter) -> bool:
     """Whether the factors are parameters or buffers: siblings' backward passes could not run apart through products."""
     with torch.enable_grad():
-        return all(factor.is_leaf for factor in adapter.factors())
+        return all(part is None or part.is_leaf for part in adapter.parts())
 
 
 class AdaptedLinear(Standing):
@@ -201,8 +201,9 @@ class AdaptedLinear(Standing):
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             self._check_whole(weight)
         adapter: Any = self._modules["adapter"]
-        down, up = adapter.factors()
-        return Operands((weight.T if self.transposed else weight,), (bias,), (down,), (up,))
+        down, up, core = adapter.parts()
+        cores = () if core is None else (core,)
+        return Operands((weight.T if self.transposed else weight,), (bias,), (down,), (up,), cores)
 
     def _members(self, group: Group, x: Tensor, dropout: float) -> list[AdaptedLinear]:
         """The siblings to compute with this layer, itself included; it alone where one of them differs."""
@@ -216,10 +217,12 @@ class AdaptedLinear(Standing):
         """By the base's own forward, the low-rank product added to what it returns."""
         adapter, cut = self.adapter, self.cut
         check_here(self)
-        down, up = adapter.factors()
-        if cut is not None:
-            down, up = cut.local(down, up)
-        term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0)
+        core = None
+        if cut is None:
+            down, up, core = adapter.parts()
+        else:
+            down, up = cut.local(*adapter.factors())
+        term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0, None, core)
         base, fresh = runs_by(self.base)
         y, (h,) = add_terms(base, x, [term], cut, fresh)
         if not compat.transforms_active():
@@ -248,7 +251,7 @@ class AdaptedLinear(Standing):
         if self.runs_base() or hooked(self) or self.disabled:
             return False  # a hook may change what comes after it
         weight, bias = self.stored()
-        adapter = self.adapter
+        adapter: Any = self.adapter
         return (
             type(weight) in (nn.Parameter, Tensor)  # neither a shard nor packed
             and weight.dtype == like.dtype
@@ -259,9 +262,11 @@ class AdaptedLinear(Standing):
             and not weight.requires_grad
             and not weight.is_inference()
             and (bias is None or not bias.requires_grad and bias.device == like.device and bias.dtype == like.dtype)
+            and adapter.has_core == first.adapter.has_core
             and all(
                 type(t) in (nn.Parameter, Tensor) and t.is_leaf and not t.is_inference() and t.device == like.device
-                for t in adapter.factors()
+                for t in adapter.parts()
+                if t is not None
             )
         )
 

@@ -55,7 +55,7 @@ def terms_of(members: Sequence[Any], layers: Operands) -> tuple[Terms | None, li
     terms: list[Term] = []
     states: list[tuple[int, Any]] = []
     for i, member in enumerate(members):
-        own = member._modules["adapter"].penalty_states() if member.makes_products else ()
+        own = member._modules["adapter"].penalty_states() if member.makes_products and not layers.cores else ()
         if own and all(_plain(factor) and factor.is_leaf for factor in (layers.downs[i], layers.ups[i])):
             for state in own:
                 rows = state.rows()
