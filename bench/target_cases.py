@@ -215,7 +215,7 @@ def everything() -> list[Case]:
         Case("core siblings", 10, "float32"),
     ]
     cases += [Case(name, 8, "float16") for name in CORED] + [Case(name, 16, default_tile=True) for name in CORED]
-    cases += [Case(name, R, "float32") for name in ("core", "core forward", "core backward") for R in (16, 32)]
+    cases += [Case(name, R, "float32") for name in ("core", "core backward") for R in (16, 32)]
     cases += [Case(name, 64) for name in [*hard, *ragged, "dx", "once dropout", "full dx dropout"]]
     cases += [Case(name, 128) for name in [*hard[:4], *ragged, "dx"]]
     cases += [Case(name, 200) for name in [*hard[:4], "forward ragged"]]

@@ -75,6 +75,8 @@ def _project_core(*given: Any) -> Launch:
     assert saved is None or saved.shape == (M, R) and saved.dtype == x.dtype
     BLOCK_R = pad_rank(R)
     tile = tile_for("project", x.device, x.dtype.itemsize, BLOCK_R)
+    if len(cores) > 1:  # the cores' addresses: of 3 layers and 63 ranks sm_80 spilt
+        tile["num_warps"] = max(tile["num_warps"], BLOCK_R // 8)
     return Launch(
         _project_core_kernel, [triton.cdiv(M, tile["BLOCK_M"])],
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
