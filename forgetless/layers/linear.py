@@ -22,7 +22,7 @@ from ..ops.compiled import compiled
 from ..ops.dispatch import runs_kernels
 from .frozen import hooked, is_conv1d, is_plain, runs_by, stored
 from .groups import Group, families
-from .made import Made, made_of, terms_of
+from .made import Made, Shards, made_of, shards_of, terms_of
 from .passes import Passes
 from .seen import seen
 from .states import Standing
@@ -71,6 +71,7 @@ class AdaptedLinear(Standing):
     read = False  # whether a parent has computed with its weight
     lends_weight = True  # to a parent that computes with it
     disabled = False  # the frozen layer runs alone: see ``fl.disabled``
+    shards: Shards | None = None  # its parameters, where they were shards when the pass began
     makes_products = True  # what penalties want is made in its forward pass: see ``fl.fuse_penalty``
 
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
@@ -177,7 +178,8 @@ class AdaptedLinear(Standing):
                     *[tuple(chain(*parts)) for parts in zip(*[m.operands() for m in members], strict=True)]
                 )
                 return_h = any(member.needs_hidden for member in members)
-            asked = self.training and torch.is_grad_enabled() and not compiling and runs_kernels(x)
+            asked = self.training and torch.is_grad_enabled() and not compiling
+            asked = asked and (runs_kernels(x) or self.shards is not None)
             terms, states = terms_of(members, layers) if asked else (None, [])
             arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
             outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
@@ -291,6 +293,7 @@ class AdaptedLinear(Standing):
         """A pass begins: what the last one left behind is no more; a disabled one leaves it where it is."""
         if not self.disabled:
             self.__dict__["trace"] = None
+            self.__dict__["shards"] = shards_of(self._modules["adapter"])
 
     def drift(self) -> float | None:
         """Mean over tokens of ||delta x|| / ||x|| in the last forward pass, CLoRA's F (Eq. 3); None if not recorded."""
@@ -338,7 +341,7 @@ class AdaptedLinear(Standing):
         return norms
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trace": None}  # a graph can be neither copied nor pickled
+        return {**self.__dict__, "trace": None, "shards": None}  # a graph can be neither copied nor pickled
 
     def extra_repr(self) -> str:
         return f"method={self.method}"

@@ -81,6 +81,8 @@ class LowrankLinear(torch.autograd.Function):
         if call.terms:
             call.terms.spent = True
             if any(dz is not None for dz in dzs):
+                if call.terms.anywhere and all(dy is None for dy in dys):
+                    _check_there(saved.downs)
                 extra = extra_of(call.terms.replaced(rest[end:]), dzs, saved.downs, saved.ups)
         needs_dy = [] if extra is None else [i for i in range(n) if extra.ups[i] or extra.starts[i] is not None]
         if not needs_dy and all(dy is None for dy in dys):
@@ -98,6 +100,15 @@ class LowrankLinear(torch.autograd.Function):
         if call.onto:
             others[0] = grads[0]
         return (None, dx, None, *others)
+
+
+def _check_there(factors: Sequence[Tensor]) -> None:
+    """RuntimeError if they were gathered for the forward pass and freed: only a gradient of y brings them back."""
+    if any(t.numel() and not t.untyped_storage().nbytes() for t in factors):
+        raise RuntimeError(
+            "the factors were gathered for the forward pass and are gone: add fl.penalty to the loss and call backward "
+            "once, or call fl.fuse_penalty(model, False) before the pass"
+        )
 
 
 def _saved(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Any]:
@@ -163,10 +174,14 @@ def prepare(
     s = scale / (1.0 - p)
     factors = (1.0, s) if x.dtype == torch.float16 else (s, 1.0)
     asked = None if torch.compiler.is_compiling() else dispatch.asked_module()
-    if terms and (x.dtype == torch.float16 or dispatch.module_for(x.is_cuda, x.dtype, asked) is dispatch.blas):
+    if terms and (x.dtype == torch.float16 or not terms.anywhere and _on_blas(x, asked)):
         terms = None  # of float16 h is not scaled
     made = Call(len(weights), *factors, p, return_h, onto, asked, terms)
     return made, as_rows(x), seed if p else None, *weights, *biases, *downs, *ups, *cores
+
+
+def _on_blas(x: Tensor, asked: Any) -> bool:
+    return dispatch.module_for(x.is_cuda, x.dtype, asked) is dispatch.blas
 
 
 def lowrank_linear(

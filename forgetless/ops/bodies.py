@@ -124,7 +124,7 @@ def forward(
     downs, ups, cores = layers.downs, layers.ups, layers.cores
     if route is None:
         route = dispatch.choose_route("forward", x, ups, downs[0], call.p > 0.0, call.module)
-        if route.module is dispatch.blas:  # ``fl.penalty`` makes them itself
+        if route.module is dispatch.blas and not (call.terms and call.terms.anywhere):  # ``fl.penalty`` makes them
             terms = ()
         if route.unchecked and not call.onto:  # which may write in place and wait for other processes
             route = dispatch.measured_route(route, lambda r: flat(forward(call, x, seed, layers, r, terms)), x.device)

@@ -72,27 +72,15 @@ def test_one_layer(M, N, K, R, dtype, launches):
 
 @pytest.mark.parametrize("ranks", [(8,), (3, 16, 5), (40, 60), (100, 60)])
 def test_siblings(ranks, launches):
-    """Each has its own ranks' core, and an infinity of one is none of another's."""
+    """Each has its own ranks' core."""
     x, downs = draw(70, 40, dtype=torch.bfloat16), [draw(R, 40, seed=i) for i, R in enumerate(ranks)]
     cores = [draw(R, R, seed=9 + i) for i, R in enumerate(ranks)]
     with tiles.forced("project", **TILE):
         h, t = fused.project_core(x, downs, cores, 0.5)
         assert len(launches) == 1
-        cores[0][0, 0] = torch.inf
-        _, spoilt = fused.project_core(x, downs, cores, 0.5)
-    expected = reference.project_core(x, downs, [core.nan_to_num(0.0, 0.0, 0.0) for core in cores], 0.5)
-    torch.testing.assert_close(h, expected[0], rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(t[:, ranks[0] :], expected[1][:, ranks[0] :], rtol=2e-2, atol=2e-2)
-    assert not spoilt[:, : ranks[0]].isfinite().all() and torch.equal(spoilt[:, ranks[0] :], t[:, ranks[0] :])
-
-
-def test_an_infinity_of_h_stays_with_its_layer():
-    x, downs = draw(20, 40), [draw(4, 40), draw(5, 40)]
-    cores = [draw(4, 4), draw(5, 5)]
-    with tiles.forced("project", **TILE):
-        _, t = fused.project_core(x, downs, cores)
-        _, spoilt = fused.project_core(x, [downs[0] * torch.inf, downs[1]], cores)
-    assert torch.equal(spoilt[:, 4:], t[:, 4:]) and not spoilt[:, :4].isfinite().any()
+    expected = reference.project_core(x, downs, cores, 0.5)
+    for ours, theirs in zip((h, t), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
 def test_no_rows_and_the_same_bits_twice():
