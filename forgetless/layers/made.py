@@ -70,7 +70,6 @@ class _Steps:
 _steps = _Steps()
 
 
-@torch.no_grad()
 def shards_of(adapter: Any) -> Shards | None:
     """An adapter's shards; None where it has whole parameters."""
     parameters = adapter._parameters.values()
@@ -79,7 +78,8 @@ def shards_of(adapter: Any) -> Shards | None:
             break
     else:
         return None
-    local = tuple([p.to_local() if hasattr(p, "to_local") else p for p in parameters])
+    with torch.no_grad():
+        local = tuple([p.to_local() if hasattr(p, "to_local") else p for p in parameters])
     versions = [p._version for p in parameters]
     return Shards([_steps.count(), versions, *_facts((), local)], [t.untyped_storage() for t in local])
 
