@@ -59,6 +59,7 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
             "matmul_lowrank_t",
             lambda: fused.dx_and_ddown([dy, small, small], [weight, narrow, narrow], on(M, 3 * R), [down] * 3, None),
         ),
+        **cored(x, dy, weight, h, odd_x),
         **penalised(x, dy, h, down, up),
         **experts(R, dtype),
         "mask": ("mask", lambda: fused.keep_bits(seed, 0.1, M, K)),
@@ -83,6 +84,28 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
             for plan in ("full", "once")
         },
     }  # fmt: skip
+
+
+def cored(
+    x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, h: torch.Tensor, odd_x: torch.Tensor
+) -> dict[str, tuple[str, Callable[[], object]]]:
+    """CURLoRA's passes: frozen factors in the activations' dtype, and a core in float32"""
+
+    def on(*shape: int, dtype: torch.dtype = x.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    R, row = h.shape[1], "project"
+    down, up, core, seed = on(R, K), on(R, N).T, on(R, R, dtype=torch.float32), on(2, dtype=torch.int32)
+    project, back = fused.project_core, fused.project_core_outer
+    return {
+        "core": (row, lambda: project(x, [down], [core])),
+        "core dropout": (row, lambda: project(x, [down], [core], 1.0, 0.1, seed)),
+        "core ragged": (row, lambda: project(odd_x, [on(R, K - 4)], [core])),
+        "core siblings": (row, lambda: project(x, [down] * 3, [core] * 3)),
+        "core forward": ("matmul_lowrank", lambda: fused.matmul_lowrank(x, weight, h, up)),
+        "core backward": (row, lambda: back(dy, up, core, h, 1.0, torch.float32)),
+        "core backward frozen": (row, lambda: back(dy, up, core, None)),
+    }
 
 
 def penalised(
@@ -165,11 +188,13 @@ PENALISED = [
     f"{kernel} {name}" for name in ("null space", "hadamard", "source", "output") for kernel in ("project", "sweep")
 ]
 PENALISED += ["outer null space", "outer hadamard", "outer source", "project siblings", "project shared"]
+CORED = ["core dropout", "core siblings", "core forward", "core backward"]
 
 
 def subset() -> list[Case]:
     """What the tests compile on every card"""
     names = ["project dropout", "forward", "dx dropout", "dx siblings", "mask", "outer dropout", "sweep", "once"]
+    names += ["core siblings", "core backward"]
     names += [f"experts {name}" for name in ("project dropout", "forward", "dx dropout", "outer dropout", "sum")]
     return [Case(name, 16) for name in names]
 
@@ -182,6 +207,15 @@ def everything() -> list[Case]:
     cases += [Case(name, R) for name in PENALISED for R in (64, 128)]
     cases += [Case(name, 16, default_tile=True) for name in PENALISED if name != "project source"]
     cases += [Case("dx siblings", R) for R in (32, 40, 64)]
+    cases += [Case(name, 64) for name in ("core", "core dropout", "core forward", "core backward")]
+    cases += [
+        Case("core", 128),
+        Case("core forward", 128),
+        Case("core siblings", 21),
+        Case("core siblings", 10, "float32"),
+    ]
+    cases += [Case(name, 8, "float16") for name in CORED] + [Case(name, 16, default_tile=True) for name in CORED]
+    cases += [Case(name, R, "float32") for name in ("core", "core backward") for R in (16, 32)]
     cases += [Case(name, 64) for name in [*hard, *ragged, "dx", "once dropout", "full dx dropout"]]
     cases += [Case(name, 128) for name in [*hard[:4], *ragged, "dx"]]
     cases += [Case(name, 200) for name in [*hard[:4], "forward ragged"]]

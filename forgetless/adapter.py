@@ -35,6 +35,7 @@ class Adapter(Stays):
 
     scale: float = 1.0
     dropout: float = 0.0
+    has_core = False  # ``parts`` has one
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +44,10 @@ class Adapter(Stays):
     def factors(self) -> tuple[Tensor, Tensor]:  # down (R, K), up (N, R)
         """The two factors, down (R, K) and up (N, R) of any floating dtype, differentiable in the parameters."""
         raise NotImplementedError
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:  # down (R, K), up (N, R), core (R, R)
+        """What the op is given: the two factors; or down, a frozen up and a core, where the factor is up @ core."""
+        return (*self.factors(), None)
 
     def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
         """Gradients of the parameters from those of the factors: ddown (S, R, K), dup (S, N, R), any S."""

@@ -214,7 +214,12 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
 def _made(layer: AdaptedLinear, state: Any, token_weights: Tensor | None) -> Products | None:
     """What the last pass made for this penalty, if it still holds."""
     made = (layer.trace.made or {}).get(state) if layer.trace is not None else None
-    if made is None or state.needs_hidden and token_weights is not None or not made.holds(state, layer.adapter):
+    if (
+        made is None
+        or state.needs_hidden
+        and token_weights is not None
+        or not made.holds(state, layer.adapter, layer.shards)
+    ):
         return None
     return made.products
 

@@ -133,7 +133,7 @@ def _change_layer(name: str, layer: AdaptedLinear, factor: float) -> Callable[[]
 
 
 def fuse_penalty(model: nn.Module, enabled: bool = True) -> nn.Module:
-    """Whether forward passes on the fused kernels make what ``fl.penalty`` needs; they do unless they are told not to.
+    """Whether passes on the kernels or under FSDP2 make what ``fl.penalty`` needs; they do unless told not to.
 
     With it, a training pass makes the products of the factors with the penalties' rows in the launches that it makes
     anyway, and ``fl.penalty`` adds up what they made: it shares the graph of that pass, so that backward is called

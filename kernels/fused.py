@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles, tl_utils
+from .core import project_core, project_core_outer
 from .grouped import grouped_matmul_lowrank, grouped_outer, grouped_project
 from .grouped_sum import grouped_sum
 from .launcher import Facts, Launch, prepared
@@ -68,6 +69,8 @@ __all__ = [
     "matmul_lowrank",
     "outer",
     "project",
+    "project_core",
+    "project_core_outer",
     "project_outer",
     "project_terms",
 ]

@@ -33,19 +33,11 @@ from .tl_utils import (
 
 
 @triton.jit
-def _project_block(
-    block, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
-    M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
-    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+def skinny(
+    acc, x_ptr, down_ptr, seed_ptr, offs_m, offs_r, M, K, stride_xm, stride_xk, stride_dr, stride_dk, threshold,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of h, and of h.T @ h"""
-    # programs of the same rows are neighbours, so that all but the first find them in L2
-    blocks_r: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    pid_m = block // blocks_r
-    pid_r = block % blocks_r
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    """acc + (drop(x (M, K)) @ down (R, K).T)[offs_m, offs_r]"""
     offs_k = tl.arange(0, BLOCK_K)
     # rows and ranks past the end wrap around: they are computed from real data and never stored
     x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[:, None] * stride_xm
@@ -54,9 +46,6 @@ def _project_block(
     down_ptrs += offs_k.to(tl.int64)[:, None] * stride_dk
     if HAS_DROP:
         rows = row_key(seed_ptr, offs_m)
-    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    if d_ptr is not None:
-        acc = add_started(acc, start_ptr, offs_m, M, stride_sm, stride_sr, d_ptr, offs_r, R)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -71,6 +60,30 @@ def _project_block(
         acc = dot(x, cast(down, x.dtype), acc, PRECISION)
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         down_ptrs += BLOCK_K * tl.cast(stride_dk, tl.int64)
+    return acc
+
+
+@triton.jit
+def _project_block(
+    block, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
+    M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of h, and of h.T @ h"""
+    # programs of the same rows are neighbours, so that all but the first find them in L2
+    blocks_r: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    pid_m = block // blocks_r
+    pid_r = block % blocks_r
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    if d_ptr is not None:
+        acc = add_started(acc, start_ptr, offs_m, M, stride_sm, stride_sr, d_ptr, offs_r, R)
+    acc = skinny(
+        acc, x_ptr, down_ptr, seed_ptr, offs_m, offs_r, M, K, stride_xm, stride_xk, stride_dr, stride_dk, threshold,
+        R, HAS_DROP, EVEN_K, PRECISION, BLOCK_K,
+    )  # fmt: skip
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
     h_ptrs += offs_r.to(tl.int64)[None, :] * stride_hr
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
@@ -78,7 +91,7 @@ def _project_block(
     tl.store(h_ptrs, h, mask=mask)
     if len(grams) > 0:
         h = narrow(tl.where(mask, widen(h), 0.0), h_ptr.dtype.element_ty)
-        gram(h, grams, part_ptr, tickets_ptr, pid_m, tl.cdiv(M, BLOCK_M), R, PRECISION, BLOCK_R)
+        gram(h, h, grams, part_ptr, tickets_ptr, pid_m, tl.cdiv(M, BLOCK_M), R, PRECISION, BLOCK_R)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

@@ -222,17 +222,17 @@ def add_started(
 
 @triton.jit
 def gram(
-    h, grams, part_ptr, tickets_ptr, block, blocks,
+    a, b, grams, part_ptr, tickets_ptr, block, blocks,
     R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """h.T @ h over all blocks of rows, of each layer its own ranks, by way of part (blocks and their groups, R, R)"""
+    """a.T @ b over all blocks of rows, of each layer its own ranks, by way of part (blocks and their groups, R, R)"""
     r = tl.arange(0, BLOCK_R)[:, None]
     s = tl.arange(0, BLOCK_R)[None, :]
     mask = (r < R) & (s < R)
     part_ptrs = part_ptr + r * R + s
     zero = tl.zeros((BLOCK_R, BLOCK_R), dtype=tl.float32)
     size = tl.cast(R * R, tl.int64)
-    tl.store(part_ptrs + block * size, dot(tl.trans(h), h, zero, PRECISION), mask=mask)
+    tl.store(part_ptrs + block * size, dot(tl.trans(a), b, zero, PRECISION), mask=mask)
     groups = tl.cdiv(blocks, GRAM_GROUP)
     group = block // GRAM_GROUP
     members = tl.minimum(blocks - group * GRAM_GROUP, GRAM_GROUP)

@@ -22,7 +22,7 @@ from ..ops.compiled import compiled
 from ..ops.dispatch import runs_kernels
 from .frozen import hooked, is_conv1d, is_plain, runs_by, stored
 from .groups import Group, families
-from .made import Made, made_of, terms_of
+from .made import Made, Shards, made_of, shards_of, terms_of
 from .passes import Passes
 from .seen import seen
 from .states import Standing
@@ -43,7 +43,7 @@ def form_groups(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
 def _stores_factors(adapter: Adapter) -> bool:
     """Whether the factors are parameters or buffers: siblings' backward passes could not run apart through products."""
     with torch.enable_grad():
-        return all(factor.is_leaf for factor in adapter.factors())
+        return all(part is None or part.is_leaf for part in adapter.parts())
 
 
 class AdaptedLinear(Standing):
@@ -71,6 +71,7 @@ class AdaptedLinear(Standing):
     read = False  # whether a parent has computed with its weight
     lends_weight = True  # to a parent that computes with it
     disabled = False  # the frozen layer runs alone: see ``fl.disabled``
+    shards: Shards | None = None  # its parameters, where they were shards when the pass began
     makes_products = True  # what penalties want is made in its forward pass: see ``fl.fuse_penalty``
 
     def __init__(self, base: nn.Module, adapter: Adapter, method: Method, name: str):
@@ -177,7 +178,8 @@ class AdaptedLinear(Standing):
                     *[tuple(chain(*parts)) for parts in zip(*[m.operands() for m in members], strict=True)]
                 )
                 return_h = any(member.needs_hidden for member in members)
-            asked = self.training and torch.is_grad_enabled() and not compiling and runs_kernels(x)
+            asked = self.training and torch.is_grad_enabled() and not compiling
+            asked = asked and (runs_kernels(x) or self.shards is not None)
             terms, states = terms_of(members, layers) if asked else (None, [])
             arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
             outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
@@ -201,8 +203,9 @@ class AdaptedLinear(Standing):
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             self._check_whole(weight)
         adapter: Any = self._modules["adapter"]
-        down, up = adapter.factors()
-        return Operands((weight.T if self.transposed else weight,), (bias,), (down,), (up,))
+        down, up, core = adapter.parts()
+        cores = () if core is None else (core,)
+        return Operands((weight.T if self.transposed else weight,), (bias,), (down,), (up,), cores)
 
     def _members(self, group: Group, x: Tensor, dropout: float) -> list[AdaptedLinear]:
         """The siblings to compute with this layer, itself included; it alone where one of them differs."""
@@ -216,10 +219,12 @@ class AdaptedLinear(Standing):
         """By the base's own forward, the low-rank product added to what it returns."""
         adapter, cut = self.adapter, self.cut
         check_here(self)
-        down, up = adapter.factors()
-        if cut is not None:
-            down, up = cut.local(down, up)
-        term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0)
+        core = None
+        if cut is None:
+            down, up, core = adapter.parts()
+        else:
+            down, up = cut.local(*adapter.factors())
+        term = Term(down, up, adapter.scale, adapter.dropout if self.training else 0.0, None, core)
         base, fresh = runs_by(self.base)
         y, (h,) = add_terms(base, x, [term], cut, fresh)
         if not compat.transforms_active():
@@ -248,7 +253,7 @@ class AdaptedLinear(Standing):
         if self.runs_base() or hooked(self) or self.disabled:
             return False  # a hook may change what comes after it
         weight, bias = self.stored()
-        adapter = self.adapter
+        adapter: Any = self.adapter
         return (
             type(weight) in (nn.Parameter, Tensor)  # neither a shard nor packed
             and weight.dtype == like.dtype
@@ -259,9 +264,11 @@ class AdaptedLinear(Standing):
             and not weight.requires_grad
             and not weight.is_inference()
             and (bias is None or not bias.requires_grad and bias.device == like.device and bias.dtype == like.dtype)
+            and adapter.has_core == first.adapter.has_core
             and all(
                 type(t) in (nn.Parameter, Tensor) and t.is_leaf and not t.is_inference() and t.device == like.device
-                for t in adapter.factors()
+                for t in adapter.parts()
+                if t is not None
             )
         )
 
@@ -286,6 +293,7 @@ class AdaptedLinear(Standing):
         """A pass begins: what the last one left behind is no more; a disabled one leaves it where it is."""
         if not self.disabled:
             self.__dict__["trace"] = None
+            self.__dict__["shards"] = shards_of(self._modules["adapter"])
 
     def drift(self) -> float | None:
         """Mean over tokens of ||delta x|| / ||x|| in the last forward pass, CLoRA's F (Eq. 3); None if not recorded."""
@@ -333,7 +341,7 @@ class AdaptedLinear(Standing):
         return norms
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trace": None}  # a graph can be neither copied nor pickled
+        return {**self.__dict__, "trace": None, "shards": None}  # a graph can be neither copied nor pickled
 
     def extra_repr(self) -> str:
         return f"method={self.method}"

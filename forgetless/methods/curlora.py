@@ -90,6 +90,7 @@ class CURLoRAAdapter(Adapter):
     ``fl.merge``. For a Conv1D, which stores W^T, delta^T = alpha * C U R, so that here up = R^T U^T, down = C^T.
     """
 
+    has_core = True
     rows: Tensor
     columns: Tensor
     down: Tensor
@@ -141,8 +142,12 @@ class CURLoRAAdapter(Adapter):
         self.core.zero_()  # C and R stay those of the first weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        core = whole(self.core).T if self.transposed else whole(self.core)
-        return self.down, self.lift.to(core.dtype) @ core
+        down, up, core = self.parts()
+        return down, up.to(core.dtype) @ core
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        core = whole(self.core)
+        return self.down, self.lift, core.T if self.transposed else core
 
     def pullback(self, ddown: Tensor, dup: Tensor) -> dict[str, Tensor]:
         core = self.lift.to(dup.dtype).T @ dup

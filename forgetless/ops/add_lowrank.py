@@ -20,13 +20,14 @@ from .bodies import Onto, Operands, as_rows, autocasts, draw_seed
 
 
 class Term(NamedTuple):
-    """One low-rank update: scale * (drop(x) @ down.T) @ up.T + bias."""
+    """One low-rank update: scale * (drop(x) @ down.T) @ up.T + bias, or with up @ core for up."""
 
     down: Tensor  # (R, K)
     up: Tensor  # (N, R)
     scale: float
     dropout: float = 0.0
     bias: Tensor | None = None  # (N,)
+    core: Tensor | None = None  # (R, R)
 
 
 def add_terms(
@@ -72,7 +73,7 @@ def add_terms(
         seed = draw_seed(x.device) if term.dropout else None
         groups = {} if cut is None else {"sum_h" if cut.dim else "sum_g": cut.group}
         onto = Onto(fresh and y.is_contiguous() and not compat.is_view(y), **groups)
-        layers = Operands((y,), (term.bias,), (term.down,), (term.up,))
+        layers = Operands((y,), (term.bias,), (term.down,), (term.up,), () if term.core is None else (term.core,))
         seed = seed if cut is None else cut.seed(seed)
         arguments = prepare(x, layers, term.scale, term.dropout, seed, return_h=True, onto=onto)
         y, h = LowrankLinear.apply(*arguments)
@@ -87,5 +88,6 @@ def _formula(x: Tensor, y: Tensor, term: Term) -> tuple[Tensor, Tensor]:
     dtype = torch.get_autocast_dtype(device) if autocasts(device) and x.dtype != torch.float64 else x.dtype
     dropped = torch.dropout(x.to(dtype), term.dropout, True) if term.dropout else x.to(dtype)
     h = as_rows(dropped) @ term.down.to(dtype).T * term.scale
-    more = (h.to(y.dtype) @ term.up.to(y.dtype).T).view(y.shape)
+    t = h if term.core is None else h @ term.core.to(dtype).T
+    more = (t.to(y.dtype) @ term.up.to(y.dtype).T).view(y.shape)
     return y + (more if term.bias is None else more + term.bias.to(y.dtype)), h

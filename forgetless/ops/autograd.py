@@ -41,14 +41,15 @@ class LowrankLinear(torch.autograd.Function):
         n = call.count
         weights, biases = tensors[:n], tensors[n : 2 * n]
         downs: Sequence[Tensor] = tensors[2 * n : 3 * n]
-        ups: Sequence[Tensor] = tensors[3 * n :]
+        ups: Sequence[Tensor] = tensors[3 * n : 4 * n]
+        cores: Sequence[Tensor] = tensors[4 * n :]
         dtypes = [t.dtype for t in tensors[2 * n :]]
         # a checkpoint that recomputes the call saves the same tensors, but nobody sees its products
         terms = call.terms.items if call.terms and not compat.in_backward() else ()
         if x.is_cpu and call.up_scale == 1.0 and not terms:  # BLAS wants one dtype: cast once for both passes
-            downs, ups = [as_dtype(t, x.dtype) for t in downs], [as_dtype(t, x.dtype) for t in ups]
+            downs, ups, cores = ([as_dtype(t, x.dtype) for t in some] for some in (downs, ups, cores))
         with exact_products(device_type(x)):
-            ys, h, zs = forward(call, x, seed, Operands(weights, biases, downs, ups), terms=terms)
+            ys, h, zs = forward(call, x, seed, Operands(weights, biases, downs, ups, cores), terms=terms)
         if call.onto:
             weights = (None,)
             if call.onto.in_place:
@@ -60,7 +61,8 @@ class LowrankLinear(torch.autograd.Function):
             rows = call.terms.tensors() if call.terms else ()
             need_x = any(need[3 + 2 * n : 3 + 3 * n]) or any(need[3 : 3 + n]) and not call.onto
             need_h = any(need[3 + 3 * n :]) or bool(rows)
-            ctx.save_for_backward(x if need_x else None, h if need_h else None, seed, *weights, *downs, *ups, *rows)
+            ctx.cores, kept = len(cores), (*weights, *downs, *ups, *cores, *rows)
+            ctx.save_for_backward(x if need_x else None, h if need_h else None, seed, *kept)
             ctx.set_materialize_grads(False)
         if call.return_h or zs:
             return (*ys, *([h] if call.return_h else []), *zs)
@@ -70,20 +72,22 @@ class LowrankLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         call, dtype = ctx.call, ctx.dtype
-        n = call.count
+        n, end = call.count, 3 * call.count + ctx.cores
         x, h, seed, *rest = _saved(ctx, grads)
-        saved = Saved(x, h, seed, rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], ctx.dtypes)
+        saved = Saved(x, h, seed, rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], ctx.dtypes, rest[3 * n : end])
         dys = [None if dy is None else as_dtype(as_rows(dy), dtype) for dy in grads[:n]]
         dh, dzs = grads[n] if call.return_h else None, grads[n + call.return_h :]
         extra = None
         if call.terms:
             call.terms.spent = True
             if any(dz is not None for dz in dzs):
-                extra = extra_of(call.terms.replaced(rest[3 * n :]), dzs, saved.downs, saved.ups)
+                if call.terms.anywhere and all(dy is None for dy in dys):
+                    _check_there(saved.downs)
+                extra = extra_of(call.terms.replaced(rest[end:]), dzs, saved.downs, saved.ups)
         needs_dy = [] if extra is None else [i for i in range(n) if extra.ups[i] or extra.starts[i] is not None]
         if not needs_dy and all(dy is None for dy in dys):
             if dh is None and extra is None:
-                return (None,) * (3 + 4 * n)
+                return (None,) * (3 + n + end)
             needs_dy = [0]
         for i in needs_dy:
             if dys[i] is None:
@@ -96,6 +100,15 @@ class LowrankLinear(torch.autograd.Function):
         if call.onto:
             others[0] = grads[0]
         return (None, dx, None, *others)
+
+
+def _check_there(factors: Sequence[Tensor]) -> None:
+    """RuntimeError if they were gathered for the forward pass and freed: only a gradient of y brings them back."""
+    if any(t.numel() and not t.untyped_storage().nbytes() for t in factors):
+        raise RuntimeError(
+            "the factors were gathered for the forward pass and are gone: add fl.penalty to the loss and call backward "
+            "once, or call fl.fuse_penalty(model, False) before the pass"
+        )
 
 
 def _saved(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Any]:
@@ -141,7 +154,7 @@ def prepare(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    weights, biases, downs, ups = layers
+    weights, biases, downs, ups, cores = layers
     device = device_type(x)
     if autocasts(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -152,6 +165,8 @@ def prepare(
     check_call(x, scale, dropout, seed)
     for weight, bias, down, up in zip(weights, biases, downs, ups, strict=True):
         check_layer(x, None if onto else weight, down, up, bias)
+    if cores and any(up.requires_grad for up in ups):
+        raise ValueError("up requires a gradient, wants none beside a core")
     p = 0.0
     if dropout:
         p = quantized_rate(dropout)
@@ -159,10 +174,14 @@ def prepare(
     s = scale / (1.0 - p)
     factors = (1.0, s) if x.dtype == torch.float16 else (s, 1.0)
     asked = None if torch.compiler.is_compiling() else dispatch.asked_module()
-    if terms and (x.dtype == torch.float16 or dispatch.module_for(x.is_cuda, x.dtype, asked) is dispatch.blas):
+    if terms and (x.dtype == torch.float16 or not terms.anywhere and _on_blas(x, asked)):
         terms = None  # of float16 h is not scaled
     made = Call(len(weights), *factors, p, return_h, onto, asked, terms)
-    return made, as_rows(x), seed if p else None, *weights, *biases, *downs, *ups
+    return made, as_rows(x), seed if p else None, *weights, *biases, *downs, *ups, *cores
+
+
+def _on_blas(x: Tensor, asked: Any) -> bool:
+    return dispatch.module_for(x.is_cuda, x.dtype, asked) is dispatch.blas
 
 
 def lowrank_linear(

@@ -172,6 +172,39 @@ def project_outer(
     return g, dup
 
 
+def project_core(
+    x: Tensor,  # (M, K)
+    downs: Sequence[Tensor],  # (R_i, K)
+    cores: Sequence[Tensor],  # (R_i, R_i)
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+) -> tuple[Tensor, Tensor]:  # (M, sum of R_i) each, dtype of x
+    """h = scale * drop(x) @ [down_1 .. down_n].T and [h_1 @ core_1.T .. h_n @ core_n.T], each rounded"""
+    if seed is not None and p > 0.0:
+        x = _dropped(x, keep_bits(seed, p, *x.shape))
+    down = as_dtype(downs[0] if len(downs) == 1 else torch.cat(list(downs)), x.dtype).t()
+    h = torch.mm(x, down) if scale == 1.0 else torch.addmm(x.new_empty(()), x, down, beta=0, alpha=scale)
+    if len(cores) == 1:
+        return h, torch.mm(h, as_dtype(cores[0], x.dtype).t())
+    parts = zip(h.split_with_sizes([len(core) for core in cores], 1), cores, strict=True)
+    return h, torch.cat([torch.mm(part, as_dtype(core, x.dtype).t()) for part, core in parts], 1)
+
+
+def project_core_outer(
+    dy: Tensor,  # (M, N)
+    up: Tensor,  # (N, R)
+    core: Tensor,  # (R, R)
+    h: Tensor | None,  # (M, R), dtype of dy; None if dcore is not needed
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:  # (M, R), dtype of dy; (R, R), dtype given or that of dy
+    """g = scale * q @ core and dcore = q.T @ h, of q = dy @ up, rounded"""
+    q, core = torch.mm(dy, as_dtype(up, dy.dtype)), as_dtype(core, dy.dtype)
+    g = torch.mm(q, core) if scale == 1.0 else torch.addmm(dy.new_empty(()), q, core, beta=0, alpha=scale)
+    return g, None if h is None else as_dtype(torch.mm(q.t(), h), dtype or dy.dtype)
+
+
 def dx_and_ddown(
     dys: Sequence[Tensor | None],  # (M, N_i) each; None adds no product with the weight
     weights: Sequence[Tensor | None],  # (N_i, K)

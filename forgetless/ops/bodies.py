@@ -6,10 +6,12 @@
     dx  = sum_i dy_i @ weight_i + drop([g_1 .. g_n] @ [down_1 .. down_n])
     [ddown_1 .. ddown_n] = [g_1 .. g_n].T @ drop(x)                  one pass over x
 
-The single layer is n = 1. In place of the weight a layer may give ``base``, what it made of x itself; then y = base +
-bias + h @ up.T, and the layer's own part of dx is its own affair. Saved for backward: x (only if ``down`` or ``weight``
-is trained), h, and eight bytes of dropout seed. ``forward`` and ``gradients`` are the only bodies, for
-autograd (``forgetless.ops.autograd``) and for torch.compile (``forgetless.ops.compiled``).
+The single layer is n = 1. With a core_i, up_i @ core_i stands for up_i and is never made: y_i has (h_i @ core_i.T) @
+up_i.T, and dcore_i = (dy_i @ up_i).T @ h_i is in place of dup_i. In place of the weight a layer may give ``base``, what
+it made of x itself; then y = base + bias + h @ up.T, and the layer's own part of dx is its own affair. Saved for
+backward: x (only if ``down`` or ``weight`` is trained), h, and eight bytes of dropout seed. ``forward`` and
+``gradients`` are the only bodies, for autograd (``forgetless.ops.autograd``) and for torch.compile
+(``forgetless.ops.compiled``).
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ class Operands(NamedTuple):
     biases: Sequence[Tensor | None]  # (N_i,)
     downs: Sequence[Tensor]  # (R_i, K)
     ups: Sequence[Tensor]  # (N_i, R_i)
+    cores: Sequence[Tensor] = ()  # (R_i, R_i), of all layers or of none
 
 
 def quantized_rate(dropout: float) -> float:
@@ -118,37 +121,47 @@ def forward(
     terms: Sequence[Term] = (),
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # y_i (M, N_i), h (M, sum of R_i), the products of each term
     """y of each layer and h of all, by the backend and plan that dispatch chooses, or by BLAS where a kernel fails."""
-    downs, ups = layers.downs, layers.ups
+    downs, ups, cores = layers.downs, layers.ups, layers.cores
     if route is None:
         route = dispatch.choose_route("forward", x, ups, downs[0], call.p > 0.0, call.module)
-        if route.module is dispatch.blas:  # ``fl.penalty`` makes them itself
+        if route.module is dispatch.blas and not (call.terms and call.terms.anywhere):  # ``fl.penalty`` makes them
             terms = ()
         if route.unchecked and not call.onto:  # which may write in place and wait for other processes
             route = dispatch.measured_route(route, lambda r: flat(forward(call, x, seed, layers, r, terms)), x.device)
-    if call.up_scale != 1.0:
-        ups = [call.up_scale * up.float() for up in ups]
+    ups, cores = _scaled(call, ups, cores)
     run, s, p = route.module, call.scale, call.p
     try:
         with dispatch.tiles_of(route, x.device):
-            if route.whole and call.count == 1 and not call.onto and not terms:
+            if route.whole and call.count == 1 and not call.onto and not terms and not cores:
                 y, h = run.linear_lowrank(
                     x, layers.weights[0], downs[0], ups[0], layers.biases[0], s, p, seed, plan=route.plan
                 )
                 return [y], h, []
             zs: list[Tensor] = []
-            if terms:
+            if cores:
+                h, t = run.project_core(x, downs, cores, s, p, seed)
+            elif terms:
                 h, zs = run.project_terms(x, downs, ups, terms, s, p, seed)
             else:
                 h = run.project(x, downs[0] if call.count == 1 else torch.cat(list(downs)), s, p, seed)
+            t = t if cores else h
             if call.onto:
-                return [_add(call.onto, layers.weights[0], h, ups[0], layers.biases[0])], h, zs
+                return [_add(call.onto, layers.weights[0], t, ups[0], layers.biases[0])], h, zs
             if call.count == 1:
-                return [run.matmul_lowrank(x, layers.weights[0], h, ups[0], layers.biases[0])], h, zs
-            parts = h.split_with_sizes([up.shape[1] for up in ups], 1)
+                return [run.matmul_lowrank(x, layers.weights[0], t, ups[0], layers.biases[0])], h, zs
+            parts = t.split_with_sizes([up.shape[1] for up in ups], 1)
             each = zip(layers.weights, parts, ups, layers.biases, strict=True)
             return [run.matmul_lowrank(x, *layer) for layer in each], h, zs
     except LaunchError as error:
         return forward(call, x, seed, layers, dispatch.failed(route, error), terms)
+
+
+def _scaled(call: Call, ups: Any, cores: Any) -> tuple[Any, Any]:
+    """``ups``, or the cores where there are any, times the factor of the call."""
+    if call.up_scale != 1.0:
+        some = [call.up_scale * t.float() for t in cores or ups]
+        ups, cores = (ups, some) if cores else (some, cores)
+    return ups, cores
 
 
 def _add(onto: Onto, base: Tensor, h: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
@@ -165,18 +178,19 @@ class Saved(NamedTuple):
     """What the backward pass reads."""
 
     x: Tensor | None  # (M, K), only for ddown and dweight
-    h: Tensor | None  # (M, sum of R_i), only for dup
+    h: Tensor | None  # (M, sum of R_i), only for dup or dcore
     seed: Tensor | None
     weights: Sequence[Tensor | None]  # (N_i, K); None with ``onto``
     downs: Sequence[Tensor]  # (R_i, K)
     ups: Sequence[Tensor]  # (N_i, R_i)
-    dtypes: Sequence[torch.dtype]  # of the gradients of downs, then of ups
+    dtypes: Sequence[torch.dtype]  # of the gradients of downs, then of ups, then of cores
+    cores: Sequence[Tensor] = ()  # (R_i, R_i)
 
 
 def gradients(
     call: Call,
     saved: Saved,
-    need: Sequence[bool],  # of x, then of all weights, biases, downs, ups
+    need: Sequence[bool],  # of x, then of all weights, biases, downs, ups, cores
     dys: Sequence[Tensor | None],  # (M, N_i) each, at least one
     dh: Tensor | None,  # (M, sum of R_i)
     route: Route | None = None,
@@ -184,7 +198,7 @@ def gradients(
 ) -> list[Tensor | None]:  # as ``need``
     """The gradients that are needed: each dy_i is read for g_i and dup_i at once, then for dx; x for ddown."""
     n, s, p = call.count, call.scale, call.p
-    x, h, seed, weights, downs, ups, dtypes = saved
+    x, h, seed, weights, downs, ups, dtypes, cores = saved
     like: Any = dys[0] if n == 1 else next(dy for dy in dys if dy is not None)
     if route is None:
         route = dispatch.choose_route("backward", like, ups, downs[0], p > 0.0, call.module)
@@ -192,10 +206,9 @@ def gradients(
             route = dispatch.measured_route(
                 route, lambda r: given(gradients(call, saved, need, dys, dh, r, extra)), like.device
             )
-    if call.up_scale != 1.0:
-        ups = [call.up_scale * up.float() for up in ups]
+    ups, cores = _scaled(call, ups, cores)
     run, ranks = route.module, [up.shape[1] for up in ups]
-    need_x, need_downs, need_ups = need[0], need[1 + 2 * n : 1 + 3 * n], need[1 + 3 * n :]
+    need_x, need_downs, need_ups = need[0], need[1 + 2 * n : 1 + 3 * n], need[1 + 3 * n : 1 + 4 * n]
     need_down = any(need_downs)
     need_g = need_x or need_down
     hs: Any = [h] if n == 1 or h is None else h.split_with_sizes(ranks, 1)
@@ -203,9 +216,10 @@ def gradients(
     dx = ddown = None
     gs: list[Tensor] = []
     dups: list[Tensor | None] = [None] * n
+    dcores: list[Tensor | None] = [None] * len(cores)
     try:
         with dispatch.tiles_of(route, like.device):
-            if route.whole and n == 1 and need_x and dh is starts[0] is None and not call.onto:
+            if route.whole and n == 1 and need_x and dh is starts[0] is None and not call.onto and not cores:
                 frozen: Any = weights[0]  # g inside the kernel that makes dx
                 options = {"drop_output": True, "plan": route.plan}
                 dx, g = run.linear_lowrank(like, frozen.T, ups[0].T, downs[0].T, None, s, p, seed, **options)
@@ -213,6 +227,9 @@ def gradients(
             for i, dy in enumerate(dys):
                 if dy is None:
                     gs.append(like.new_zeros(like.shape[0], ranks[i]))
+                elif cores:
+                    g, dcores[i] = run.project_core_outer(dy, ups[i], cores[i], hs[i], s, dtypes[2 * n + i])
+                    gs.append(g)
                 elif need_g and need_ups[i]:
                     g, dups[i] = run.project_outer(dy, ups[i], hs[i], s, dtypes[n + i], more_ups[i], starts[i])
                     gs.append(g)
@@ -235,7 +252,7 @@ def gradients(
     except LaunchError as error:
         return gradients(call, saved, need, dys, dh, dispatch.failed(route, error), extra)
     if call.up_scale != 1.0:
-        dups = [None if dup is None else dup.mul_(call.up_scale) for dup in dups]
+        dups, dcores = ([None if t is None else t.mul_(call.up_scale) for t in some] for some in (dups, dcores))
     ddowns: Any = [ddown] if n == 1 or ddown is None else ddown.split_with_sizes(ranks)
     others: list[Tensor | None] = [None] * (2 * n)
     for i, dy in enumerate(dys):
@@ -245,7 +262,7 @@ def gradients(
             others[n + i] = dy.sum(0)
     if n > 1:
         ddowns = [ddowns[i] if need_down and need_downs[i] else None for i in range(n)]
-    return [dx, *others, *ddowns, *dups]
+    return [dx, *others, *ddowns, *dups, *dcores]
 
 
 def flat(result: tuple[list[Tensor], Tensor, list[Tensor]]) -> list[Tensor]:

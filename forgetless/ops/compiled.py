@@ -20,10 +20,15 @@ def _op(
     bias: Tensor | None,  # (N,)
     seed: Tensor | None,  # (2,) int32
     factors: list[float],  # scale, up_scale, p of ``Call``
+    core: Tensor | None = None,  # (R, R)
 ) -> tuple[Tensor, Tensor]:  # y (M, N), h (M, R)
     with exact_products(device_type(x)):
-        (y,), h, _ = forward(_call(factors), x, seed, Operands([weight], [bias], [down], [up]))
+        (y,), h, _ = forward(_call(factors), x, seed, Operands([weight], [bias], [down], [up], _present(core)))
     return y, h
+
+
+def _present(core: Tensor | None) -> list[Tensor]:
+    return [] if core is None else [core]
 
 
 def _call(factors: list[float]) -> Call:
@@ -32,7 +37,7 @@ def _call(factors: list[float]) -> Call:
 
 
 @_op.register_fake
-def _(x, weight, down, up, bias, seed, factors):  # type: ignore[no-untyped-def]
+def _(x, weight, down, up, bias, seed, factors, core=None):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], down.shape[0])
 
 
@@ -40,23 +45,26 @@ def _(x, weight, down, up, bias, seed, factors):  # type: ignore[no-untyped-def]
 def _op_backward(
     dy: Tensor,
     dh: Tensor | None,
-    saved: list[Tensor | None],  # x, h, seed, weight, down, up
+    saved: list[Tensor | None],  # x, h, seed, weight, down, up, core
     factors: list[float],
-    need: list[bool],  # of x, weight, bias, down, up
+    need: list[bool],  # of x, weight, bias, down, up, core
 ) -> list[Tensor]:  # an empty tensor stands for a gradient nobody asked for
-    x, h, seed, weight, down, up = saved
+    x, h, seed, weight, down, up, core = saved
     assert down is not None and up is not None
+    cores = _present(core)
     with exact_products(device_type(dy)):
-        values = Saved(x, h, seed, [weight], [down], [up], [down.dtype, up.dtype])
-        grads = gradients(_call(factors), values, need, [dy], dh)
+        values = Saved(x, h, seed, [weight], [down], [up], [t.dtype for t in (down, up, *cores)], cores)
+        grads = gradients(_call(factors), values, need[: 5 + len(cores)], [dy], dh)
     return [dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
 @_op_backward.register_fake
 def _(dy, dh, saved, factors, need):  # type: ignore[no-untyped-def]
-    weight, down, up = saved[3:]
-    shapes = [(dy.shape[0], weight.shape[1]), weight.shape, (weight.shape[0],), down.shape, up.shape]
-    dtypes = [dy.dtype, dy.dtype, dy.dtype, down.dtype, up.dtype]
+    weight, down, up, *cores = saved[3:] if saved[6] is not None else saved[3:6]
+    others = (down, up, *cores)
+    shapes = [(dy.shape[0], weight.shape[1]), weight.shape, (weight.shape[0],), *[t.shape for t in others]]
+    dtypes = [dy.dtype, dy.dtype, dy.dtype, *[t.dtype for t in others]]
+    need = need[: len(shapes)]
     return [
         dy.new_empty(shape, dtype=dtype) if expected else dy.new_empty(0)
         for shape, dtype, expected in zip(shapes, dtypes, need, strict=True)
@@ -64,13 +72,13 @@ def _(dy, dh, saved, factors, need):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, down, up, _, seed, factors = inputs
+    x, weight, down, up, _, seed, factors, core = inputs
     need_x, need_weight, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
+    need_core = ctx.needs_input_grad[7]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x if need_down or need_weight else None, output[1] if need_up else None, seed, weight, down, up
-    )
-    ctx.need = [need_x, need_weight, need_bias, need_down, need_up]
+    kept = x if need_down or need_weight else None, output[1] if need_up or need_core else None
+    ctx.save_for_backward(*kept, seed, weight, down, up, core)
+    ctx.need = [need_x, need_weight, need_bias, need_down, need_up, need_core]
     ctx.rest = factors, ctx.need
 
 
@@ -78,11 +86,11 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | 
     saved = list(ctx.saved_tensors)
     if dy is None:
         if dh is None:
-            return (None,) * 7
+            return (None,) * 8
         dy = dh.new_zeros(dh.shape[0], saved[3].shape[0])
     grads = torch.ops.forgetless.lowrank_linear_backward(dy, dh, saved, *ctx.rest)
-    dx, dweight, dbias, ddown, dup = (grad if need else None for grad, need in zip(grads, ctx.need, strict=True))
-    return dx, dweight, ddown, dup, dbias, None, None
+    dx, dweight, dbias, ddown, dup, *dcore = (grad if need else None for grad, need in zip(grads, ctx.need))  # noqa: B905
+    return dx, dweight, ddown, dup, dbias, None, None, *(dcore or [None])
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
@@ -90,7 +98,7 @@ _op.register_autograd(_autograd, setup_context=_setup_context)
 
 def compiled(call: Call, x: Tensor, seed: Tensor | None, *tensors: Any) -> Any:
     """``LowrankLinear`` of one layer, for torch.compile to trace."""
-    weight, bias, down, up = tensors
+    weight, bias, down, up, *core = tensors
     factors = [call.scale, call.up_scale, call.p]
-    y, h = torch.ops.forgetless.lowrank_linear(x, weight, down, up, bias, seed, factors)
+    y, h = torch.ops.forgetless.lowrank_linear(x, weight, down, up, bias, seed, factors, *core)
     return (y, h) if call.return_h else y

@@ -8,8 +8,8 @@ Three products carry the forward and the backward of every method (see ``forgetl
 
 ``drop`` zeroes the elements that ``keep_mask`` says; it does not rescale, callers fold 1 / (1 - p) into ``scale``.
 Products are taken in float32 (float64 for float64 inputs) and rounded once, to the dtype of the first argument.
-``project_outer``, ``dx_and_ddown`` and ``linear_lowrank`` are made of them; a kernel may do each in one launch. The
-modules ``forgetless.ops.blas`` and ``forgetless_kernels.fused`` offer the same names with the same signatures.
+The others are made of them; a kernel may do each in one launch. ``forgetless.ops.blas`` and
+``forgetless_kernels.fused`` offer the same names with the same signatures.
 """
 
 from __future__ import annotations
@@ -163,6 +163,36 @@ def project_outer(
     """
     g = project(dy, up.t(), scale, start=None if start is None else (h, start))
     return g, outer(h, dy, dtype=dtype, more=more).t()
+
+
+def project_core(
+    x: Tensor,  # (M, K)
+    downs: Sequence[Tensor],  # (R_i, K)
+    cores: Sequence[Tensor],  # (R_i, R_i)
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (2,) int32
+) -> tuple[Tensor, Tensor]:  # (M, sum of R_i) each, dtype of x
+    """h = scale * drop(x) @ [down_1 .. down_n].T and [h_1 @ core_1.T .. h_n @ core_n.T], each rounded"""
+    wide = _wide(x.dtype)
+    h = project(x, torch.cat([down.to(x.dtype) for down in downs]), scale, p, seed)
+    parts = zip(h.to(wide).split_with_sizes([len(core) for core in cores], 1), cores, strict=True)
+    return h, torch.cat([part @ core.to(x.dtype).to(wide).T for part, core in parts], 1).to(x.dtype)
+
+
+def project_core_outer(
+    dy: Tensor,  # (M, N)
+    up: Tensor,  # (N, R)
+    core: Tensor,  # (R, R)
+    h: Tensor | None,  # (M, R), dtype of dy; None if dcore is not needed
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:  # (M, R), dtype of dy; (R, R), dtype given or that of dy
+    """g = scale * q @ core and dcore = q.T @ h, of q = dy @ up, rounded"""
+    wide = _wide(dy.dtype)
+    q = (dy.to(wide) @ up.to(dy.dtype).to(wide)).to(dy.dtype).to(wide)
+    dcore = None if h is None else (q.T @ h.to(wide)).to(dtype or dy.dtype)
+    return (scale * (q @ core.to(dy.dtype).to(wide))).to(dy.dtype), dcore
 
 
 def dx_and_ddown(

@@ -68,6 +68,7 @@ class Terms:
     """What penalties want of one call of the op, and what has become of it."""
 
     items: tuple[Term, ...]
+    anywhere: bool = False  # also on BLAS: once the pass is over the factors are shards
     spent: bool = False  # a backward pass has gone through the call: its products have no graph any more
 
     def tensors(self) -> list[Tensor | None]:

@@ -30,6 +30,7 @@ LIBRARY = [path for path in LIBRARY if path not in STUDY]
 FOUNDATION = ("files", "versions")
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 LAUNCHERS = ("project", "matmul_lowrank", "outer", "project_outer", "dx_and_ddown", "linear_lowrank", "project_terms")
+LAUNCHERS += ("project_core", "project_core_outer")
 LAUNCHERS += ("grouped_project", "grouped_matmul_lowrank", "grouped_outer", "grouped_sum")
 
 

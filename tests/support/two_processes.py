@@ -146,6 +146,70 @@ def tensor_parallel(folder: Path, rank: int) -> None:
         model(**batch)
 
 
+IN_THE_PASS = {
+    "clora": METHODS["clora"],
+    "hadamard": fl.CLoRA(rank=4, k=12, basis="hadamard"),
+    "source": fl.LoRA(rank=4, penalties=(fl.SourceDeviation(0.5), fl.SourceDeviation(0.2, covariance=3))),
+}
+
+
+def gathers_once(mesh: Any, rank: int) -> None:
+    """FSDP2: the penalty takes the factors that the forward pass has gathered, or those of now where it cannot."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    tokens = TOKENS[2 * rank : 2 * rank + 2]
+    batch = {"input_ids": tokens, "labels": tokens}
+
+    def sharded(spec: Any, keep: bool = False) -> nn.Module:
+        model = stir(fl.adapt(tiny_model(), spec), 0.1).train()
+        if spec is IN_THE_PASS["source"]:
+            fl.calibrate(model, [{"input_ids": TOKENS[:, :6]}])
+            fl.penalty(model)  # asks whether there are statistics
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh, reshard_after_forward=not keep)
+        return fully_shard(model, mesh=mesh)
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        return [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]
+
+    for name, spec in IN_THE_PASS.items():
+        made: dict[bool, tuple[Tensor, list[Tensor]]] = {}
+        for keep in (False, True):
+            for fuse in (True, False):
+                counts = []
+                for penalised in (False, True):
+                    model = fl.fuse_penalty(sharded(spec, keep), fuse)
+                    with CommDebugMode() as seen:
+                        loss = model(**batch).loss
+                        loss = loss + fl.penalty(model) if penalised else loss
+                        loss.backward()
+                    counts.append(seen.get_total_counts())
+                assert (counts[0] == counts[1]) == (fuse or keep), (name, keep, fuse, counts)
+                made[fuse] = loss.detach(), gradients(model)
+            torch.testing.assert_close(made[True][0], made[False][0], rtol=1e-5, atol=1e-6)
+            for ours, theirs in zip(made[True][1], made[False][1], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    model = sharded(IN_THE_PASS["hadamard"])
+    model(**batch)
+    before = fl.penalty(model).detach()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2)
+    torch.testing.assert_close(fl.penalty(model).detach(), 4 * before)
+    model(**batch).loss.backward()
+    torch.testing.assert_close(fl.penalty(model).detach(), 4 * before)
+    model(**batch)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=1.0, foreach=True).step()
+    moved = fl.penalty(model).detach()
+    model(**batch)
+    torch.testing.assert_close(fl.penalty(model).detach(), moved)
+    assert moved < 3.6 * before
+    with pytest.raises(RuntimeError, match="were gathered for the forward pass and are gone"):
+        fl.penalty(model).backward()
+
+
 def how_to(title: str, **space: Any) -> None:
     """The block under a heading of docs/distributed.md."""
     text = (
@@ -178,6 +242,7 @@ def main(engine: str, folder: Path) -> None:
             save_file({"loss": loss / 2}, folder / f"{name}.safetensors")
     batch = token_batch((9, 9))
     if engine == "fsdp":
+        gathers_once(mesh, rank)
         model = fl.adapt(whole_model(), METHODS["clora"])
         how_to("FSDP2", model=model, batch=batch, folder=folder / "how-to")
     if engine == "ddp":
