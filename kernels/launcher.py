@@ -57,14 +57,16 @@ class Launch:
         kernel: a function of ``triton.jit``.
         grid: programs along each axis.
         blocks: the block shapes of the descriptors among the operands, in a launcher's own order.
+        beside: what the launcher that prepares it keeps with it: a function of the same key.
         named: all other arguments and options, by name.
     """
 
-    __slots__ = ("blocks", "compiled", "grid", "kernel", "named", "rest")
+    __slots__ = ("beside", "blocks", "compiled", "grid", "kernel", "named", "rest")
 
     def __init__(self, kernel: Any, grid: Sequence[int], blocks: Sequence[list[int]] = (), **named: Any):
         self.kernel, self.blocks, self.named = kernel, blocks, named
         self.grid = (*grid, 1, 1)[:3]
+        self.beside: Any = None
         self.compiled: CompiledKernel | None = None
         self.rest: tuple[Any, ...] = ()
 

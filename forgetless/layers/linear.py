@@ -178,19 +178,19 @@ class AdaptedLinear(Standing):
                 )
                 return_h = any(member.needs_hidden for member in members)
             asked = self.training and torch.is_grad_enabled() and not compiling and runs_kernels(x)
-            terms, states = terms_of(members, layers) if asked else (None, [])
+            terms, asking = terms_of(members, layers) if asked else (None, [])
             arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
             outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
             ys = outputs if isinstance(outputs, tuple) else (outputs,)
             count = len(members)
             h, zs = hidden(arguments[0], ys[count]) if return_h else None, ys[count + return_h :]
-            made = made_of(layers, terms, states, zs) if terms and zs else [None] * count
+            made = made_of(layers, terms, asking, zs) if terms and zs else None
             if count == 1:
-                result = ys[0], h, made[0]
+                result = ys[0], h, made
             else:
                 ranks = [up.shape[1] for up in layers.ups]
                 hs = [None] * count if h is None else h.split(ranks, dim=1)
-                result = group.share(self, x, dropout, list(zip(ys[:count], hs, made, strict=True)))
+                result = group.share(self, x, dropout, list(zip(ys[:count], hs, [made] * count, strict=True)))
         y, h, products = result
         self._record(x, h, products)
         return like_x(y, x)
@@ -248,14 +248,15 @@ class AdaptedLinear(Standing):
         if self.runs_base() or hooked(self) or self.disabled:
             return False  # a hook may change what comes after it
         weight, bias = self.stored()
-        adapter = self.adapter
+        adapter: Any = self._modules["adapter"]
+        others: Any = first._modules["adapter"]
         return (
             type(weight) in (nn.Parameter, Tensor)  # neither a shard nor packed
             and weight.dtype == like.dtype
             and weight.device == like.device
-            and self.in_features == first.in_features
+            and weight.shape[0 if self.transposed else 1] == like.shape[0 if first.transposed else 1]
             and (adapter.dropout if self.training else 0.0) == dropout
-            and adapter.scale == first.adapter.scale
+            and adapter.scale == others.scale
             and not weight.requires_grad
             and not weight.is_inference()
             and (bias is None or not bias.requires_grad and bias.device == like.device and bias.dtype == like.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapter import Adapter, Site, Stays, wide
 from ..ops.rows import Products, Rows
 from .base import Item, Penalty, PenaltyState, register
-from .batched import grouped
+from .batched import grouped, joined
 from .hadamard import hadamard_blocks
 
 BASES = ("hadamard", "orthogonal", "shared")
@@ -100,13 +100,14 @@ class _NullSpace(PenaltyState):
     @classmethod
     def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
         layouts = []
-        for (state, _, _), (rows, z) in zip(items, made, strict=True):
-            of = {"down": state.input, "up": state.output}
-            signs = (-1 if of[one.of].complement and not one.own else 1 for one in rows)
-            sizes = [(one.own, one.length(z.shape[1]), sign) for one, sign in zip(rows, signs, strict=True)]
+        rows_of = [(rows, z.shape[1]) for of_layers, z in made for rows in of_layers]
+        for (state, _, _), (rows, R) in zip(items, rows_of, strict=True):
+            bases: Any = state._modules
+            of = {"down": bases["input"], "up": bases["output"]}
+            sizes = [(one.own, one.length(R), -1 if of[one.of].complement and not one.own else 1) for one in rows]
             layouts.append((state.spec.weight, *sizes))
 
-        def form(group: list[int], z: Tensor) -> tuple[Tensor, Tensor]:
+        def form(group: Sequence[int], z: Tensor) -> tuple[Tensor, Tensor]:
             weight, *rows = layouts[group[0]]
             if not any(own for own, _, _ in rows):
                 return 0.5 * weight * _square(z), z.mul_(weight)
@@ -121,7 +122,7 @@ class _NullSpace(PenaltyState):
                     grads.append(2 * sign * part)
             return 0.5 * weight * value, torch.cat(grads, 1).mul_(0.5 * weight)
 
-        return grouped([(z,) for _, z in made], layouts, form)
+        return joined(made, layouts, form)
 
 
 def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> _Basis:

@@ -259,6 +259,34 @@ def test_where_it_steps_back(paths):
         assert way() == ["total"]
 
 
+def test_one_tensor_of_products_for_the_siblings_of_a_call():
+    """Of each kind of penalty one, whatever the layers: autograd and ``fl.penalty`` have as many things less to do."""
+    model = build(fl.NullSpace(k=5), fl.WeightDeviation())
+    with fl.ops.backend("reference"):
+        model(batch())
+    for block in model.blocks:
+        q, k, v, o = ({id(made) for made in layer.trace.made.values()} for layer in block.children())
+        assert q == k == v and len(q) == len(o) == 2 and not q & o
+
+
+def test_a_part_of_what_a_call_has_made(paths):
+    """Products of siblings are taken together or not at all."""
+    values = []
+    for fused in (True, False):
+        model = fl.fuse_penalty(build(*ALL), fused)
+        null = model.blocks[0].k_proj.adapter.penalty_states()[0]
+        null.spec = fl.NullSpace(0.0, k=5)
+        with fl.ops.backend("reference"):
+            paths.clear()
+            value, grads = step(model, batch())
+            assert sorted(paths) == (["total", *["total_made"] * 3] if fused else ["total"] * 3)
+            values.append((value, *grads))
+            block = fl.penalty(model.blocks[1])
+            values[-1] += (block.detach(),)
+    for ours, grouped in zip(*values, strict=True):
+        torch.testing.assert_close(ours, grouped, rtol=1e-9, atol=1e-12)
+
+
 def test_no_graph_is_kept_by_a_penalty_that_nobody_asks_for():
     model, x = build(fl.NullSpace(k=5)), batch()
     with fl.ops.backend("reference"):
