@@ -20,9 +20,10 @@ from ..ops.autograd import LowrankLinear, hidden, like_x, prepare
 from ..ops.bodies import Operands, as_rows, exact_products
 from ..ops.compiled import compiled
 from ..ops.dispatch import runs_kernels
+from ..ops.rows import Terms
 from .frozen import hooked, is_conv1d, is_plain, runs_by, stored
 from .groups import Group, families
-from .made import Made, made_of, terms_of
+from .made import Made, made_of, request_of
 from .passes import Passes
 from .seen import seen
 from .states import Standing
@@ -178,13 +179,14 @@ class AdaptedLinear(Standing):
                 )
                 return_h = any(member.needs_hidden for member in members)
             asked = self.training and torch.is_grad_enabled() and not compiling and runs_kernels(x)
-            terms, asking = terms_of(members, layers) if asked else (None, [])
+            request = request_of(members, layers) if asked else None
+            terms = Terms(request.items) if request else None
             arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
             outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
             ys = outputs if isinstance(outputs, tuple) else (outputs,)
             count = len(members)
             h, zs = hidden(arguments[0], ys[count]) if return_h else None, ys[count + return_h :]
-            made = made_of(layers, terms, asking, zs) if terms and zs else None
+            made = made_of(request, terms, zs) if request and terms and zs else None
             if count == 1:
                 result = ys[0], h, made
             else:

@@ -14,11 +14,20 @@ from ..ops.rows import Products, Rows, Term, Terms
 
 
 class Asked(NamedTuple):
-    """What the penalty of one layer asks of a call."""
+    """What the penalties of one kind ask of a call, in one tensor of products."""
 
-    layer: int
-    state: Any
-    rows: tuple[Rows, ...]
+    states: list[Any]
+    rows: list[tuple[Rows, ...]]
+    parts: list[Any]  # all that the products are made of, and of which kind they are
+    tensors: list[Tensor]  # among these
+
+
+class Request(NamedTuple):
+    """What all penalties ask of a call of the op; the same as long as its parts are."""
+
+    parts: list[Any]
+    items: tuple[Term, ...]
+    asked: list[Asked]
 
 
 class Made:
@@ -29,14 +38,9 @@ class Made:
         products: the rows of each, and the products.
     """
 
-    def __init__(self, layers: Operands, terms: Terms, asked: list[Asked], z: Tensor):
-        self.terms = terms
-        self.states = [one.state for one in asked]
-        self.products = Products([one.rows for one in asked], z)
-        self.parts: list[Any] = []
-        for layer, _, rows in asked:
-            self.parts += _parts((layers.downs[layer], layers.ups[layer]), rows)
-        self.tensors = [part for part in self.parts if isinstance(part, Tensor)]
+    def __init__(self, asked: Asked, terms: Terms, z: Tensor):
+        self.terms, self.states, self.parts, self.tensors = terms, asked.states, asked.parts, asked.tensors
+        self.products = Products(asked.rows, z)
         self.memory = [t.untyped_storage() for t in self.tensors]  # kept: nothing else can be at their addresses
         self.facts = self.present()
 
@@ -57,44 +61,70 @@ class Made:
             return False
         parts: list[Any] = []
         for adapter, state in zip(adapters, self.states, strict=True):
-            parts += _parts(adapter.factors(), state.rows())
-        return len(parts) == len(self.parts) and all(map(is_, parts, self.parts)) and self.present() == self.facts
+            parts += adapter.factors()
+            for one in state.rows():
+                parts += one
+        return _same(parts, self.parts) and self.present() == self.facts
 
 
-def _parts(factors: tuple[Tensor, Tensor], rows: tuple[Rows, ...]) -> list[Any]:
-    """All that the products are made of, and of which kind they are."""
-    return [*factors, *[part for one in rows for part in one]]
+def _same(parts: list[Any], others: list[Any]) -> bool:
+    return len(parts) == len(others) and all(map(is_, parts, others))
 
 
-def terms_of(members: Sequence[Any], layers: Operands) -> tuple[Terms | None, list[list[Asked]]]:
-    """What the penalties of these layers want of one call of the op for all; and who asked, by tensor of products."""
-    kinds: dict[Any, list[Asked]] = {}
+def request_of(members: Sequence[Any], layers: Operands) -> Request | None:
+    """What the penalties of these layers want of one call of the op for all.
+
+    It is kept beside the first of them, and worked out again where a layer, a state, a tensor or a rank is another.
+    """
+    asking: list[tuple[int, Any, tuple[Rows, ...]]] = []
+    parts: list[Any] = []
     for i, member in enumerate(members):
         own = member._modules["adapter"].penalty_states() if member.makes_products else ()
-        if not own or not all([_plain(factor) and factor.is_leaf for factor in (layers.downs[i], layers.ups[i])]):
-            continue
-        for state in own:
-            rows = state.rows()
-            if rows and all([part is None or type(part) is str or _plain(part) for one in rows for part in one]):
-                kinds.setdefault((type(state), layers.ups[i].shape[1]), []).append(Asked(i, state, rows))
-    asked = list(kinds.values())
-    items = [Term(one.layer, one.rows, one is not some[0]) for some in asked for one in some]
-    return (Terms(tuple(items)) if items else None), asked
+        down, up = layers.downs[i], layers.ups[i]
+        if own and down.is_leaf and up.is_leaf:
+            for state in own:
+                rows = state.rows()
+                if rows:
+                    asking.append((i, state, rows))
+                    parts += (i, state, up.shape[1], down, up)
+                    for one in rows:
+                        parts += one
+    if not asking:
+        return None
+    kept: Request | None = members[0].__dict__.get("request")
+    if kept is None or not _same(parts, kept.parts):
+        kept = _request(parts, asking, layers)
+        members[0].__dict__["request"] = kept
+    return kept if kept.items else None
+
+
+def _request(parts: list[Any], asking: list[tuple[int, Any, tuple[Rows, ...]]], layers: Operands) -> Request:
+    kinds: dict[Any, Asked] = {}
+    terms: dict[Any, list[Term]] = {}
+    for i, state, rows in asking:
+        own = [layers.downs[i], layers.ups[i], *[part for one in rows for part in one]]
+        if all(part is None or isinstance(part, str) or _plain(part) for part in own):
+            key = type(state), layers.ups[i].shape[1]
+            asked = kinds.setdefault(key, Asked([], [], [], []))
+            asked.states.append(state)
+            asked.rows.append(rows)
+            asked.parts.extend(own)
+            asked.tensors.extend(part for part in own if isinstance(part, Tensor))
+            some = terms.setdefault(key, [])
+            some.append(Term(i, rows, bool(some)))
+    return Request(parts, tuple(term for some in terms.values() for term in some), list(kinds.values()))
 
 
 def _plain(t: Any) -> bool:
     """Whether a change of it can be seen: it is neither a shard nor a tensor of inference mode."""
-    return type(t) in _PLAIN and not t.is_inference()
+    return type(t) in (nn.Parameter, Tensor) and not t.is_inference()
 
 
-_PLAIN = (nn.Parameter, Tensor)
-
-
-def made_of(layers: Operands, terms: Terms, asked: list[list[Asked]], zs: Sequence[Tensor]) -> dict[Any, Made]:
+def made_of(request: Request, terms: Terms, zs: Sequence[Tensor]) -> dict[Any, Made]:
     """By state, what the call has made."""
     result: dict[Any, Made] = {}
-    for some, z in zip(asked, zs, strict=True):
-        result.update(dict.fromkeys([one.state for one in some], Made(layers, terms, some, z)))
+    for asked, z in zip(request.asked, zs, strict=True):
+        result.update(dict.fromkeys(asked.states, Made(asked, terms, z)))
     return result
 
 
