@@ -206,11 +206,13 @@ def project_terms(
     h = tl_utils.empty((M, R), x.dtype, x)
     tensors, of_rows, layout = [x, down, h, dropping(p, seed), None, None], [], []
     for layer, some, joins in terms:
-        for rows in some:
-            own = (rows.basis, rows.weight, rows.columns, (ups if rows.of == "up" else downs)[layer])
+        kinds = []
+        for of, *stored in some:
+            own = (*stored, (ups if of == "up" else downs)[layer])
             of_rows.append(own)
             tensors += own
-        layout.append((layer, joins, tuple([rows.of for rows in some])))
+            kinds.append(of)
+        layout.append((layer, joins, tuple(kinds)))
     values = tuple(layout), tuple([one.shape[0] for one in downs])
     launch = prepared(_project, tensors, *values, p, dot_precision(x.dtype))
     sizes, numbers, wanted = launch.beside

@@ -280,6 +280,10 @@ class AdaptedLinear(Standing):
         state = self.__dict__
         state["trace"], state["called"] = trace, True
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("request", None)  # which would keep the memory of tensors that are moved away
+        return super()._apply(*args, **kwargs)
+
     def enter(self) -> None:
         """It is called; RuntimeError if a checkpoint recomputes it in another scale: see ``Passes.enter``."""
         if self.passes is not None and not torch.compiler.is_compiling():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -35,14 +36,20 @@ class Made:
 
     Attributes:
         states: of the penalty, in the order of their products.
-        products: the rows of each, and the products.
+        products: the rows of each, and the products; None after a backward pass.
     """
 
     def __init__(self, asked: Asked, terms: Terms, z: Tensor):
         self.terms, self.states, self.parts, self.tensors = terms, asked.states, asked.parts, asked.tensors
-        self.products = Products(asked.rows, z)
+        self.products: Products | None = Products(asked.rows, z)
         self.memory = [t.untyped_storage() for t in self.tensors]  # kept: nothing else can be at their addresses
         self.facts = self.present()
+        terms.users.append(weakref.ref(self))
+
+    def release(self) -> None:
+        """Let go of all that it keeps: a backward pass has gone through the products."""
+        self.products, self.parts, self.tensors, self.memory = None, [], [], []
+        self.terms = Terms((), True)
 
     def present(self) -> list[Any]:
         """What is another where a tensor has been written to, or been given other memory."""
@@ -57,7 +64,7 @@ class Made:
         Args:
             adapters: that have ``states``, in their order.
         """
-        if self.terms.spent or torch.is_grad_enabled() and not self.products.z.requires_grad:
+        if self.terms.spent or self.products is None or torch.is_grad_enabled() and not self.products.z.requires_grad:
             return False
         parts: list[Any] = []
         for adapter, state in zip(adapters, self.states, strict=True):
@@ -152,6 +159,7 @@ class Items:
         for made, some in self.made.items():
             items = [some[state][0] for state in made.states if state in some]
             if len(items) == len(made.states) and made.holds([item.adapter for item in items]):
+                assert made.products is not None
                 z = made.products.z
                 kept, products = result.setdefault((type(items[0].state), z.device, z.shape[1]), ([], []))
                 kept += items

@@ -77,7 +77,7 @@ class LowrankLinear(torch.autograd.Function):
         dh, dzs = grads[n] if call.return_h else None, grads[n + call.return_h :]
         extra = None
         if call.terms:
-            call.terms.spent = True
+            call.terms.spend()
             if any(dz is not None for dz in dzs):
                 extra = extra_of(call.terms.replaced(rest[3 * n :]), dzs, saved.downs, saved.ups)
         needs_dy = [] if extra is None else [i for i in range(n) if extra.ups[i] or extra.starts[i] is not None]

@@ -7,9 +7,10 @@ and ddown anyway take them along. This is the description that autograd and the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +71,15 @@ class Terms:
 
     items: tuple[Term, ...]
     spent: bool = False  # a backward pass has gone through the call: its products have no graph any more
+    users: list[weakref.ref[Any]] = field(default_factory=list)  # who keeps products: ``release`` lets go of them
+
+    def spend(self) -> None:
+        """A backward pass goes through the call: what keeps its products would keep the rest of the graph, too."""
+        self.spent = True
+        for one in self.users:
+            user = one()
+            if user is not None:
+                user.release()
 
     def tensors(self) -> list[Tensor]:
         """The tensors of the rows."""

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -74,6 +75,10 @@ class _NullSpace(PenaltyState):
         self.input = make_basis(spec, K, site.weight, f"{site.name}.P")
         self.output = make_basis(spec, N, site.weight, f"{site.name}.Q")
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("_rows", None)  # which would keep the memory of tensors that are moved away
+        return super()._apply(*args, **kwargs)
+
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
         down, up = adapter.factors()
         return 0.5 * self.spec.weight * (self.input(down) + self.output(up.T))
@@ -95,7 +100,14 @@ class _NullSpace(PenaltyState):
 
     def rows(self) -> tuple[Rows, ...]:
         bases: Any = self._modules  # a module's attribute costs a microsecond
-        return bases["input"].rows("down") + bases["output"].rows("up")
+        P, Q = bases["input"], bases["output"]
+        now = [P, Q, *P._buffers.values(), *Q._buffers.values()]  # all that the rows are made of
+        known: Any = self.__dict__.get("_rows")
+        if known is None or len(known[0]) != len(now) or not all(map(is_, known[0], now)):
+            known = now, P.rows("down") + Q.rows("up")
+            self.__dict__["_rows"] = known
+        rows: tuple[Rows, ...] = known[1]
+        return rows
 
     @classmethod
     def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:

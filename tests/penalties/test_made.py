@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -314,10 +315,20 @@ def test_no_graph_is_kept_by_a_penalty_that_nobody_asks_for():
     with fl.ops.backend("reference"):
         model(x).sum().backward()
         node = next(iter(fl.adapters(model).values())).trace.made
-        assert all(made.terms.spent for made in node.values())
+        assert all(made.terms.spent and made.products is None for made in node.values())
         before = len([t for t in gc.get_objects() if isinstance(t, Tensor)])
         model(x).sum().backward()
         assert len([t for t in gc.get_objects() if isinstance(t, Tensor)]) <= before + 8
+
+
+def test_what_is_moved_away_is_not_kept():
+    model = build(fl.NullSpace(k=5), fl.WeightDeviation())
+    with fl.ops.backend("reference"):
+        step(model, batch())
+    earlier = [weakref.ref(basis) for layer in fl.adapters(model).values() for basis in layer.adapter.buffers()]
+    model.to(torch.float32)
+    gc.collect()
+    assert earlier and not any(basis() is not None for basis in earlier)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
