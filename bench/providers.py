@@ -35,13 +35,13 @@ def have_peft() -> bool:
 
 
 class Baseline(nn.Module):
-    """A frozen linear layer and two factors of its dtype."""
+    """A frozen linear layer and two factors in the dtype that ours and PEFT's are trained in, float32 at least."""
 
     def __init__(self, base: nn.Linear, down: Tensor, up: Tensor, scale: float, dropout: float = 0.0):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias  # (N, K), (N,) or None
-        self.down = nn.Parameter(down.detach().clone().to(base.weight.dtype))  # (R, K)
-        self.up = nn.Parameter(up.detach().clone().to(base.weight.dtype))  # (N, R)
+        self.down = nn.Parameter(down.detach().clone())  # (R, K)
+        self.up = nn.Parameter(up.detach().clone())  # (N, R)
         self.scale, self.dropout = scale, dropout
 
 
@@ -50,14 +50,15 @@ class Eager(Baseline):
 
     def forward(self, x: Tensor) -> Tensor:
         y = functional.linear(x, self.weight, self.bias)
-        h = functional.linear(functional.dropout(x, self.dropout, self.training), self.down)
-        return y + functional.linear(h, self.up) * self.scale
+        h = functional.linear(functional.dropout(x, self.dropout, self.training), self.down.to(x.dtype))
+        return y + functional.linear(h, self.up.to(x.dtype)) * self.scale
 
 
 class SplitFunction(torch.autograd.Function):
     """The graph cut at S = drop(x) A^T: the big product accumulates onto S B^T, and dx onto dS A.
 
-    Saved: the dropped copy of x, the mask in bytes, S.
+    Factors that are wider than x are cast once for both passes, and get gradients of their own dtype, as ours do.
+    Saved: the dropped copy of x, the mask in bytes, S, the factors as they were cast.
     """
 
     @staticmethod
@@ -68,30 +69,31 @@ class SplitFunction(torch.autograd.Function):
         dropped = x
         if p > 0.0:
             dropped, mask = torch.native_dropout(x, p, True)
+        ctx.rest = scale, p, down.dtype, up.dtype
+        down, up = down.to(x.dtype), up.to(x.dtype)
         S = (dropped @ down.T).mul_(scale)
         y = (S @ up.T).addmm_(x, weight.T)
         if bias is not None:
             y += bias
         ctx.save_for_backward(dropped, mask, weight, down, up, S)
-        ctx.rest = scale, p
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dropped, mask, weight, down, up, S = ctx.saved_tensors
-        scale, p = ctx.rest
+        scale, p, down_dtype, up_dtype = ctx.rest
         dS = (dy @ up).mul_(scale)
         dup = dy.T @ S
         dx = dS @ down
         if mask is not None:
             dx.mul_(mask).mul_(1.0 / (1.0 - p))
         dx.addmm_(dy, weight)
-        return dx, None, None, dS.T @ dropped, dup, None, None
+        return dx, None, None, (dS.T @ dropped).to(down_dtype), dup.to(up_dtype), None, None
 
 
 class Split(Baseline):
-    """LoRAFusion's split in twenty lines of PyTorch; all tensors of one dtype, as there."""
+    """LoRAFusion's split in some twenty lines of PyTorch."""
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0

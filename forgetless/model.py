@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from .layers.expert_factors import build_experts
 from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
 from .layers.frozen import site_of
 from .layers.linear import AdaptedLinear, form_groups
+from .layers.made import Items
 from .layers.passes import Passes
 from .layers.stack import Stack
 from .layers.wrapped import wrap
@@ -24,7 +24,6 @@ from .methods.base import Method
 from .names import checked, wraps
 from .offload import check_here
 from .ops.bodies import exact_products
-from .ops.rows import Products
 from .penalties.base import Item
 from .report import LayerReport, Report
 from .targets import ALL_LINEAR, find_layers
@@ -188,48 +187,26 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     result = matrices(layers)
     if compat.transforms_active():
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
-    kinds: dict[tuple[Any, torch.device, bool], list[tuple[Item, Any]]] = {}
+    asked = Items()
     for layer in result.values():
         check_here(layer)
-        hidden = None if layer.trace is None else layer.trace.hidden
-        adapter = layer.adapter
+        trace, adapter = layer.trace, layer.adapter
         for state in adapter.penalty_states():
             if state.spec.weight and _calibrated(state):  # with a weight of 0 it only holds statistics
-                products = _made(layer, state, token_weights)
-                key = type(state), _device(layer, adapter), products is not None
-                kinds.setdefault(key, []).append((Item(state, adapter, hidden), products))
+                weighted = state.needs_hidden and token_weights is not None
+                made = None if trace is None or trace.made is None or weighted else trace.made.get(state)
+                item = Item(state, adapter, None if trace is None else trace.hidden)
+                asked.add(item, layer, made)
     device = next(iter(result.values())).device
     totals = []
     with exact_products(device.type):  # trainers add it within autocast, which would round it
-        for (kind, _, made), pairs in kinds.items():
-            items = [item for item, _ in pairs]
-            if made:
-                total = kind.total_made(items, [products for _, products in pairs])
+        for (kind, *_), (items, products) in asked.kinds().items():
+            if products:
+                total = kind.total_made(items, products)
             else:
                 total = kind.total(items, token_weights) if kind.needs_hidden else kind.total(items)
             totals.append(total.to(device))
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
-
-
-def _made(layer: AdaptedLinear, state: Any, token_weights: Tensor | None) -> Products | None:
-    """What the last pass made for this penalty, if it still holds."""
-    made = (layer.trace.made or {}).get(state) if layer.trace is not None else None
-    if (
-        made is None
-        or state.needs_hidden
-        and token_weights is not None
-        or not made.holds(state, layer.adapter, layer.shards)
-    ):
-        return None
-    return made.products
-
-
-def _device(layer: AdaptedLinear, adapter: Adapter) -> torch.device:
-    """Where the layer is, without a walk through its modules: this is asked for every step."""
-    for t in adapter._parameters.values():
-        if t is not None:
-            return t.device
-    return layer.device
 
 
 def _calibrated(state: nn.Module) -> bool:

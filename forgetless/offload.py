@@ -100,7 +100,7 @@ def check_not_around(layers: list[Any]) -> None:
 
 def _lacks_numbers(layer: Any) -> bool:
     adapter = getattr(layer, "adapter", None)  # what PEFT adapted has none
-    return adapter is not None and any(p is not None and p.is_meta for p in adapter._parameters.values())
+    return adapter is not None and any([p is not None and p.is_meta for p in adapter._parameters.values()])
 
 
 @contextmanager

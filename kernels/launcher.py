@@ -57,14 +57,16 @@ class Launch:
         kernel: a function of ``triton.jit``.
         grid: programs along each axis.
         blocks: the block shapes of the descriptors among the operands, in a launcher's own order.
+        beside: what the launcher that prepares it keeps with it: a function of the same key.
         named: all other arguments and options, by name.
     """
 
-    __slots__ = ("blocks", "compiled", "grid", "kernel", "named", "rest")
+    __slots__ = ("beside", "blocks", "compiled", "grid", "kernel", "named", "rest")
 
     def __init__(self, kernel: Any, grid: Sequence[int], blocks: Sequence[list[int]] = (), **named: Any):
         self.kernel, self.blocks, self.named = kernel, blocks, named
         self.grid = (*grid, 1, 1)[:3]
+        self.beside: Any = None
         self.compiled: CompiledKernel | None = None
         self.rest: tuple[Any, ...] = ()
 
@@ -107,10 +109,18 @@ class Launch:
     def _by_jit(self, like: Tensor, operands: Sequence[Any]) -> None:
         """Triton's own call; what it compiled is kept, if the operands are as the key says."""
         with launching(str(getattr(self.kernel, "__name__", "a kernel")), like):
-            compiled = self.kernel[self.grid](*operands, **self.named)
+            compiled = self.kernel[self.grid](*operands, **self.named, **_options())
             if KNOWN and self.compiled is None and isinstance(compiled, CompiledKernel):
                 self.rest = tuple(self.named[name] for name in self.kernel.arg_names[len(operands) :])
                 self.compiled = compiled
+
+
+def _options() -> dict[str, Any]:
+    """What a kernel is compiled with besides: products fused with sums, unless the environment says otherwise.
+
+    So it is if nothing is said, but Triton 3.9 warns of it, and of another default to come.
+    """
+    return {} if INTERPRETED else {"enable_fp_fusion": knobs.language.default_fp_fusion}
 
 
 def _calls_nothing(hook: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import tl_utils
 from .launcher import Launch, prepared
-from .rows import GRAM_GROUP, PRODUCT_ROWS, add_started, gram, job_key, product, product_blocks, product_job
+from .rows import GRAM_GROUP, PRODUCT_ROWS, add_started, gram, product, product_blocks, product_numbers
 from .sums import outer, sweep
 from .tiles import tile_for
 from .tl_utils import (
@@ -128,18 +128,23 @@ def _project_kernel(
 
 
 def _project(*given: Any) -> Launch:
-    """The launch of ``project``: x, down, h, seed, start, d, what is known of jobs and grams, p and the precision"""
-    x, down, h, seed, start, d, jobs, _, p, precision = given
+    """The launch of ``project``: x, down, h, seed, start, d, four facts for each of the rows; then plain values
+
+    The layout of the terms (layer, whether it joins, what each of its rows is of), the layers' ranks, p, the precision.
+    """
+    x, down, h, seed, start, d, *facts, layout, ranks, p, precision = given
     (M, K), (R, _) = x.shape, down.shape
     assert down.shape == (R, K) and x.dtype in FLOATS and x.device == down.device
     assert d is None or (start.shape == (M, R) and start.dtype == x.dtype and d.shape == (R, R))
     BLOCK_R = pad_rank(R)
     tile = tile_for("project", x.device, x.dtype.itemsize, BLOCK_R)
     programs = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, BLOCK_R)
+    products = _products(layout, ranks, facts, x.dtype)
+    jobs = [job for _, job in products.jobs if job is not None]
     if jobs:  # more stages leave room for one program a multiprocessor, and those of the jobs would be a second wave
         tile["num_stages"] = min(tile["num_stages"], 4)
-        programs += sum(triton.cdiv(job[5], PRODUCT_ROWS.value) * triton.cdiv(job[7], BLOCK_R) for job in jobs)
-    return Launch(
+        programs += sum(triton.cdiv(job[1], PRODUCT_ROWS.value) * triton.cdiv(job[3], BLOCK_R) for job in jobs)
+    launch = Launch(
         _project_kernel, [programs],
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
         stride_hm=h.stride[0], stride_hr=h.stride[1], stride_sm=start.stride[0] if start else 0,
@@ -147,6 +152,35 @@ def _project(*given: Any) -> Launch:
         R=R, HAS_DROP=seed is not None, EVEN_K=K % tile["BLOCK_K"] == 0,
         PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
     )  # fmt: skip
+    launch.beside = products
+    return launch
+
+
+class _Products(NamedTuple):
+    """Where the products of a call's terms go."""
+
+    sizes: list[tuple[int, int]]  # of each tensor of products
+    jobs: list[tuple[int, Any]]  # of each of the rows: its tensor, and its numbers, None if it is h.T @ h
+    grams: list[tuple[int, int, int, int]]  # its tensor, its first row there, its first rank, its ranks
+
+
+def _products(layout: Any, ranks: Sequence[int], facts: Sequence[Any], dtype: torch.dtype) -> _Products:
+    made, at, some = _Products([], [], []), 0, iter(facts)
+    for layer, joins, kinds in layout:
+        R = ranks[layer]
+        at = at if joins else 0
+        for of in kinds:
+            four = [next(some) for _ in range(4)]
+            numbers = None if of == "hidden" else product_numbers(of, four, at, dtype)
+            if numbers is None:
+                made.grams.append((len(made.sizes) - joins, at, sum(ranks[:layer]), R))
+            made.jobs.append((len(made.sizes) - joins, numbers))
+            at += R if numbers is None else numbers[1]
+        if joins:
+            made.sizes[-1] = at, R
+        else:
+            made.sizes.append((at, R))
+    return made
 
 
 def project(
@@ -175,21 +209,35 @@ def project_terms(
     scale: float = 1.0,
     p: float = 0.0,
     seed: Tensor | None = None,  # (2,) int32
-) -> tuple[Tensor, list[Tensor]]:  # (M, sum of R_i), dtype of x; (rows of the term, R_i) float32 each
-    """h = scale * drop(x) @ [down_1 .. down_n].T, and the products of each term, in one launch
+) -> tuple[Tensor, list[Tensor]]:  # (M, sum of R_i), dtype of x; (sum of k, R_i) each, float32
+    """h = scale * drop(x) @ [down_1 .. down_n].T, and what the terms want (see ``Term``), in one launch
 
     Of more than 128 ranks together, h.T @ h is a launch of its own.
     """
     down = downs[0] if len(downs) == 1 else torch.cat(list(downs))
     M, R = x.shape[0], down.shape[0]
     h = tl_utils.empty((M, R), x.dtype, x)
-    zs, jobs, grams = _jobs(x, downs, ups, terms)
+    tensors, of_rows, layout = [x, down, h, dropping(p, seed), None, None], [], []
+    for layer, some, joins in terms:
+        kinds = []
+        for of, *stored in some:
+            own = (*stored, (ups if of == "up" else downs)[layer])
+            of_rows.append(own)
+            tensors += own
+            kinds.append(of)
+        layout.append((layer, joins, tuple(kinds)))
+    values = tuple(layout), tuple([one.shape[0] for one in downs])
+    launch = prepared(_project, tensors, *values, p, dot_precision(x.dtype))
+    sizes, numbers, wanted = launch.beside
+    zs = [tl_utils.empty(size, torch.float32, x) for size in sizes]
+    grams = [(zs[i], *place) for i, *place in wanted]
+    jobs = []
+    for (V, weight, columns, factor), (i, job) in zip(of_rows, numbers, strict=True):
+        if job is not None:
+            jobs.append((factor if V is None is columns else V, weight, columns, factor, *job, zs[i]))
     apart = grams if M == 0 or R > MOST_BLOCK else []
     grams = [] if apart else grams
     if M or jobs:
-        tensors = (x, down, h, dropping(p, seed), None, None)
-        keys = tuple([job_key(job) for job in jobs]), tuple([gram[1:] for gram in grams])
-        launch = prepared(_project, tensors, *keys, p, dot_precision(x.dtype))
         part, tickets, scratch = None, None, 0
         for z in zs:
             scratch |= z.data_ptr()
@@ -199,31 +247,11 @@ def project_terms(
             part = tl_utils.empty((blocks + groups, R, R), torch.float32, x)
             tickets = tl_utils.tickets(1 + groups, x)
             scratch |= part.data_ptr() | tickets.data_ptr()
-        launch(x, scratch, *tensors, tuple(jobs), tuple(grams), part, tickets, float(scale))
+        launch(x, scratch, *tensors[:6], tuple(jobs), tuple(grams), part, tickets, float(scale))
     for out, at, first, own in apart:
         rows = h.narrow(1, first, own)
         out.narrow(0, at, own).copy_(outer(rows, rows, dtype=torch.float32))
     return h, zs
-
-
-def _jobs(x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], terms: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Where the terms' products go, the jobs that make them, and where each h.T @ h goes, with its ranks' place"""
-    zs: list[Tensor] = []
-    jobs: list[tuple[Any, ...]] = []
-    grams: list[tuple[Tensor, int, int, int]] = []
-    ranks = [down.shape[0] for down in downs]
-    for layer, some in terms:
-        own = ranks[layer]
-        lengths = [rows.length(own) for rows in some]
-        z, at = tl_utils.empty((sum(lengths), own), torch.float32, downs[layer]), 0
-        zs.append(z)
-        for rows, k in zip(some, lengths, strict=True):
-            if rows.of == "hidden":
-                grams.append((z, at, sum(ranks[:layer]), own))
-            else:
-                jobs.append(product_job(rows, (downs if rows.of == "down" else ups)[layer], z, at, k, x.dtype))
-            at += k
-    return zs, jobs, grams
 
 
 def project_outer(

@@ -1,7 +1,8 @@
 """The rows that penalties add to the skinny passes: programs of their own in project, strips of their own in the sums.
 
-A job is the tuple that a kernel gets for one block of rows V (k, dim), made by ``product_job`` or ``sum_job``. Kernels
-take a tuple of jobs, and each is compiled for what they hold: without any, nothing of this is.
+A job is the tuple that a kernel gets for one block of rows V (k, dim): its tensors, then what ``product_numbers`` or
+``sum_numbers`` make of their facts when the launch is prepared. Kernels take a tuple of jobs, and each is compiled for
+what they hold: without any, nothing of this is.
 
 V is stored; or the factor itself; or, of a Hadamard matrix, made from k row numbers, which then are never in memory.
 Whatever is wider than the activations' dtype (factors, gradients) goes in as two numbers of that dtype, high and low:
@@ -10,13 +11,14 @@ sums are exact to 2**-16 or so, and what is float32 stays that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from .launcher import Facts
 from .tl_utils import cast, dot, last_to_come, narrow, widen
 
 #: Rows of V that one program of project takes, and that one step of a sum takes.
@@ -28,41 +30,34 @@ SUM_COLUMNS = tl.constexpr(128)
 GRAM_GROUP = tl.constexpr(16)
 
 
-def _values(rows: Any, factor: Tensor) -> tuple[Any, ...]:
-    """V or None, strides of V (k, dim), sizes and strides of the factor (R, dim)"""
-    sizes, factor_strides = factor.shape, factor.stride()
-    if rows.of == "up":
-        sizes, factor_strides = sizes[::-1], factor_strides[::-1]
-    if rows.own:
-        return factor, factor_strides, sizes, factor_strides
-    basis = rows.basis
-    return basis, (0, 0) if basis is None else basis.stride()[::-1], sizes, factor_strides
+def _sizes(of: str, V: Facts | None, columns: Facts | None, factor: Facts) -> tuple[tuple[int, ...], ...]:
+    """(k, R, dim), and the strides of V (k, dim) and of the factor (R, dim)"""
+    (R, dim), strides = factor.shape, factor.stride
+    if of == "up":
+        R, dim, strides = dim, R, strides[::-1]
+    if V is not None:
+        return (V.shape[1], R, dim), V.stride[::-1], strides
+    return ((R, R, dim), strides, strides) if columns is None else ((columns.shape[0], R, dim), (0, 0), strides)
 
 
-def product_job(rows: Any, factor: Tensor, out: Tensor, at: int, k: int, dtype: torch.dtype) -> tuple[Any, ...]:
+def product_numbers(of: str, facts: Sequence[Any], at: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """For ``product``: k rows of out (float32) from ``at`` on = V @ factor (R, dim).T, of activations in ``dtype``
 
-    ``out``, the last of it, is not in ``job_key``.
+    ``facts`` are those of V, of its weight, of its row numbers and of the factor, which is V where both are None.
     """
-    V, strides, (R, dim), factor_strides = _values(rows, factor)
-    weight = rows.weight
-    wide = 1 if V is not None and (V.dtype != dtype or weight is not None and weight.is_floating_point()) else None
-    return V, weight, rows.columns, factor, wide, k, dim, R, at, *strides, *factor_strides, out
+    V, weight, columns, factor = facts
+    (k, R, dim), strides, factor_strides = _sizes(of, V, columns, factor)
+    stored = V or (factor if columns is None else None)
+    exact = stored is None or stored.dtype == dtype and (weight is None or not weight.dtype.is_floating_point)
+    return None if exact else 1, k, dim, R, at, *strides, *factor_strides
 
 
-def sum_job(more: Any) -> tuple[Any, ...]:
+def sum_numbers(of: str, facts: Sequence[Any], dz: Facts, at: int, first: int) -> tuple[Any, ...]:
     """For ``sum_rows``: d.T @ V, and with V the factor itself (d + d.T) @ V"""
-    rows, factor, dz, at, first = more
-    V, strides, (R, dim), _ = _values(rows, factor)
-    assert dz.shape[1] == R and dz.is_contiguous()
-    again = 1 if rows.own else None
-    return V, rows.weight, rows.columns, dz, again, rows.length(R), dim, R, at, *strides, first
-
-
-def job_key(job: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a launch may depend on of a job: every number, and of each tensor dtype, alignment and device"""
-    known = [None if t is None else (t.dtype, t.data_ptr() % 16, t.device) for t in job[:4]]
-    return (*known, *job[4:13])
+    V, _, columns, factor = facts
+    (k, R, dim), strides, _ = _sizes(of, V, columns, factor)
+    assert dz.shape[1] == R and (dz.shape[0] == 1 or dz.stride[0] == R) and (R == 1 or dz.stride[1] == 1)
+    return None if V or columns else 1, k, dim, R, at, *strides, first
 
 
 @triton.jit

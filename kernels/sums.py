@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import tl_utils
 from .launcher import Launch, prepared
-from .rows import add_started, job_key, sum_job, sum_rows
+from .rows import add_started, sum_numbers, sum_rows
 from .tiles import tile_for
 from .tl_utils import (
     FLOATS,
@@ -104,21 +104,23 @@ def strips_of(M: int, BLOCK_M: int, columns: int, programs: int = 256) -> tuple[
 
 
 def _outer(*given: Any) -> Launch:
-    """The launch of ``outer``: g, x, out, seed, what is known of the jobs, p and the precision"""
-    g, x, out, seed, jobs, p, precision = given
+    """The launch of ``outer``: g, x, out, seed, five facts for each of the jobs, their places, p and the precision"""
+    g, x, out, seed, *facts, places, p, precision = given
     (M, R), (_, K) = g.shape, x.shape
     assert x.shape == (M, K) and x.dtype in FLOATS and g.dtype == x.dtype
     # With a mask, sm_100 takes float32 from 64 ranks on to its tensor cores, as TF32 or not at all, whatever is asked.
     BLOCK_R = pad_rank(R, most=32 if x.dtype == torch.float32 else 128)
     tile = tile_for("outer", x.device, x.dtype.itemsize, BLOCK_R)
     columns = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, BLOCK_R)
-    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 256 - len(jobs) * columns)
-    return Launch(
-        _outer_kernel, [columns, strips + len(jobs)],
+    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 256 - len(places) * columns)
+    launch = Launch(
+        _outer_kernel, [columns, strips + len(places)],
         M=M, K=K, stride_gm=g.stride[0], stride_gr=g.stride[1], stride_xm=x.stride[0], stride_xk=x.stride[1],
         stride_or=out.stride[0], stride_ok=out.stride[1], steps=steps, threshold=threshold_of(p),
         R=R, HAS_DROP=seed is not None, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
     )  # fmt: skip
+    launch.beside = _numbers(facts, places)
+    return launch
 
 
 def outer(
@@ -134,19 +136,37 @@ def outer(
     out = tl_utils.empty((R, K), dtype or x.dtype, x)
     if M == 0 and not more:
         return out.zero_()
-    seed, (jobs, keys) = dropping(p, seed), _jobs(more)
-    launch = prepared(_outer, (g, x, out, seed), keys, p, dot_precision(x.dtype))
+    seed, (tensors, places) = dropping(p, seed), _rows(more)
+    launch = prepared(_outer, (g, x, out, seed, *tensors), places, p, dot_precision(x.dtype))
     columns, strips, _ = launch.grid
     part = tl_utils.empty((strips if strips > 1 else 0, R, K), torch.float32, x)
     tickets = tl_utils.tickets(columns, x)
+    jobs = _jobs(tensors, launch.beside)
     launch(x, part.data_ptr() | tickets.data_ptr(), g, x, out, part, tickets, seed, jobs)
     return out
 
 
-def _jobs(more: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The jobs, and what is known of them"""
-    jobs = tuple([sum_job(one) for one in more])
-    return jobs, tuple([job_key(job) for job in jobs])
+def _rows(more: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...]]:
+    """Five tensors for each of ``more``, V or None, its weight, its row numbers, the factor and d; and where d goes"""
+    tensors: list[Any] = []
+    for rows, factor, dz, _, _ in more:
+        tensors += rows.basis, rows.weight, rows.columns, factor, dz
+    return tensors, tuple([(one[0].of, one.at, one.first) for one in more])
+
+
+def _numbers(facts: Sequence[Any], places: Sequence[tuple[str, int, int]]) -> list[tuple[Any, ...]]:
+    """The numbers of each job"""
+    fives = [facts[i : i + 5] for i in range(0, len(facts), 5)]
+    return [sum_numbers(of, five[:4], five[4], at, first) for (of, at, first), five in zip(places, fives, strict=True)]
+
+
+def _jobs(tensors: Sequence[Any], numbers: Sequence[tuple[Any, ...]]) -> tuple[tuple[Any, ...], ...]:
+    """The jobs of the tensors of ``_rows``"""
+    jobs = []
+    for i, job in enumerate(numbers):
+        V, weight, columns, factor, dz = tensors[5 * i : 5 * i + 5]
+        jobs.append((factor if V is None is columns else V, weight, columns, dz, *job))
+    return tuple(jobs)
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -243,26 +263,29 @@ def sweep_pays(M: int, K: int, R: int, columns: int, strips: int, itemsize: int)
 
 
 def _project_outer(*given: Any) -> Launch | None:
-    """The launch of ``project_outer``: x, up, h, d, what is known of the jobs, the dtype of out and the precision
+    """The launch of ``project_outer``: x, up, h, d, five facts for each of the jobs, their places, the dtype of out and
+    the precision
 
     None where two passes are cheaper.
     """
-    x, up, h, _, jobs, _, precision = given
+    x, up, h, _, *facts, places, _, precision = given
     (M, K), (_, R) = x.shape, up.shape
     assert up.shape == (K, R) and h.shape == (M, R)
     assert x.dtype in FLOATS and h.dtype == x.dtype
     BLOCK_R = pad_rank(R, most=64)  # above, two passes are cheaper than the partial sums
     tile = tile_for("project_outer", x.device, x.dtype.itemsize, BLOCK_R)
     columns = triton.cdiv(K, tile["BLOCK_K"])
-    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 128 - len(jobs) * columns)
+    strips, steps = strips_of(M, tile["BLOCK_M"], columns, 128 - len(places) * columns)
     if R > BLOCK_R or not sweep_pays(M, K, R, columns, strips, x.dtype.itemsize):
         return None
-    return Launch(
-        _project_outer_kernel, [columns, strips + len(jobs)],
+    launch = Launch(
+        _project_outer_kernel, [columns, strips + len(places)],
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_uk=up.stride[0], stride_ur=up.stride[1],
         stride_hm=h.stride[0], stride_hr=h.stride[1], steps=steps,
         R=R, EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
     )  # fmt: skip
+    launch.beside = _numbers(facts, places)
+    return launch
 
 
 def sweep(
@@ -276,8 +299,9 @@ def sweep(
 ) -> tuple[Tensor, Tensor] | None:  # (M, R), dtype of x; (K, R), dtype given or that of x
     """``project_outer`` in one pass over x; None where two are cheaper"""
     (M, K), R, dtype = x.shape, up.shape[1], dtype or x.dtype
-    jobs, keys = _jobs(more)
-    launch = prepared(_project_outer, (x, up, h, start), keys, dtype, dot_precision(x.dtype)) if M else None
+    tensors, places = _rows(more)
+    given = (x, up, h, start, *tensors)
+    launch = prepared(_project_outer, given, places, dtype, dot_precision(x.dtype)) if M else None
     if launch is None:
         return None
     columns, strips, _ = launch.grid
@@ -286,5 +310,6 @@ def sweep(
     out_part = tl_utils.empty((strips, K, R), torch.float32, x)
     tickets = tl_utils.tickets(columns + strips, x)
     scratch = g.data_ptr() | out.data_ptr() | g_part.data_ptr() | out_part.data_ptr() | tickets.data_ptr()
+    jobs = _jobs(tensors, launch.beside)
     launch(x, scratch, x, up, h, g, out, g_part, out_part, tickets, start, jobs, float(scale))
     return g, out

@@ -166,7 +166,7 @@ class State:
     """
 
     def __init__(self, member: Any):
-        adapter = member.adapter
+        adapter = member._modules["adapter"]
         self.tensors = [*member.stored(), *adapter.parts()]
         self.memory = [t.untyped_storage() for t in self.tensors if t is not None]
         self.numbers = [

@@ -20,9 +20,10 @@ from ..ops.autograd import LowrankLinear, hidden, like_x, prepare
 from ..ops.bodies import Operands, as_rows, exact_products
 from ..ops.compiled import compiled
 from ..ops.dispatch import runs_kernels
+from ..ops.rows import Terms
 from .frozen import hooked, is_conv1d, is_plain, runs_by, stored
 from .groups import Group, families
-from .made import Made, Shards, made_of, shards_of, terms_of
+from .made import Made, Shards, made_of, request_of, shards_of
 from .passes import Passes
 from .seen import seen
 from .states import Standing
@@ -180,19 +181,20 @@ class AdaptedLinear(Standing):
                 return_h = any(member.needs_hidden for member in members)
             asked = self.training and torch.is_grad_enabled() and not compiling
             asked = asked and (runs_kernels(x) or self.shards is not None)
-            terms, states = terms_of(members, layers) if asked else (None, [])
+            request = request_of(members, layers) if asked else None
+            terms = Terms(request.items, all(m.shards is not None for m in members)) if request else None
             arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
             outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
             ys = outputs if isinstance(outputs, tuple) else (outputs,)
             count = len(members)
             h, zs = hidden(arguments[0], ys[count]) if return_h else None, ys[count + return_h :]
-            made = made_of(layers, terms, states, zs) if terms and zs else [None] * count
+            made = made_of(request, terms, zs) if request and terms and zs else None
             if count == 1:
-                result = ys[0], h, made[0]
+                result = ys[0], h, made
             else:
                 ranks = [up.shape[1] for up in layers.ups]
                 hs = [None] * count if h is None else h.split(ranks, dim=1)
-                result = group.share(self, x, dropout, list(zip(ys[:count], hs, made, strict=True)))
+                result = group.share(self, x, dropout, list(zip(ys[:count], hs, [made] * count, strict=True)))
         y, h, products = result
         self._record(x, h, products)
         return like_x(y, x)
@@ -253,18 +255,19 @@ class AdaptedLinear(Standing):
         if self.runs_base() or hooked(self) or self.disabled:
             return False  # a hook may change what comes after it
         weight, bias = self.stored()
-        adapter: Any = self.adapter
+        adapter: Any = self._modules["adapter"]
+        others: Any = first._modules["adapter"]
         return (
             type(weight) in (nn.Parameter, Tensor)  # neither a shard nor packed
             and weight.dtype == like.dtype
             and weight.device == like.device
-            and self.in_features == first.in_features
+            and weight.shape[0 if self.transposed else 1] == like.shape[0 if first.transposed else 1]
             and (adapter.dropout if self.training else 0.0) == dropout
-            and adapter.scale == first.adapter.scale
+            and adapter.scale == others.scale
             and not weight.requires_grad
             and not weight.is_inference()
             and (bias is None or not bias.requires_grad and bias.device == like.device and bias.dtype == like.dtype)
-            and adapter.has_core == first.adapter.has_core
+            and adapter.has_core == others.has_core
             and all(
                 type(t) in (nn.Parameter, Tensor) and t.is_leaf and not t.is_inference() and t.device == like.device
                 for t in adapter.parts()
@@ -283,6 +286,10 @@ class AdaptedLinear(Standing):
             trace = trace.after(self.trace)  # the layer is used more than once
         state = self.__dict__
         state["trace"], state["called"] = trace, True
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("request", None)  # which would keep the memory of tensors that are moved away
+        return super()._apply(*args, **kwargs)
 
     def enter(self) -> None:
         """It is called; RuntimeError if a checkpoint recomputes it in another scale: see ``Passes.enter``."""

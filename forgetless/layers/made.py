@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -11,37 +13,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops.bodies import Operands
 from ..ops.rows import Products, Rows, Term, Terms
-
-
-class Made(NamedTuple):
-    """The products that one penalty wants of one layer, with their graph, and what they were made of."""
-
-    products: Products
-    terms: Terms
-    factors: tuple[Tensor, Tensor]
-    facts: list[Any]
-    of_factors: list[Any]
-    memory: list[Any]  # of rows and factors, kept so that nothing else can be at their addresses
-
-    def holds(self, state: Any, adapter: Any, before: Shards | None) -> bool:
-        """Whether nothing it was made of has changed since, and no backward pass has freed its graph.
-
-        A change through ``.data`` cannot be seen; of shards, nor one by torch._foreach outside of an optimizer's step.
-
-        Args:
-            state: of the penalty.
-            adapter: of the layer.
-            before: its shards when the pass began. What was gathered of them is gone, but they are still those.
-        """
-        if self.terms.spent or torch.is_grad_enabled() and not self.products.z.requires_grad:
-            return False
-        now = shards_of(adapter)
-        if now is None:
-            down, up = adapter.factors()
-            same = down is self.factors[0] and up is self.factors[1] and self.of_factors == _facts((), self.factors)
-        else:
-            same = before is not None and before.facts == now.facts
-        return same and self.facts == _facts(state.rows(), ())
 
 
 class Shards(NamedTuple):
@@ -81,39 +52,131 @@ def shards_of(adapter: Any) -> Shards | None:
     with torch.no_grad():
         local = tuple([p.to_local() if hasattr(p, "to_local") else p for p in parameters])
     versions = [p._version for p in parameters]
-    return Shards([_steps.count(), versions, *_facts((), local)], [t.untyped_storage() for t in local])
+    return Shards([_steps.count(), versions, *_facts(local)], [t.untyped_storage() for t in local])
 
 
-def _facts(rows: tuple[Rows, ...], factors: tuple[Tensor, ...]) -> list[Any]:
-    """What is another where the rows or the factors are others, or have been written to."""
-    facts: list[Any] = [one.of for one in rows]
-    for t in _tensors(rows, factors):
-        facts += (
-            (None,)
-            if t is None
-            else (t.data_ptr(), t._version, t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
-        )
-    return facts
+def _facts(tensors: Sequence[Tensor]) -> list[Any]:
+    """What is another where a tensor is, or has been written to."""
+    return [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
 
 
-def _tensors(rows: tuple[Rows, ...], factors: tuple[Tensor, ...]) -> list[Tensor | None]:
-    return [*factors, *[t for one in rows for t in one[1:]]]
+class Asked(NamedTuple):
+    """What the penalties of one kind ask of a call, in one tensor of products."""
+
+    states: list[Any]
+    rows: list[tuple[Rows, ...]]
+    parts: list[Any]  # all that the products are made of, and of which kind they are
+    tensors: list[Tensor]  # among these
 
 
-def terms_of(members: Sequence[Any], layers: Operands) -> tuple[Terms | None, list[tuple[int, Any]]]:
-    """What the penalties of these layers want of one call of the op for all; and of which layer and state each is."""
-    terms: list[Term] = []
-    states: list[tuple[int, Any]] = []
+class Request(NamedTuple):
+    """What all penalties ask of a call of the op; the same as long as its parts are."""
+
+    parts: list[Any]
+    items: tuple[Term, ...]
+    asked: list[Asked]
+
+
+#: A layer's place among those of the call, a state, its rows, and whether the factors were gathered from shards.
+Asking = tuple[int, Any, tuple[Rows, ...], bool]
+
+
+class Made:
+    """The products that the penalties of one kind asked of one call, with their graph, and what they were made of.
+
+    Attributes:
+        states: of the penalty, in the order of their products.
+        products: the rows of each, and the products; None after a backward pass.
+    """
+
+    def __init__(self, asked: Asked, terms: Terms, z: Tensor):
+        self.terms, self.states, self.parts, self.tensors = terms, asked.states, asked.parts, asked.tensors
+        self.products: Products | None = Products(asked.rows, z)
+        self.memory = [t.untyped_storage() for t in self.tensors]  # kept: nothing else can be at their addresses
+        self.facts = self.present()
+        terms.users.append(weakref.ref(self))
+
+    def release(self) -> None:
+        """Let go of all that it keeps: a backward pass has gone through the products."""
+        self.products, self.parts, self.tensors, self.memory = None, [], [], []
+        self.terms = Terms((), spent=True)
+
+    def present(self) -> list[Any]:
+        """What is another where a tensor has been written to, or been given other memory."""
+        tensors = self.tensors
+        return [t._version for t in tensors] + [t.data_ptr() for t in tensors] + [t.requires_grad for t in tensors]
+
+    def holds(self, layers: Sequence[Any]) -> bool:
+        """Whether nothing it was made of has changed since, and no backward pass has freed its graph.
+
+        A change through ``.data`` in the same memory cannot be seen; of shards, nor one by torch._foreach outside of an
+        optimizer's step.
+
+        Args:
+            layers: that have ``states``, in their order.
+        """
+        if self.terms.spent or self.products is None or torch.is_grad_enabled() and not self.products.z.requires_grad:
+            return False
+        parts: list[Any] = []
+        for layer, state in zip(layers, self.states, strict=True):
+            now = shards_of(layer.adapter)
+            if now is None:
+                parts += layer.adapter.factors()
+            elif layer.shards is None or layer.shards.facts != now.facts:
+                return False
+            for one in state.rows():
+                parts += one
+        return _same(parts, self.parts) and self.present() == self.facts
+
+
+def _same(parts: list[Any], others: list[Any]) -> bool:
+    return len(parts) == len(others) and all(map(is_, parts, others))
+
+
+def request_of(members: Sequence[Any], layers: Operands) -> Request | None:
+    """What the penalties of these layers want of one call of the op for all.
+
+    It is kept beside the first of them, and worked out again where a layer, a state, a tensor or a rank is another.
+    """
+    asking: list[Asking] = []
+    parts: list[Any] = []
     for i, member in enumerate(members):
         own = member._modules["adapter"].penalty_states() if member.makes_products and not layers.cores else ()
-        if own and all(_plain(factor) and factor.is_leaf for factor in (layers.downs[i], layers.ups[i])):
+        gathered = member.shards is not None
+        down, up = layers.downs[i], layers.ups[i]
+        if own and down.is_leaf and up.is_leaf:
             for state in own:
                 rows = state.rows()
-                if rows and all(t is None or _plain(t) for one in rows for t in one[1:]):
-                    terms.append(Term(i, rows))
-                    states.append((i, state))
-    gathered = all(member.shards is not None for member in members)
-    return (Terms(tuple(terms), gathered) if terms else None), states
+                if rows:
+                    asking.append((i, state, rows, gathered))
+                    parts += (i, state, up.shape[1], gathered, down, up)
+                    for one in rows:
+                        parts += one
+    if not asking:
+        return None
+    kept: Request | None = members[0].__dict__.get("request")
+    if kept is None or not _same(parts, kept.parts):
+        kept = _request(parts, asking, layers)
+        members[0].__dict__["request"] = kept
+    return kept if kept.items else None
+
+
+def _request(parts: list[Any], asking: list[Asking], layers: Operands) -> Request:
+    kinds: dict[Any, Asked] = {}
+    terms: dict[Any, list[Term]] = {}
+    for i, state, rows, gathered in asking:
+        own = [layers.downs[i], layers.ups[i], *[part for one in rows for part in one]]
+        if all(part is None or isinstance(part, str) or _plain(part) for part in own):
+            key = type(state), layers.ups[i].shape[1]
+            asked = kinds.setdefault(key, Asked([], [], [], []))
+            asked.states.append(state)
+            asked.rows.append(rows)
+            own = own[2:] if gathered else own  # what was gathered is freed after the pass: see ``shards_of``
+            asked.parts.extend(own)
+            asked.tensors.extend(part for part in own if isinstance(part, Tensor))
+            some = terms.setdefault(key, [])
+            some.append(Term(i, rows, bool(some)))
+    return Request(parts, tuple(term for some in terms.values() for term in some), list(kinds.values()))
 
 
 def _plain(t: Any) -> bool:
@@ -121,14 +184,55 @@ def _plain(t: Any) -> bool:
     return type(t) in (nn.Parameter, Tensor) and not t.is_inference()
 
 
-def made_of(
-    layers: Operands, terms: Terms, states: list[tuple[int, Any]], zs: Sequence[Tensor]
-) -> list[dict[Any, Made]]:
-    """Of each layer, by state, what the call has made."""
-    result: list[dict[Any, Made]] = [{} for _ in layers.downs]
-    for (i, state), term, z in zip(states, terms.items, zs, strict=True):
-        rows, factors = term.rows, (layers.downs[i], layers.ups[i])
-        memory = [t.untyped_storage() for t in _tensors(rows, factors) if t is not None]
-        facts = _facts(rows, ()), _facts((), factors)
-        result[i][state] = Made(Products(rows, z), terms, factors, *facts, memory)
+def made_of(request: Request, terms: Terms, zs: Sequence[Tensor]) -> dict[Any, Made]:
+    """By state, what the call has made."""
+    result: dict[Any, Made] = {}
+    for asked, z in zip(request.asked, zs, strict=True):
+        result.update(dict.fromkeys(asked.states, Made(asked, terms, z)))
     return result
+
+
+class Items:
+    """The penalties of a model's layers, sorted by how they are computed."""
+
+    def __init__(self) -> None:
+        self.loose: list[tuple[Any, Any]] = []  # what no pass has made: an item and its layer
+        self.made: dict[Made, dict[Any, tuple[Any, Any]]] = {}  # by state
+
+    def add(self, item: Any, layer: Any, made: Made | None) -> None:
+        """One of ``layer``, and what its last pass has made for it."""
+        if made is None:
+            self.loose.append((item, layer))
+        else:
+            self.made.setdefault(made, {})[item.state] = item, layer
+
+    def kinds(self) -> dict[Any, tuple[list[Any], list[Products]]]:
+        """By kind of state, device and ranks: items, and their products in this order, if a pass has made them.
+
+        What a pass has made is taken as a whole or not at all.
+        """
+        result: dict[Any, tuple[list[Any], list[Products]]] = {}
+        loose = list(self.loose)
+        for made, some in self.made.items():
+            own = [some[state] for state in made.states if state in some]
+            if len(own) == len(made.states) and made.holds([layer for _, layer in own]):
+                assert made.products is not None
+                items = [item for item, _ in own]
+                z = made.products.z
+                kept, products = result.setdefault((type(items[0].state), z.device, z.shape[1]), ([], []))
+                kept += items
+                products.append(made.products)
+            else:
+                loose += some.values()
+        for item, layer in loose:
+            result.setdefault((type(item.state), _device(layer, item.adapter), None), ([], []))[0].append(item)
+        return result
+
+
+def _device(layer: Any, adapter: Any) -> torch.device:
+    """Where the layer is, without a walk through its modules: this is asked for every step."""
+    for t in adapter._parameters.values():
+        if t is not None:
+            return t.device
+    device: torch.device = layer.device
+    return device

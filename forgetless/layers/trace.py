@@ -21,7 +21,7 @@ class Trace:
 
     x: Tensor | None  # (tokens, K) every so many tokens of x, DRIFT_TOKENS a call, detached; None if not recorded
     hidden: Tensor | None  # (M, R) with its graph, call after call, only if a penalty needs it
-    made: dict[Any, Made] | None = None  # what this call has made for penalties, by state; of one call alone
+    made: dict[Any, Made] | None = None  # what this call has made for penalties, by state, siblings' too
 
     def after(self, earlier: Trace) -> Trace:
         """This call's trace behind those of the same pass's earlier calls."""

@@ -79,7 +79,7 @@ class LowrankLinear(torch.autograd.Function):
         dh, dzs = grads[n] if call.return_h else None, grads[n + call.return_h :]
         extra = None
         if call.terms:
-            call.terms.spent = True
+            call.terms.spend()
             if any(dz is not None for dz in dzs):
                 if call.terms.anywhere and all(dy is None for dy in dys):
                     _check_there(saved.downs)

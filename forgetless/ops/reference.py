@@ -231,11 +231,11 @@ def project_terms_of(project: Callable[..., Tensor]) -> Callable[..., tuple[Tens
         scale: float = 1.0,
         p: float = 0.0,
         seed: Tensor | None = None,  # (2,) int32
-    ) -> tuple[Tensor, list[Tensor]]:  # (M, sum of R_i), dtype of x; (rows of the term, R_i) each, at least float32
-        """h = scale * drop(x) @ [down_1 .. down_n].T, and the products of each term"""
+    ) -> tuple[Tensor, list[Tensor]]:  # (M, sum of R_i), dtype of x; (sum of k, R_i) each, at least float32
+        """h = scale * drop(x) @ [down_1 .. down_n].T, and what the terms want: see ``Term``"""
         h = project(x, downs[0] if len(downs) == 1 else torch.cat(list(downs)), scale, p, seed)
         hs = h.split_with_sizes([down.shape[0] for down in downs], 1)
-        return h, [products(term, hs[term.layer], downs[term.layer], ups[term.layer]) for term in terms]
+        return h, products(terms, hs, downs, ups)
 
     return project_terms
 

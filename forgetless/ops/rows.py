@@ -7,9 +7,10 @@ and ddown anyway take them along. This is the description that autograd and the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,13 +55,14 @@ class Term(NamedTuple):
 
     layer: int  # its place among the layers of the call
     rows: tuple[Rows, ...]
+    joins: bool = False  # they go below those of the term before it, of the same R, in one tensor
 
 
 class Products(NamedTuple):
-    """Rows, and their products one below the other."""
+    """The rows of one or more layers, and their products one below the other."""
 
-    rows: tuple[Rows, ...]
-    z: Tensor  # (sum of k, R), at least float32
+    rows: list[tuple[Rows, ...]]
+    z: Tensor  # (sum of all k, R), at least float32
 
 
 @dataclass(eq=False)
@@ -70,17 +72,30 @@ class Terms:
     items: tuple[Term, ...]
     anywhere: bool = False  # also on BLAS: once the pass is over the factors are shards
     spent: bool = False  # a backward pass has gone through the call: its products have no graph any more
+    users: list[weakref.ref[Any]] = field(default_factory=list)  # who keeps products: ``release`` lets go of them
 
-    def tensors(self) -> list[Tensor | None]:
-        """The tensors of the rows, three for each."""
-        return [t for term in self.items for rows in term.rows for t in rows[1:]]
+    def spend(self) -> None:
+        """A backward pass goes through the call: what keeps its products would keep the rest of the graph, too."""
+        self.spent = True
+        for one in self.users:
+            user = one()
+            if user is not None:
+                user.release()
 
-    def replaced(self, tensors: Sequence[Tensor | None]) -> list[Term]:
-        """The terms with other tensors in these places."""
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the rows."""
+        return [t for term in self.items for rows in term.rows for t in rows[1:] if t is not None]
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Sequence[Term]:
+        """The terms with other tensors in the places of ``tensors()``."""
+        if all([a is b for a, b in zip(tensors, self.tensors(), strict=True)]):
+            return self.items
         some = iter(tensors)
         return [
-            Term(layer, tuple(Rows(r.of, next(some), next(some), next(some)) for r in rows))
-            for layer, rows in self.items
+            term._replace(
+                rows=tuple(Rows(r.of, *[None if t is None else next(some) for t in r[1:]]) for r in term.rows)
+            )
+            for term in self.items
         ]
 
 
@@ -123,29 +138,34 @@ def hadamard_rows(columns: Tensor, dim: int) -> Tensor:  # (k,) -> (k, dim) floa
     return torch.where(same_block, 1 - 2 * (parity & 1), 0) / size.double().sqrt()
 
 
-def terms_size(term: Term, R: int) -> int:
-    return sum(rows.length(R) for rows in term.rows)
-
-
-def products(term: Term, h: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """The term's products, from its layer's h (M, R), down (R, K) and up (N, R), at least float32."""
-    wide = torch.promote_types(torch.promote_types(down.dtype, up.dtype), torch.float32)
-    h = h.to(wide)
-    factors = {"down": down.to(wide), "up": up.to(wide).t()}
-    made = [h.t() @ h if r.of == "hidden" else r.values(factors[r.of]) @ factors[r.of].t() for r in term.rows]
-    return torch.cat(made)
+def products(
+    terms: Sequence[Term], hs: Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor]
+) -> list[Tensor]:
+    """What the terms want, from each layer's h (M, R), down (R, K) and up (N, R), at least float32."""
+    zs: list[list[Tensor]] = []
+    for i, rows_of_term, joins in terms:
+        wide = torch.promote_types(torch.promote_types(downs[i].dtype, ups[i].dtype), torch.float32)
+        h = hs[i].to(wide)
+        factors = {"down": downs[i].to(wide), "up": ups[i].to(wide).t()}
+        zs = zs if joins else [*zs, []]
+        for r in rows_of_term:
+            zs[-1].append(h.t() @ h if r.of == "hidden" else r.values(factors[r.of]) @ factors[r.of].t())
+    return [torch.cat(parts) for parts in zs]
 
 
 def extra_of(
     terms: Sequence[Term], dzs: Sequence[Tensor | None], downs: Sequence[Tensor], ups: Sequence[Tensor]
 ) -> Extra:
-    """Where the gradients of the terms' products go."""
+    """Where the gradients of the terms' products go; ``dzs`` are of the tensors that the terms are in."""
     extra = Extra([[] for _ in ups], [], [None] * len(ups))
     ranks = [up.shape[1] for up in ups]
-    for (i, rows_of_term), dz in zip(terms, dzs, strict=True):
+    some, dz, at = iter(dzs), None, 0
+    for i, rows_of_term, joins in terms:
+        if not joins:
+            dz, at = next(some), 0
+            dz = None if dz is None else dz.contiguous()
         if dz is None:
             continue
-        dz, at = dz.contiguous(), 0
         for rows in rows_of_term:
             k = rows.length(ranks[i])
             if rows.of == "up":

@@ -116,8 +116,8 @@ class PenaltyState(Stays):
         """``total`` from what the last forward pass made of each item's ``rows``.
 
         Args:
-            items: as of ``total``.
-            made: of each, the rows and their products.
+            items: as of ``total``, all of one rank.
+            made: their rows and products, those of one or more items each, in the order of the items.
         """
         raise NotImplementedError
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import wide
+from ..ops.rows import Products
 
 #: Bytes of one stack, at most. On a CPU it should stay in the cache and in memory that malloc has at hand (SmolLM2,
 #: NullSpace: 72 ms, 150 ms in one stack each); elsewhere the bound keeps large bases from taking twice their memory.
@@ -28,7 +29,7 @@ class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compute: Callable[..., tuple[Tensor, list[Tensor]]], places: Any, *factors: Tensor) -> Tensor:
         value, grads = compute(factors)
-        ctx.save_for_backward(*grads)  # a stack each, of the factors at ``places``
+        ctx.save_for_backward(*grads)  # each of the factors at its ``places``, which its cut gives apart
         ctx.places, ctx.count = places, len(factors)
         return value
 
@@ -37,8 +38,8 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor | None, ...]:
         stacks = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * ctx.count
-        for scaled, stack, places in zip(torch._foreach_mul(stacks, dvalue), stacks, ctx.places, strict=True):
-            for place, grad in zip(places, scaled.to(stack.dtype).unbind(), strict=True):
+        for scaled, stack, (places, cut) in zip(torch._foreach_mul(stacks, dvalue), stacks, ctx.places, strict=True):
+            for place, grad in zip(places, cut(scaled.to(stack.dtype)), strict=True):
                 grads[place] = grad
         return (None, None, *grads)
 
@@ -68,7 +69,7 @@ def grouped(
     limit = STACK_BYTES_CPU if layers[0][0].device.type == "cpu" else STACK_BYTES
     groups = buckets([(key, *map(_like, row)) for key, row in zip(keys, layers, strict=True)], nbytes, limit)
 
-    places = [[width * i + j for i in group] for group in groups for j in range(width)]
+    places = [([width * i + j for i in group], Tensor.unbind) for group in groups for j in range(width)]
 
     def compute(factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         grads: list[Tensor] = []
@@ -81,6 +82,30 @@ def grouped(
         return values[0] if len(values) == 1 else torch.stack(values).sum(), grads
 
     total: Tensor = _ClosedForm.apply(compute, places, *(factor for row in layers for factor in row))
+    return total
+
+
+def joined(made: Sequence[Products], keys: Sequence[Hashable], form: Form) -> Tensor:
+    """``grouped`` over layers whose one factor each is their products, as the passes made them.
+
+    Args:
+        made: the products of one or more layers each.
+        keys: of each layer.
+        form: as of ``grouped``; it may write to the stack.
+    """
+    zs = [z for _, z in made]
+    lengths = [sum([one.length(z.shape[1]) for one in rows]) for of_layers, z in made for rows in of_layers]
+    if any(key != keys[0] for key in keys):
+        return grouped([(part,) for part in torch.cat(zs).split_with_sizes(lengths)], keys, form)
+    rows = [z.shape[0] for z in zs]
+
+    def compute(zs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        z = wide(torch.cat(zs))
+        value, grad = form(range(len(keys)), z.view(len(keys), lengths[0], z.shape[1]))
+        return value, [grad.reshape(z.shape)]
+
+    places = [(range(len(zs)), lambda grad: grad.split_with_sizes(rows))]
+    total: Tensor = _ClosedForm.apply(compute, places, *zs)
     return total
 
 

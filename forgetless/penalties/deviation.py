@@ -7,6 +7,7 @@ E ||delta x||^2 = scale^2 <up^T up, down S down^T> where S = E x x^T: only rank-
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..adapter import Adapter, Site, wide
 from ..ops.rows import Products, Rows
 from .base import Item, Penalty, PenaltyState, register
-from .batched import grouped
+from .batched import grouped, joined
 from .covariance import Covariance, apply_stacked
 
 
@@ -276,15 +277,15 @@ def _gram_total(items: list[Item], covariances: list[Covariance | None]) -> Tens
 
 
 def _gram_made(
-    made: list[Products],  # (2 R + q, R): of up, of the inner rows, and V^T down^T of an eigenbasis
+    made: list[Products],  # of each layer (2 R + q, R): of up, of the inner rows, and V^T down^T of an eigenbasis
     weights: list[float],
     spectra: list[Tensor | None] | None = None,  # (q,)
 ) -> Tensor:
     """sum_i w_i <S_up, S_in + T^T diag(l) T>, with its gradients w (S_in + T^T diag(l) T), w S_up, 2 w l T S_up."""
     if spectra is None:
-        spectra = [None] * len(made)
+        spectra = [None] * len(weights)
 
-    def form(group: list[int], z: Tensor) -> tuple[Tensor, Tensor]:
+    def form(group: Sequence[int], z: Tensor) -> tuple[Tensor, Tensor]:
         R, weight = z.shape[2], weights[group[0]]
         outer, inner = z[:, :R], z[:, R : 2 * R]
         grads = [inner, outer]
@@ -297,7 +298,7 @@ def _gram_made(
         return (outer * grad[:, :R]).sum(), grad
 
     keys = [(w, None if l is None else l.shape) for w, l in zip(weights, spectra, strict=True)]
-    return grouped([(z,) for _, z in made], keys, form)
+    return joined(made, keys, form)
 
 
 def gram_form(

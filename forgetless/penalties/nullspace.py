@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..adapter import Adapter, Site, Stays, wide
 from ..ops.rows import Products, Rows
 from .base import Item, Penalty, PenaltyState, register
-from .batched import grouped
+from .batched import grouped, joined
 from .hadamard import hadamard_blocks
 
 BASES = ("hadamard", "orthogonal", "shared")
@@ -74,6 +75,10 @@ class _NullSpace(PenaltyState):
         self.input = make_basis(spec, K, site.weight, f"{site.name}.P")
         self.output = make_basis(spec, N, site.weight, f"{site.name}.Q")
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("_rows", None)  # which would keep the memory of tensors that are moved away
+        return super()._apply(*args, **kwargs)
+
     def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
         down, up = adapter.factors()
         return 0.5 * self.spec.weight * (self.input(down) + self.output(up.T))
@@ -95,18 +100,26 @@ class _NullSpace(PenaltyState):
 
     def rows(self) -> tuple[Rows, ...]:
         bases: Any = self._modules  # a module's attribute costs a microsecond
-        return bases["input"].rows("down") + bases["output"].rows("up")
+        P, Q = bases["input"], bases["output"]
+        now = [P, Q, *P._buffers.values(), *Q._buffers.values()]  # all that the rows are made of
+        known: Any = self.__dict__.get("_rows")
+        if known is None or len(known[0]) != len(now) or not all(map(is_, known[0], now)):
+            known = now, P.rows("down") + Q.rows("up")
+            self.__dict__["_rows"] = known
+        rows: tuple[Rows, ...] = known[1]
+        return rows
 
     @classmethod
     def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
         layouts = []
-        for (state, _, _), (rows, z) in zip(items, made, strict=True):
-            of = {"down": state.input, "up": state.output}
-            signs = (-1 if of[one.of].complement and not one.own else 1 for one in rows)
-            sizes = [(one.own, one.length(z.shape[1]), sign) for one, sign in zip(rows, signs, strict=True)]
+        rows_of = [(rows, z.shape[1]) for of_layers, z in made for rows in of_layers]
+        for (state, _, _), (rows, R) in zip(items, rows_of, strict=True):
+            bases: Any = state._modules
+            of = {"down": bases["input"], "up": bases["output"]}
+            sizes = [(one.own, one.length(R), -1 if of[one.of].complement and not one.own else 1) for one in rows]
             layouts.append((state.spec.weight, *sizes))
 
-        def form(group: list[int], z: Tensor) -> tuple[Tensor, Tensor]:
+        def form(group: Sequence[int], z: Tensor) -> tuple[Tensor, Tensor]:
             weight, *rows = layouts[group[0]]
             if not any(own for own, _, _ in rows):
                 return 0.5 * weight * _square(z), z.mul_(weight)
@@ -121,7 +134,7 @@ class _NullSpace(PenaltyState):
                     grads.append(2 * sign * part)
             return 0.5 * weight * value, torch.cat(grads, 1).mul_(0.5 * weight)
 
-        return grouped([(z,) for _, z in made], layouts, form)
+        return joined(made, layouts, form)
 
 
 def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> _Basis:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -191,6 +192,30 @@ def test_changes_after_the_pass(change, stale, paths):
     torch.testing.assert_close(*values, rtol=1e-12, atol=0)
 
 
+def another_rank(model: nn.Module) -> None:
+    """In the same parameters, of one sibling"""
+    adapter = model.blocks[0].k_proj.adapter
+    adapter.down.data = torch.cat((adapter.down.data, adapter.down.data[:2]))
+    adapter.up.data = torch.cat((adapter.up.data, adapter.up.data[:, :2]), 1)
+
+
+@pytest.mark.parametrize("change", [changed_factor, changed_basis, another_basis, another_rank])
+def test_a_pass_after_a_change(change, paths):
+    """What was asked of the passes before is not asked again."""
+    values = []
+    for fused in (True, False):
+        model = fl.fuse_penalty(build(*ALL), fused)
+        with fl.ops.backend("reference"):
+            step(model, batch())
+            change(model)
+            paths.clear()
+            value, grads = step(model, batch())
+            assert set(paths) == {"total_made" if fused else "total"}
+            values.append((value, *grads))
+    for ours, grouped in zip(*values, strict=True):
+        torch.testing.assert_close(ours, grouped, rtol=1e-9, atol=1e-12)
+
+
 def test_after_the_backward_pass(paths):
     """Its graph is gone: the penalty makes its own."""
     model, x = build(fl.NullSpace(k=5), fl.WeightDeviation()), batch()
@@ -259,15 +284,51 @@ def test_where_it_steps_back(paths):
         assert way() == ["total"]
 
 
+def test_one_tensor_of_products_for_the_siblings_of_a_call():
+    """Of each kind of penalty one, whatever the layers: autograd and ``fl.penalty`` have as many things less to do."""
+    model = build(fl.NullSpace(k=5), fl.WeightDeviation())
+    with fl.ops.backend("reference"):
+        model(batch())
+    for block in model.blocks:
+        q, k, v, o = ({id(made) for made in layer.trace.made.values()} for layer in block.children())
+        assert q == k == v and len(q) == len(o) == 2 and not q & o
+
+
+def test_a_part_of_what_a_call_has_made(paths):
+    """Products of siblings are taken together or not at all."""
+    values = []
+    for fused in (True, False):
+        model = fl.fuse_penalty(build(*ALL), fused)
+        null = model.blocks[0].k_proj.adapter.penalty_states()[0]
+        null.spec = fl.NullSpace(0.0, k=5)
+        with fl.ops.backend("reference"):
+            paths.clear()
+            value, grads = step(model, batch())
+            assert sorted(paths) == (["total", *["total_made"] * 3] if fused else ["total"] * 3)
+            values.append((value, *grads))
+    for ours, grouped in zip(*values, strict=True):
+        torch.testing.assert_close(ours, grouped, rtol=1e-9, atol=1e-12)
+
+
 def test_no_graph_is_kept_by_a_penalty_that_nobody_asks_for():
     model, x = build(fl.NullSpace(k=5)), batch()
     with fl.ops.backend("reference"):
         model(x).sum().backward()
         node = next(iter(fl.adapters(model).values())).trace.made
-        assert all(made.terms.spent for made in node.values())
+        assert all(made.terms.spent and made.products is None for made in node.values())
         before = len([t for t in gc.get_objects() if isinstance(t, Tensor)])
         model(x).sum().backward()
         assert len([t for t in gc.get_objects() if isinstance(t, Tensor)]) <= before + 8
+
+
+def test_what_is_moved_away_is_not_kept():
+    model = build(fl.NullSpace(k=5), fl.WeightDeviation())
+    with fl.ops.backend("reference"):
+        step(model, batch())
+    earlier = [weakref.ref(basis) for layer in fl.adapters(model).values() for basis in layer.adapter.buffers()]
+    model.to(torch.float32)
+    gc.collect()
+    assert earlier and not any(basis() is not None for basis in earlier)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
