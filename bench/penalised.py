@@ -171,7 +171,7 @@ def made(items: list[Item]) -> Cost:
         factors = dict(zip(("down", "up"), item.adapter.factors(), strict=True))
         lengths = [rows.length(RANK) for rows in item.state.rows()]
         z = torch.empty(sum(lengths), RANK, device="meta", requires_grad=True)
-        zs.append(Products(item.state.rows(), z))
+        zs.append(Products([item.state.rows()], z))
         for rows, k in zip(item.state.rows(), lengths, strict=True):
             if rows.of == "hidden":
                 _, stores = gram_traffic(Sizes(TOKENS, 0, 0, RANK), tiles.row("project", ARCH, 2))
