@@ -15,7 +15,8 @@ from .coverage import passed_over, uncalled, warn_passed_over, warn_uncalled
 from .layers.expert_factors import build_experts
 from .layers.experts import SUFFIX, AdaptedExperts, check_experts, matrices
 from .layers.frozen import site_of
-from .layers.linear import AdaptedLinear, form_groups
+from .layers.groups import form_groups
+from .layers.linear import AdaptedLinear
 from .layers.made import Items
 from .layers.passes import Passes
 from .layers.stack import Stack
@@ -139,6 +140,15 @@ def _collect(module: nn.Module, name: str, layers: dict[str, AdaptedLinear], see
             _collect(child, inner, layers, seen)
 
 
+def check_whole(layers: dict[str, AdaptedLinear]) -> None:
+    """ValueError where a weight is flattened, as between the passes of FSDP1 and ZeRO-3: so are the factors then."""
+    for name, layer in layers.items():
+        if layer.frozen.dim() < 2:
+            raise ValueError(
+                f"the weight of {name} is flattened (FSDP1, ZeRO-3): gather all parameters first, or use FSDP2"
+            )
+
+
 def running(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> layer on our op: those of ``adapters``, and the active adapters of PEFT layers that are swapped in."""
     result = adapters(model)
@@ -153,6 +163,7 @@ def _running(model: nn.Module) -> dict[str, AdaptedLinear]:
     layers = running(model)
     if not layers:
         raise ValueError("model has no adapters; call fl.adapt(model, method) or fl.swap_in(peft_model) first")
+    check_whole(layers)
     return layers
 
 
@@ -160,6 +171,7 @@ def _adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     layers = adapters(model)
     if not layers:
         raise ValueError("model has no adapters; call fl.adapt(model, method) first")
+    check_whole(layers)
     return layers
 
 

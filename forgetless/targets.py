@@ -20,6 +20,9 @@ from .ops.check import FLOATS
 
 ALL_LINEAR = "all-linear"
 
+#: Classes of modules that FSDP2 and FSDP1 have cut.
+_SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
+
 # Names that heads go by in models that have no get_output_embeddings of their own.
 _HEADS = {"lm_head", "embed_out", "score", "classifier", "head"}
 
@@ -63,8 +66,8 @@ def find_layers(
     Raises:
         ValueError: nothing matches (near names are listed), nothing is left, or a match cannot be adapted.
     """
-    if any(cls.__name__ == "FSDPModule" for module in checked(model).modules() for cls in type(module).__mro__):
-        raise ValueError("model is sharded by FSDP2 already: adapt it first, then fully_shard")
+    if _SHARDED & {cls.__name__ for module in checked(model).modules() for cls in type(module).__mro__}:
+        raise ValueError("model is sharded by FSDP already: adapt it first, then fully_shard")
     modules = {name: module for name, module in bare_modules(model).items() if name}
     experts = stacks(model)
     modules |= experts

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import tiles, tl_utils
 from .core import project_core, project_core_outer
-from .grouped import grouped_matmul_lowrank, grouped_outer, grouped_project
+from .grouped import grouped_dx_and_ddown, grouped_matmul_lowrank, grouped_outer, grouped_project, grouped_rows
 from .grouped_sum import grouped_sum
 from .launcher import Facts, Launch, prepared
 from .mask import keep_bits
@@ -60,9 +60,11 @@ PLANS = ("split", "full", "once")
 __all__ = [
     "PLANS",
     "dx_and_ddown",
+    "grouped_dx_and_ddown",
     "grouped_matmul_lowrank",
     "grouped_outer",
     "grouped_project",
+    "grouped_rows",
     "grouped_sum",
     "keep_bits",
     "linear_lowrank",

@@ -314,3 +314,34 @@ def grouped_outer(
         operands = (g, x, out, rows.tokens if by_token else None, rows.ends, _seeds(p, seeds, E))
         prepared(_grouped_outer, operands, p, dot_precision(x.dtype))(x, 0, *operands)
     return out
+
+
+def grouped_rows(
+    x: Tensor,  # (S, K), or (T, K) by token
+    rows: Any,  # ``Rows`` of forgetless.ops.grouped
+    by_token: bool = False,
+) -> tuple[Tensor, bool]:
+    """As they are: the kernels look up the rows of the tokens as they read them"""
+    return x, by_token
+
+
+def grouped_dx_and_ddown(
+    dy: Tensor | None,  # (S, N); None adds no product with the weight
+    weight: Tensor,  # (E, N, K), used in the dtype of g
+    g: Tensor,  # (S, R)
+    down: Tensor,  # (E, R, K)
+    x: Tensor | None,  # (S, K), or (T, K) by token; None if ddown is not needed
+    rows: Any,  # ``Rows`` of forgetless.ops.grouped
+    p: float = 0.0,
+    seeds: Tensor | None = None,  # (E, 2) int32
+    *,
+    need_dx: bool = True,
+    dtype: torch.dtype | None = None,
+    by_token: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:  # dx (S, K), dtype of g; ddown (E, R, K), dtype given or that of x
+    """dx_s = dy_s @ weight_e + drop(g_s @ down_e) and ddown as of ``grouped_outer``"""
+    ddown = None if x is None else grouped_outer(g, x, rows, p, seeds, dtype, by_token)
+    if not need_dx:
+        return None, ddown
+    product = (g[:, :0], down[:, :0].mT) if dy is None else (dy, weight.mT)
+    return grouped_matmul_lowrank(*product, g, down.mT, rows, None, p, seeds), ddown

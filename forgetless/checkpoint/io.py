@@ -32,7 +32,7 @@ from ..layers.stack import stacks
 from ..methods import Method
 from ..methods.curlora import weight_hash
 from ..methods.lora import LoRAAdapter
-from ..model import adapt_layers, adapters, remove
+from ..model import adapt_layers, adapters, check_whole, remove
 from ..names import bare_modules
 from ..targets import find_layers
 from . import peft_format
@@ -189,8 +189,7 @@ def _of_one_method(model: nn.Module) -> tuple[dict[str, AdaptedLinear], Method]:
     for name, layer in layers.items():
         if any(p.is_meta for p in layer.adapter.parameters()):
             raise ValueError(f"the adapter of {name} has no numbers: it is offloaded, or was never filled")
-        if layer.weight.dim() < 2:
-            raise ValueError(f"the weight of {name} is flattened (FSDP1, ZeRO-3): gather all parameters first")
+    check_whole(layers)
     return layers, method
 
 

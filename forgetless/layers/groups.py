@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
+from ..names import bare_modules
 from ..ops.bodies import autocasts, draw_seed
 from .passes import alive
 
@@ -33,6 +35,23 @@ KNOWN = (
     ("wi_0", "wi_1"),
     ("q_lin", "k_lin", "v_lin"),
 )
+
+
+def form_groups(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Let siblings run together inside a call of their parent, where stored factors allow it."""
+    modules = bare_modules(model)
+    for names in families(list(layers)):
+        members = [layers[name] for name in names if not layers[name].around and _stores_factors(layers[name].adapter)]
+        if len(members) > 1 and len({m.in_features for m in members}) == 1:
+            group = Group(modules[names[0].rpartition(".")[0]], members)
+            for member in members:
+                member.group = group
+
+
+def _stores_factors(adapter: Adapter) -> bool:
+    """Whether the factors are parameters or buffers: siblings' backward passes could not run apart through products."""
+    with torch.enable_grad():
+        return all(part is None or part.is_leaf for part in adapter.parts())
 
 
 def families(names: list[str]) -> list[list[str]]:

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from .. import compat
 from ..adapter import Adapter
 from ..methods.base import Method
-from ..names import bare_modules
 from ..offload import check_here
 from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
@@ -22,29 +21,12 @@ from ..ops.compiled import compiled
 from ..ops.dispatch import runs_kernels
 from ..ops.rows import Terms
 from .frozen import hooked, is_conv1d, is_plain, runs_by, stored
-from .groups import Group, families
+from .groups import Group
 from .made import Made, Shards, made_of, request_of, shards_of
 from .passes import Passes
 from .seen import seen
 from .states import Standing
 from .trace import Trace, sample
-
-
-def form_groups(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
-    """Let siblings run together inside a call of their parent, where stored factors allow it."""
-    modules = bare_modules(model)
-    for names in families(list(layers)):
-        members = [layers[name] for name in names if not layers[name].around and _stores_factors(layers[name].adapter)]
-        if len(members) > 1 and len({m.in_features for m in members}) == 1:
-            group = Group(modules[names[0].rpartition(".")[0]], members)
-            for member in members:
-                member.group = group
-
-
-def _stores_factors(adapter: Adapter) -> bool:
-    """Whether the factors are parameters or buffers: siblings' backward passes could not run apart through products."""
-    with torch.enable_grad():
-        return all(part is None or part.is_leaf for part in adapter.parts())
 
 
 class AdaptedLinear(Standing):

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .each_expert import grouped_of
 from .reference import (
     LEVELS,
     MIX_1,
     MIX_2,
     PAIRS,
     drop_threshold,
-    grouped_of,
     linear_lowrank_of,
     mix,
     project_terms_of,
@@ -240,4 +240,6 @@ def dx_and_ddown(
 
 linear_lowrank = linear_lowrank_of(project, matmul_lowrank)
 project_terms = project_terms_of(project)
-grouped_project, grouped_matmul_lowrank, grouped_outer, grouped_sum = grouped_of(project, matmul_lowrank, outer)
+grouped_rows, grouped_project, grouped_matmul_lowrank, grouped_outer, grouped_dx_and_ddown, grouped_sum = grouped_of(
+    project, matmul_lowrank, outer, dx_and_ddown
+)

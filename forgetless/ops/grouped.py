@@ -27,6 +27,9 @@ from .autograd import refuse_second_derivative
 from .bodies import autocasts, device_type, exact_products, quantized_rate
 from .dispatch import LaunchError
 
+#: Elements that are made in float32 at a time.
+_CHUNK = 1 << 16
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -188,9 +191,10 @@ class _Grouped(torch.autograd.Function):
             raise ValueError(f"inside makes {tuple(x.shape)}, the stack {tuple(weight.shape)} wants {weight.shape[2]}")
 
         def run(backend: Any) -> list[Tensor]:
-            h = backend.grouped_project(x, down, call.rows, call.scale, call.p, call.seeds, call.by_token)
+            own, by_token = backend.grouped_rows(x, call.rows, call.by_token)
+            h = backend.grouped_project(own, down, call.rows, call.scale, call.p, call.seeds, by_token)
             lift = call.lift(up)
-            y = backend.grouped_matmul_lowrank(x, weight, h, lift, call.rows, bias, by_token=call.by_token)
+            y = backend.grouped_matmul_lowrank(own, weight, h, lift, call.rows, bias, by_token=by_token)
             return [y if sums is None else backend.grouped_sum(y, call.rows, sums), h]
 
         y, h = _routed(call, "forward", x, down, up, run)
@@ -258,14 +262,15 @@ def experts_sweep(sweep: str, experts: int) -> str:
 
 
 def _gradients(
-    call: _Call, run: Any, saved: _Saved, dy: Tensor, dh: Tensor | None, needed: Sequence[bool]
+    call: _Call, run: Any, saved: _Saved, dout: Tensor, dh: Tensor | None, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Of x, sums, weight, bias, down, up: g = scale * (w dy @ up + dh), dup = dy.T @ (w h), and so on."""
-    x, h, sums, weight, bias, down, up = saved
+    given, h, sums, weight, bias, down, up = saved
     need_x, need_sums, need_weight, need_bias, need_down, need_up = needed
-    rows, by_dy, drop = call.rows, sums is not None, (call.p, call.seeds)
-    wide = torch.promote_types(call.dtype, torch.float32)
-    w = None if sums is None else sums[:, None].to(wide)
+    rows, drop = call.rows, (call.p, call.seeds)
+    w = None if sums is None else sums[:, None].to(_wide(call.dtype))
+    x, by_x = run.grouped_rows(given, rows, call.by_token)
+    dy, by_dy = run.grouped_rows(dout, rows, w is not None)
     dx = dsums = dweight = dbias = ddown = dup = None
 
     def weighed(t: Tensor) -> Tensor:
@@ -279,32 +284,51 @@ def _gradients(
     if need_x or need_down:
         g = weighed(q) if dh is None else weighed(q) + dh
         g = g if call.scale == 1.0 else call.scale * g
-        if need_down:
-            ddown = run.grouped_outer(g, x, rows, *drop, dtype=down.dtype, by_token=call.by_token)
-    if w is None:
-        if need_x:
-            dx = run.grouped_matmul_lowrank(dy, weight.mT, g, down.mT, rows, None, *drop)
-    elif need_x or need_sums:  # the frozen product apart: dsums is made of it, and dx of what w makes of it
-        of_none, to_none = h[:, :0], weight[:, :0].mT  # (S, 0), (E, K, 0)
-        v = run.grouped_matmul_lowrank(dy, weight.mT, of_none, to_none, rows, by_token=True)
-        if need_x:
-            dx = run.grouped_matmul_lowrank(of_none, to_none, g, down.mT, rows, None, *drop).addcmul_(v, w)
-        if sums is not None and need_sums:
-            dsums = _dots(v, x[rows.tokens] if call.by_token else x) + _dots(q, h)
+        more = {"need_dx": need_x, "dtype": down.dtype, "by_token": by_x}
+        frozen, own = dy if w is None else None, x if need_down else None
+        dx, ddown = run.grouped_dx_and_ddown(frozen, weight, g, down, own, rows, *drop, **more)
+    if w is not None and (need_x or need_sums):  # the frozen product apart: dx and dsums are made of it
+        none = h[:, :0], weight[:, :0].mT  # (S, 0), (E, K, 0)
+        v = run.grouped_matmul_lowrank(dy, weight.mT, *none, rows, by_token=by_dy)
+        own = None if not need_sums else x[rows.tokens] if by_x else x
+        dx, dsums = _weighed(v, w, dx, own)
+        if dsums is not None and sums is not None:
+            dsums = dsums + _dots(q, h)
             if bias is not None:
-                dsums += (dy.to(wide) @ bias.to(wide).T)[rows.tokens, rows.experts()]
+                dsums += (dout.to(w.dtype) @ bias.to(w.dtype).T)[rows.tokens, rows.experts()]
             dsums = dsums.to(sums.dtype)
-    if need_x and call.by_token:
+    if dx is not None and call.by_token:
         dx = run.grouped_sum(dx, rows)
     if need_weight or need_bias:
         own = weighed(dy[rows.tokens] if by_dy else dy)
         if need_weight:
-            dweight = run.grouped_outer(own, x, rows, dtype=weight.dtype, by_token=call.by_token)
+            dweight = run.grouped_outer(own, x, rows, dtype=weight.dtype, by_token=by_x)
         if need_bias:
             dbias = run.grouped_outer(own, own.new_ones(len(own), 1), rows, dtype=weight.dtype)[..., 0]
     return [dx, dsums, dweight, dbias, ddown, dup]
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _dots(a: Tensor, b: Tensor) -> Tensor:  # (n, F), (n, F) -> (n,)
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return (a.to(wide) * b.to(wide)).sum(1)
+    return (a.to(_wide(a.dtype)) * b.to(_wide(b.dtype))).sum(1)
+
+
+def _weighed(
+    v: Tensor,  # (S, K)
+    w: Tensor,  # (S, 1), at least float32
+    dx: Tensor | None,  # (S, K), added to in place
+    x: Tensor | None,  # (S, K)
+) -> tuple[Tensor | None, Tensor | None]:  # (S, K), and (S,) in the dtype of w
+    """dx + w * v, and <v, x> of each row. A CPU takes some rows at a time: its cache holds what is made in float32."""
+    step = max(1, _CHUNK // max(1, v.shape[1])) if v.is_cpu else max(1, len(v))
+    dots = []
+    for start in range(0, len(v), step):
+        part = slice(start, start + step)
+        if x is not None:
+            dots.append(_dots(v[part], x[part]))
+        if dx is not None:
+            dx[part].addcmul_(v[part], w[part])
+    return dx, None if x is None else torch.cat(dots) if dots else w.new_zeros(0)

@@ -16,7 +16,7 @@ from . import blas
 #: What the kernels do; all that experts need, for whom no vendor's GEMM adds onto what is there.
 KERNELS = (
     "project", "project_terms", "project_core", "project_outer", "project_core_outer", "outer",
-    "grouped_project", "grouped_matmul_lowrank", "grouped_outer", "grouped_sum",
+    "grouped_rows", "grouped_project", "grouped_matmul_lowrank", "grouped_outer", "grouped_dx_and_ddown", "grouped_sum",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .each_expert import grouped_of
 from .rows import products, pulled, started
 
 # Multipliers of the two-round 32-bit integer hash "lowbias32" (C. Wellons, hash-prospector), as signed integers.
@@ -266,85 +267,8 @@ def linear_lowrank_of(project: Callable[..., Tensor], matmul_lowrank: Callable[.
     return linear_lowrank
 
 
-def grouped_of(
-    project: Callable[..., Tensor], matmul_lowrank: Callable[..., Tensor], outer: Callable[..., Tensor]
-) -> tuple[Callable[..., Tensor], ...]:
-    """The products of a stack of experts from a backend's three, one expert after another.
-
-    Row s belongs to one expert e, and rows are sorted by expert: see ``forgetless.ops.grouped.Rows``. With ``by_token``
-    the first matrix has one row for each token, and row s reads that of its token.
-    """
-
-    def own_rows(x: Tensor, rows: Any, by_token: bool, part: slice) -> Tensor:
-        return x[rows.tokens[part]] if by_token else x[part]
-
-    def mask(seeds: Tensor | None, e: int, p: float) -> tuple[float, Tensor | None]:
-        return p, None if seeds is None else seeds[e]
-
-    def grouped_project(
-        x: Tensor,  # (S, K), or (T, K) by token
-        down: Tensor,  # (E, R, K)
-        rows: Any,  # ``Rows`` of forgetless.ops.grouped
-        scale: float = 1.0,
-        p: float = 0.0,
-        seeds: Tensor | None = None,  # (E, 2) int32
-        by_token: bool = False,
-    ) -> Tensor:  # (S, R), dtype of x
-        """h_s = scale * drop(x_s) @ down_e.T"""
-        parts = [
-            project(own_rows(x, rows, by_token, part), down[e], scale, *mask(seeds, e, p)) for e, part in rows.slices()
-        ]
-        return torch.cat(parts) if parts else x.new_zeros(0, down.shape[1])
-
-    def grouped_matmul_lowrank(
-        x: Tensor,  # (S, K), or (T, K) by token; K may be 0
-        weight: Tensor,  # (E, N, K), used in the dtype of x
-        h: Tensor,  # (S, R), dtype of x
-        up: Tensor,  # (E, N, R)
-        rows: Any,  # ``Rows`` of forgetless.ops.grouped
-        bias: Tensor | None = None,  # (E, N), likewise
-        p: float = 0.0,
-        seeds: Tensor | None = None,  # (E, 2) int32
-        by_token: bool = False,
-    ) -> Tensor:  # (S, N), dtype of x
-        """y_s = x_s @ weight_e.T + bias_e + drop(h_s @ up_e.T)"""
-        parts = []
-        for e, part in rows.slices():
-            more = None if bias is None else bias[e].to(x.dtype)
-            own = own_rows(x, rows, by_token, part), weight[e].to(x.dtype)
-            parts.append(matmul_lowrank(*own, h[part], up[e], more, *mask(seeds, e, p)))
-        return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
-
-    def grouped_outer(
-        g: Tensor,  # (S, R)
-        x: Tensor,  # (S, K), or (T, K) by token; dtype of g
-        rows: Any,  # ``Rows`` of forgetless.ops.grouped
-        p: float = 0.0,
-        seeds: Tensor | None = None,  # (E, 2) int32
-        dtype: torch.dtype | None = None,
-        by_token: bool = False,
-    ) -> Tensor:  # (E, R, K), dtype given or that of x
-        """g.T @ drop(x) over the rows of each expert; zero for an expert without rows"""
-        result = [x.new_zeros(g.shape[1], x.shape[1], dtype=dtype or x.dtype)] * rows.ends.shape[0]
-        for e, part in rows.slices():
-            result[e] = outer(g[part], own_rows(x, rows, by_token, part), *mask(seeds, e, p), dtype)
-        return torch.stack(result)
-
-    def grouped_sum(
-        y: Tensor,  # (S, N)
-        rows: Any,  # ``Rows`` of forgetless.ops.grouped
-        weights: Tensor | None = None,  # (S,), any floating dtype
-    ) -> Tensor:  # (T, N), dtype of y
-        """out_t = sum of weights_s * y_s over the rows s of token t, in at least float32, rounded once"""
-        out = y.new_zeros(rows.size, y.shape[1], dtype=_wide(y.dtype))
-        for _, part in rows.slices():
-            own = y[part].to(out.dtype)
-            out.index_add_(0, rows.tokens[part], own if weights is None else own * weights[part, None].to(out.dtype))
-        return out.to(y.dtype)
-
-    return grouped_project, grouped_matmul_lowrank, grouped_outer, grouped_sum
-
-
 linear_lowrank = linear_lowrank_of(project, matmul_lowrank)
 project_terms = project_terms_of(project)
-grouped_project, grouped_matmul_lowrank, grouped_outer, grouped_sum = grouped_of(project, matmul_lowrank, outer)
+grouped_rows, grouped_project, grouped_matmul_lowrank, grouped_outer, grouped_dx_and_ddown, grouped_sum = grouped_of(
+    project, matmul_lowrank, outer, dx_and_ddown
+)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .. import versions
 from ..layers.experts import call_with, experts_forward
 from ..layers.frozen import runs_by
-from ..layers.linear import AdaptedLinear, form_groups
+from ..layers.groups import form_groups
+from ..layers.linear import AdaptedLinear
 from ..layers.passes import Passes
 from ..layers.stack import give_back, run_by
 from ..names import bare_name, checked

@@ -123,6 +123,10 @@ class View(AdaptedLinear):
         return torch.empty(1, 1, dtype=dtype, device=down.device).expand(self.out_features, self.in_features)
 
     @property
+    def frozen(self) -> Tensor:
+        return self.weight
+
+    @property
     def bias(self) -> Tensor | None:
         return self.stored()[1]
 

@@ -32,6 +32,7 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 LAUNCHERS = ("project", "matmul_lowrank", "outer", "project_outer", "dx_and_ddown", "linear_lowrank", "project_terms")
 LAUNCHERS += ("project_core", "project_core_outer")
 LAUNCHERS += ("grouped_project", "grouped_matmul_lowrank", "grouped_outer", "grouped_sum")
+LAUNCHERS += ("grouped_rows", "grouped_dx_and_ddown")
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:

@@ -1,18 +1,22 @@
-"""What training is wrapped in: activations offloaded to the host, ``torch.func`` transforms."""
+"""What training is wrapped in: activations offloaded to the host, ``torch.func`` transforms, FSDP1."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import stir, tiny_llama, token_batch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn import functional as F
 
 import forgetless as fl
+from forgetless.model import running
 
 
 def swapped_in() -> Any:
@@ -84,3 +88,29 @@ def test_the_penalty_is_refused_within_a_transform() -> None:
 
     with pytest.raises(RuntimeError, match="fl.penalty is not for torch.func transforms"):
         grad(loss)(values)
+
+
+def test_a_model_that_fsdp1_wraps_is_not_adapted(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = FullyShardedDataParallel(tiny_llama(), device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="sharded by FSDP already"):
+            fl.adapt(wrapped, fl.LoRA(rank=2))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_between_the_passes_of_fsdp1_nothing_reads_an_adapter(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    layer = next(iter(running(model).values()))
+    layer = layer.layer.base_layer if name == "swapped in" else layer.base
+    layer.weight = nn.Parameter(layer.weight.detach().flatten(), requires_grad=False)
+    uses = [fl.penalty, fl.drift, lambda m: fl.scaled(m, 0.5)]
+    if name != "swapped in":
+        uses += [fl.explain, fl.merge, fl.remove, lambda m: fl.save(m, tmp_path)]
+    for use in uses:
+        with pytest.raises(ValueError, match="flattened .*use FSDP2"):
+            use(model)

@@ -104,7 +104,8 @@ def pytest_runtest_logreport(report):
         if report.skipped and isinstance(report.longrepr, tuple):
             reason = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
-            reason = report.longrepr.reprcrash.message if hasattr(report.longrepr, "reprcrash") else "no setup"
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = str(report.longrepr) if crash is None else crash.message
         outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
         OUTCOMES[report.nodeid] = outcome, " ".join(reason.split())
 
@@ -124,7 +125,8 @@ def pytest_terminal_summary(terminalreporter):
 
 def reasons(outcomes, wanted):
     """How many tests had that outcome, by the first sentence of the reason."""
-    texts = [re.split(r"(?<=\w)\. |(?<=\.)\s", reason)[0] for outcome, reason in outcomes.values() if outcome == wanted]
+    sentence = re.compile(r"(?<=\w)\. |(?<=\.)\s|\s\+ where ")
+    texts = [sentence.split(reason)[0] for outcome, reason in outcomes.values() if outcome == wanted]
     return dict(Counter(texts).most_common())
 
 
