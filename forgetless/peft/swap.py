@@ -2,9 +2,7 @@
 
 A taken-over layer keeps its modules, parameters and names; its class becomes a subclass of PEFT's whose ``forward``
 runs on our op where that gives what PEFT's would, and is PEFT's everywhere else. So everything that PEFT does with a
-layer goes on working, because it is done to the same layer. Which way each layer goes, and why, says ``fl.explain``.
-
-PEFT is looked up when it is needed, never at import.
+layer goes on working. ``fl.explain`` says which way each layer goes, and why. PEFT is looked up when it is needed.
 """
 
 from __future__ import annotations
