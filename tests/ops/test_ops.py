@@ -517,14 +517,18 @@ def test_opcheck(bias, dropout):
     torch.library.opcheck(torch.ops.forgetless.lowrank_linear.default, (*leaves, seed, [1.5, 1.0, dropout]))
 
 
+@pytest.mark.parametrize("core", [False, True], ids=["factors", "core"])
 @pytest.mark.parametrize("need", itertools.product([True, False], repeat=5), ids=str)
-def test_opcheck_of_the_backward(need):
+def test_opcheck_of_the_backward(need, core):
+    """Beside a core up is frozen: the last need is the core's then."""
     tensors = operands(5, 4, 6, 2, torch.bfloat16, torch.float32)
-    values: dict[str, Any] = {"need": list(need), "factors": [1.5, 1.0, P]}
+    values: dict[str, Any] = {"need": [*need[:4], False, need[4]] if core else [*need, False]}
+    values |= {"factors": [1.5, 1.0, P]}
     values |= {name: draw(5, n, dtype=torch.bfloat16, seed=7) for name, n in (("dy", 4), ("dh", 2))}
     x = tensors["x"] if need[1] or need[3] else None
     h = draw(5, 2, dtype=torch.bfloat16, seed=7) if need[4] else None
-    values["saved"] = [x, h, SEED, tensors["weight"], tensors["down"], tensors["up"]]
+    given = draw(2, 2, seed=8) if core else None
+    values["saved"] = [x, h, SEED, tensors["weight"], tensors["down"], tensors["up"], given]
     op = torch.ops.forgetless.lowrank_linear_backward.default
     args = tuple(values[argument.name] for argument in op._schema.arguments)
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
