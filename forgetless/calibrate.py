@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from . import compat
 from .layers.experts import matrices
-from .layers.frozen import site_of
 from .layers.linear import AdaptedLinear
 from .model import _running
 from .penalties import SourceDeviation
@@ -69,9 +68,7 @@ def measure_inputs(
     """
     layers = matrices(_running(model))
     spec = SourceDeviation(covariance=form)
-    states: dict[AdaptedLinear, Any] = {
-        layer: spec.attach(layer.adapter, site_of(name, layer.base)) for name, layer in layers.items()
-    }
+    states: dict[AdaptedLinear, Any] = {layer: spec.attach(layer.adapter, layer.site()) for layer in layers.values()}
     _measure(_Measured(model, layers, loss, lambda layer: [states[layer]]), list(layers.values()), batches)
     return {name: states[layer].source for name, layer in layers.items()}
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
+from ..adapter import Adapter, Site
 from ..methods.base import Method
 from ..ops.autograd import lowrank_linear
 from ..ops.bodies import exact_products
 from ..ops.dispatch import explain_path
 from ..ops.grouped import Factors, Rows, experts_sweep, grouped_lowrank, sort_rows
-from .expert_factors import parts
+from .expert_factors import expert_site, parts
 from .frozen import hooked
 from .linear import AdaptedLinear
 from .stack import Stack, give_back, run_by, verify, verify_once
@@ -216,6 +216,9 @@ class Expert(AdaptedLinear):
     def bias(self) -> Tensor | None:
         bias = self.owner.bias
         return None if bias is None else bias[self.index]
+
+    def site(self) -> Site:
+        return expert_site(self.owner.site(), self.index)
 
     @property
     def trace(self) -> Trace | None:

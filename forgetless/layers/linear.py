@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import compat
-from ..adapter import Adapter
+from ..adapter import Adapter, Site
 from ..methods.base import Method
 from ..offload import check_here
 from ..ops import explain_path
@@ -20,7 +20,7 @@ from ..ops.bodies import Operands, as_rows, exact_products
 from ..ops.compiled import compiled
 from ..ops.dispatch import runs_kernels
 from ..ops.rows import Terms
-from .frozen import hooked, is_conv1d, is_plain, runs_by, stored
+from .frozen import hooked, is_conv1d, is_plain, runs_by, site_of, stored
 from .groups import Group
 from .made import Made, Shards, made_of, request_of, shards_of
 from .passes import Passes
@@ -81,6 +81,10 @@ class AdaptedLinear(Standing):
         if self.passes is None or self.passes.level is None or self.disabled or not self.lends_weight:
             return self.frozen
         return self.applied() if torch.compiler.is_compiling() else seen(self)
+
+    def site(self) -> Site:
+        """The layer as a penalty sees it when it is attached."""
+        return site_of(self.name, self.base)
 
     def applied(self) -> Tensor:
         """The frozen weight with the update, as it is stored, rounded once; differentiable in the update.

@@ -108,8 +108,7 @@ class View(AdaptedLinear):
         del self._modules["base"]
         self.__dict__["layer"] = layer
         if specs:
-            weight = self.weight.detach()
-            adapter.attach(specs, Site(name, weight.T if self.transposed else weight, self.transposed))
+            adapter.attach(specs, self.site())
             self.needs_hidden = any(state.needs_hidden for state in adapter.penalty_states())
 
     @property
@@ -125,6 +124,10 @@ class View(AdaptedLinear):
     @property
     def frozen(self) -> Tensor:
         return self.weight
+
+    def site(self) -> Site:
+        weight = self.weight.detach()
+        return Site(self.name, weight.T if self.transposed else weight, self.transposed)
 
     @property
     def bias(self) -> Tensor | None:

@@ -22,14 +22,14 @@ PICTURE, PARETO, PAGE = "compare.png", "pareto.png", "report.html"
 
 STYLE = """
 * { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 84rem; padding: 1.5rem 1rem 4rem; color: #222; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 p, li { max-width: 48rem; } .about { color: #555; margin: .3rem 0 1.2rem; } .warn { color: #a30000; }
 .verdict { border-left: 5px solid #0072B2; background: #f3f7fa; padding: .7rem 1rem; }
 .verdict p { margin: .4rem 0; max-width: none; } .verdict p:first-child { font-size: 1.1rem; }
 .wide { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: 14px; }
-th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #e2e2e2; vertical-align: top; }
+th, td { padding: .35rem .45rem; text-align: right; border-bottom: 1px solid #e2e2e2; vertical-align: top; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; } td { white-space: nowrap; }
 th:first-child, td:first-child, table.words td, table.words th { text-align: left; }
 table.words td { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }

@@ -5,9 +5,14 @@ import itertools
 
 import pytest
 import torch
+from helpers import stir, tiny_llama, token_batch
+from tiny_experts import STACKS, tiny_experts
 from torch import nn
 
 import forgetless as fl
+from forgetless.layers.experts import matrices
+from forgetless.model import running
+from forgetless.retain import _RIDGE
 
 
 class Net(nn.Module):
@@ -217,3 +222,35 @@ def test_a_scale_of_zero_is_refused():
         fl.consolidate(model, task, loss, scale=0)
     with pytest.raises(ValueError, match="factor is nan"):
         fl.consolidate(model, task, loss, scale=float("nan"))
+
+
+def swapped_in(model, **targets):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, **{"target_modules": ["o_proj"], **targets})
+    return fl.swap_in(peft.get_peft_model(model, config), penalties=(fl.SourceDeviation(0, "full"),))
+
+
+@pytest.mark.parametrize("kind", ["experts", "PEFT's layers", "PEFT's experts"])
+def test_experts_and_layers_of_peft_are_retained(kind):
+    if kind == "experts":
+        model = fl.adapt(tiny_experts("Qwen3Moe"), fl.LoRA(rank=2, penalties=(fl.SourceDeviation(0, "full"),)), STACKS)
+    else:
+        experts = kind == "PEFT's experts"
+        model = swapped_in(tiny_experts("Qwen3Moe") if experts else tiny_llama(), target_parameters=experts and STACKS)
+    stir(model.eval())
+    kept, task = token_batch((30, 30)), token_batch((30, 30), seed=1)
+    other = copy.deepcopy(model)
+    fl.calibrate(model, [kept])
+    fl.calibrate(other, [task])
+    layers, others = (matrices(running(m)) for m in (model, other))
+    before = {name: layer.adapter.factors()[0].detach().double().clone() for name, layer in layers.items()}
+    moved = fl.retain(model, [task], 0.3)
+    assert moved.keys() == layers.keys() and any(moved.values())
+    for name, layer in matrices(running(model)).items():
+        (kept_state,), (task_state,) = layer.adapter.penalty_states(), others[name].adapter.penalty_states()
+        S_kept, S_task = kept_state.source.dense().double(), task_state.source.dense().double()
+        A = layer.adapter.factors()[0].detach().double()
+        ridge = _RIDGE * (S_task.diagonal().mean() + 0.3 * S_kept.diagonal().mean())
+        gradient = (A - before[name]) @ (S_task + ridge * torch.eye(len(S_task))) + 0.3 * A @ S_kept
+        assert gradient.norm() <= 1e-4 * (0.3 * before[name] @ S_kept).norm(), name
+        assert torch.equal(A, before[name]) == (moved[name] == 0), name
