@@ -13,6 +13,7 @@ from typing import Any
 
 from .metrics import Row, baseline, learnt_sum, main_rows, names, whole
 from .options import BadInput
+from .page import command_of
 from .palette import method_of
 from .stats import interval, mean
 
@@ -37,7 +38,7 @@ Frontiers = dict[str, dict[int, list[Point]]]
 
 
 def combined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results of one task sequence as one: the rows of all, each label and seed once.
+    """Results of one task sequence as one: the rows of all, each label and seed once; "lines" are their commands.
 
     Raises:
         BadInput: two of one sequence do not start from the same base losses.
@@ -45,9 +46,10 @@ def combined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     result: dict[tuple[str, ...], dict[str, Any]] = {}
     for part in parts:
         tasks = tuple(names(part)[0])
-        joint = result.setdefault(tasks, {**part, "rows": []})
+        joint = result.setdefault(tasks, {**part, "rows": [], "lines": []})
         if joint["base"]["losses"] != part["base"]["losses"]:
             raise BadInput(f"two comparisons of {', '.join(tasks)} start from different losses of the base model")
+        joint["lines"].append(command_of(part))
         known = {(row["label"], row["seed"]) for row in joint["rows"]}
         joint["rows"] += [row for row in part["rows"] if (row["label"], row["seed"]) not in known]
     return list(result.values())

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from ..files import write_atomically
 from .frontier import FREE, PARTS, Frontiers, Point, best, frontiers, summary
 from .metrics import main_rows, names
-from .page import command_of
 from .palette import colour, method_of
 from .plots import png
 from .recipes import python
@@ -242,7 +241,7 @@ def page(studies: list[Study], picture: str, data: list[str]) -> str:
         f"{machine['threads']} thread, torch {versions['torch']}, transformers {versions.get('transformers', '?')}; "
         f"commits {', '.join(sorted({r['commit'][:7] for r in rows if r.get('commit')})) or 'unknown'}; "
         f"data: {', '.join(f'`{name}`' for name in data)}. Written by `forgetless frontier`. The commands:",
-        "```\n" + "\n".join(dict.fromkeys(command_of(study.results) for study in studies)) + "\n```",
+        "```\n" + "\n".join(dict.fromkeys(line for study in studies for line in study.results["lines"])) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
 

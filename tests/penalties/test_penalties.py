@@ -402,6 +402,9 @@ def test_the_weight_multiplies(name):
             stir(adapter)
         if name == "source-deviation":
             state.covariance.fill_(1.0)
+        if name == "loss-deviation":
+            for buffer in (state.pairs[0].inputs.rest, state.pairs[0].outputs.rest):
+                buffer.fill_(1.0)
         hidden = torch.ones(3, R, dtype=torch.float64, requires_grad=True)
         values.append(state.value(adapter, hidden).item())
     assert values[0] == 0 and values[1] > 0

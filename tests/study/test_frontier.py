@@ -94,10 +94,12 @@ def test_comparisons_are_paired_over_seeds() -> None:
 
 def test_results_of_one_sequence_are_one() -> None:
     first, second, other = results(), results(), results(("one", "three"))
+    second["command"] += " --seeds 4"
     other["base"]["losses"]["three"] = 1.0
     second["rows"] = [*second["rows"][:2], row("LoRA+kl=1", 0, 1.9, 0.1, 0.2, kl=1.0)]
     both = combined([first, second, other])
     assert [len(one["rows"]) for one in both] == [13, 12] and len(first["rows"]) == 12
+    assert both[0]["lines"] == ["forgetless compare", "forgetless compare --seeds 4"]
     second["base"]["losses"]["news"] = 3.1
     with pytest.raises(BadInput, match="two comparisons of one, two start from different losses"):
         combined([first, second])
