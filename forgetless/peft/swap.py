@@ -23,7 +23,7 @@ from ..layers.groups import form_groups
 from ..layers.linear import AdaptedLinear
 from ..layers.passes import Passes
 from ..layers.stack import give_back, run_by
-from ..names import bare_name, checked
+from ..names import bare_name, checked, modules_of
 from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from .experts import ExpertsView, title
@@ -113,6 +113,8 @@ def swap_out(model: nn.Module) -> nn.Module:
 def views(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> active adapter of each swapped-in layer, as an adapted layer; "name:adapter" where several are active."""
     result: dict[str, AdaptedLinear] = {}
+    if not any([taker_of(layer) is not None or isinstance(layer, OwnLayer) for layer in modules_of(model)]):
+        return result  # asked for every step: names are made only where something has one
     for name, layer in model.named_modules():
         taker = taker_of(layer)
         active: dict[str, AdaptedLinear] = {}
