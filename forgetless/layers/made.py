@@ -78,7 +78,6 @@ class Request(NamedTuple):
     asked: list[Asked]
 
 
-
 class Made:
     """The products that the penalties of one kind asked of one call, with their graph, and what they were made of.
 
