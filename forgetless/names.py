@@ -25,18 +25,6 @@ def wraps(module: nn.Module, key: str) -> bool:
     return key in _WRAPPED or (parallel and key == "module")
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """``model.modules()``, without the names that it makes on its way."""
-    seen: dict[nn.Module, None] = {}
-    todo: list[nn.Module | None] = [model]
-    while todo:
-        module = todo.pop()
-        if module is not None and module not in seen:
-            seen[module] = None
-            todo += reversed(module._modules.values())
-    return list(seen)
-
-
 def bare_name(model: nn.Module, name: str) -> str:
     """The name of a submodule without what wrappers put into it."""
     parts: list[str] = []

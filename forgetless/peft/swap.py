@@ -23,12 +23,12 @@ from ..layers.groups import form_groups
 from ..layers.linear import AdaptedLinear
 from ..layers.passes import Passes
 from ..layers.stack import give_back, run_by
-from ..names import bare_name, checked, modules_of
+from ..names import bare_name, checked
 from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from .experts import ExpertsView, title
 from .routes import adapter_reason, base_reason, kind_reason, lora_layers, onto_base, runs_experts, stack_of, taker_of
-from .views import PENALTIES, HidesPenalties, OwnLayer, Theirs, View
+from .views import PENALTIES, HidesPenalties, OwnLayer, Theirs, View, any_of
 
 #: What is asked of a PEFT layer.
 _ASKED = (
@@ -113,9 +113,7 @@ def swap_out(model: nn.Module) -> nn.Module:
 def views(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> active adapter of each swapped-in layer, as an adapted layer; "name:adapter" where several are active."""
     result: dict[str, AdaptedLinear] = {}
-    if not any([taker_of(layer) is not None or isinstance(layer, OwnLayer) for layer in modules_of(model)]):
-        return result  # asked for every step: names are made only where something has one
-    for name, layer in model.named_modules():
+    for name, layer in model.named_modules() if any_of(model) else ():  # names take long, and every step asks
         taker = taker_of(layer)
         active: dict[str, AdaptedLinear] = {}
         if taker is not None:
