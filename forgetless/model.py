@@ -121,23 +121,21 @@ def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> adapted layer, in the model's order; empty for a model without adapters."""
-    result: dict[str, AdaptedLinear] = {}
-    _collect(checked(model), "", result, set())
-    return result
-
-
-def _collect(module: nn.Module, name: str, layers: dict[str, AdaptedLinear], seen: set[int]) -> None:
-    """``named_modules`` without what is inside adapted layers: it is asked for every step."""
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    if isinstance(module, AdaptedLinear):
-        layers[name.removesuffix(SUFFIX) if isinstance(module, AdaptedExperts) else name] = module
-        return
-    for key, child in module._modules.items():
-        if child is not None:
-            inner = name if wraps(module, key) else f"{name}.{key}" if name else key
-            _collect(child, inner, layers, seen)
+    layers: dict[str, AdaptedLinear] = {}
+    seen: set[nn.Module | None] = {None}
+    todo: list[tuple[str, nn.Module | None]] = [("", checked(model))]
+    while todo:  # ``named_modules`` without what is inside adapted layers: it is asked for every step
+        name, module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, AdaptedLinear):
+            layers[name.removesuffix(SUFFIX) if isinstance(module, AdaptedExperts) else name] = module
+        elif module is not None and module._modules:
+            start = f"{name}." if name else ""
+            inner = [(name if wraps(module, key) else start + key, child) for key, child in module._modules.items()]
+            todo += reversed(inner)
+    return layers
 
 
 def check_whole(layers: dict[str, AdaptedLinear]) -> None:
@@ -201,8 +199,8 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         raise RuntimeError("fl.penalty is not for torch.func transforms: call it outside of them and add its gradient")
     asked = Items()
     for layer in result.values():
-        check_here(layer)
         trace, adapter = layer.trace, layer.adapter
+        check_here(layer, adapter)
         for state in adapter.penalty_states():
             if state.spec.weight and _calibrated(state):  # with a weight of 0 it only holds statistics
                 weighted = state.needs_hidden and token_weights is not None

@@ -82,24 +82,23 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def check_here(layer: Any) -> None:
+def check_here(layer: Any, adapter: Any) -> None:
     """Refuse to run or to train an adapter without numbers on a layer that has them."""
-    if _lacks_numbers(layer) and layer.device.type != "meta":
+    if _lacks_numbers(adapter) and layer.device.type != "meta":
         raise ValueError(f"the adapter of {layer.name} is on the meta device and its layer is not: fl.load an adapter")
 
 
 def check_not_around(layers: list[Any]) -> None:
     """Refuse adapters that a module around them takes away: the gradients would reach no optimizer."""
     for layer in layers:
-        if _lacks_numbers(layer):
+        if _lacks_numbers(getattr(layer, "adapter", None)):  # what PEFT adapted has none
             raise ValueError(
                 f"the adapter of {layer.name} is offloaded with the module around it, and cannot be trained there; "
                 "leave preload_module_classes out"
             )
 
 
-def _lacks_numbers(layer: Any) -> bool:
-    adapter = getattr(layer, "adapter", None)  # what PEFT adapted has none
+def _lacks_numbers(adapter: Any) -> bool:
     return adapter is not None and any([p is not None and p.is_meta for p in adapter._parameters.values()])
 
 

@@ -130,7 +130,8 @@ def _project_kernel(
 def _project(*given: Any) -> Launch:
     """The launch of ``project``: x, down, h, seed, start, d, four facts for each of the rows; then plain values
 
-    The layout of the terms (layer, whether it joins, what each of its rows is of), the layers' ranks, p, the precision.
+    Of each of the rows its layer, whether it joins those before it, and what it is of; the layers' ranks, p, the
+    precision.
     """
     x, down, h, seed, start, d, *facts, layout, ranks, p, precision = given
     (M, K), (R, _) = x.shape, down.shape
@@ -166,16 +167,15 @@ class _Products(NamedTuple):
 
 def _products(layout: Any, ranks: Sequence[int], facts: Sequence[Any], dtype: torch.dtype) -> _Products:
     made, at, some = _Products([], [], []), 0, iter(facts)
-    for layer, joins, kinds in layout:
+    for layer, joins, of in layout:
         R = ranks[layer]
         at = at if joins else 0
-        for of in kinds:
-            four = [next(some) for _ in range(4)]
-            numbers = None if of == "hidden" else product_numbers(of, four, at, dtype)
-            if numbers is None:
-                made.grams.append((len(made.sizes) - joins, at, sum(ranks[:layer]), R))
-            made.jobs.append((len(made.sizes) - joins, numbers))
-            at += R if numbers is None else numbers[1]
+        four = [next(some) for _ in range(4)]
+        numbers = None if of == "hidden" else product_numbers(of, four, at, dtype)
+        if numbers is None:
+            made.grams.append((len(made.sizes) - joins, at, sum(ranks[:layer]), R))
+        made.jobs.append((len(made.sizes) - joins, numbers))
+        at += R if numbers is None else numbers[1]
         if joins:
             made.sizes[-1] = at, R
         else:
@@ -217,22 +217,19 @@ def project_terms(
     down = downs[0] if len(downs) == 1 else torch.cat(list(downs))
     M, R = x.shape[0], down.shape[0]
     h = tl_utils.empty((M, R), x.dtype, x)
-    tensors, of_rows, layout = [x, down, h, dropping(p, seed), None, None], [], []
+    tensors, layout = [x, down, h, dropping(p, seed), None, None], []
     for layer, some, joins in terms:
-        kinds = []
-        for of, *stored in some:
-            own = (*stored, (ups if of == "up" else downs)[layer])
-            of_rows.append(own)
-            tensors += own
-            kinds.append(of)
-        layout.append((layer, joins, tuple(kinds)))
+        for of, V, weight, columns in some:
+            tensors += V, weight, columns, ups[layer] if of == "up" else downs[layer]
+            layout.append((layer, joins, of))
+            joins = True
     values = tuple(layout), tuple([one.shape[0] for one in downs])
     launch = prepared(_project, tensors, *values, p, dot_precision(x.dtype))
     sizes, numbers, wanted = launch.beside
     zs = [tl_utils.empty(size, torch.float32, x) for size in sizes]
     grams = [(zs[i], *place) for i, *place in wanted]
-    jobs = []
-    for (V, weight, columns, factor), (i, job) in zip(of_rows, numbers, strict=True):
+    jobs, fours = [], iter(tensors[6:])
+    for V, weight, columns, factor, (i, job) in zip(fours, fours, fours, fours, numbers, strict=True):
         if job is not None:
             jobs.append((factor if V is None is columns else V, weight, columns, factor, *job, zs[i]))
     apart = grams if M == 0 or R > MOST_BLOCK else []

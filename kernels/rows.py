@@ -30,14 +30,9 @@ SUM_COLUMNS = tl.constexpr(128)
 GRAM_GROUP = tl.constexpr(16)
 
 
-def _sizes(of: str, V: Facts | None, columns: Facts | None, factor: Facts) -> tuple[tuple[int, ...], ...]:
-    """(k, R, dim), and the strides of V (k, dim) and of the factor (R, dim)"""
-    (R, dim), strides = factor.shape, factor.stride
-    if of == "up":
-        R, dim, strides = dim, R, strides[::-1]
-    if V is not None:
-        return (V.shape[1], R, dim), V.stride[::-1], strides
-    return ((R, R, dim), strides, strides) if columns is None else ((columns.shape[0], R, dim), (0, 0), strides)
+def _turned(of: str, t: Facts) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of a factor as (R, dim); of a basis (dim, k), as of "up", as (k, dim)"""
+    return (t.shape[::-1], t.stride[::-1]) if of == "up" else (t.shape, t.stride)
 
 
 def product_numbers(of: str, facts: Sequence[Any], at: int, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -46,18 +41,25 @@ def product_numbers(of: str, facts: Sequence[Any], at: int, dtype: torch.dtype) 
     ``facts`` are those of V, of its weight, of its row numbers and of the factor, which is V where both are None.
     """
     V, weight, columns, factor = facts
-    (k, R, dim), strides, factor_strides = _sizes(of, V, columns, factor)
+    (R, dim), factor_strides = _turned(of, factor)
+    (k, _), strides = _turned("up", V) if V else ((columns.shape[0], dim), (0, 0)) if columns else _turned(of, factor)
     stored = V or (factor if columns is None else None)
     exact = stored is None or stored.dtype == dtype and (weight is None or not weight.dtype.is_floating_point)
     return None if exact else 1, k, dim, R, at, *strides, *factor_strides
 
 
-def sum_numbers(of: str, facts: Sequence[Any], dz: Facts, at: int, first: int) -> tuple[Any, ...]:
-    """For ``sum_rows``: d.T @ V, and with V the factor itself (d + d.T) @ V"""
-    V, _, columns, factor = facts
-    (k, R, dim), strides, _ = _sizes(of, V, columns, factor)
-    assert dz.shape[1] == R and (dz.shape[0] == 1 or dz.stride[0] == R) and (R == 1 or dz.stride[1] == 1)
-    return None if V or columns else 1, k, dim, R, at, *strides, first
+def sum_numbers(place: tuple[str, bool, int, int], facts: Sequence[Any], dim: int) -> tuple[Any, ...]:
+    """For ``sum_rows``: d.T @ V (R, dim), and with V the factor itself (d + d.T) @ V
+
+    ``place`` is what V is of, whether it is the factor, the first row of d in dz, and of the result; ``facts`` are
+    those of V, of its weight, of its row numbers and of dz.
+    """
+    (of, own, at, first), (V, _, columns, dz) = place, facts
+    R = dz.shape[1]
+    (k, columns_of_V), strides = _turned(of if own else "up", V) if V else ((columns.shape[0], dim), (0, 0))
+    assert columns_of_V == dim and (k == R or not own)
+    assert (dz.shape[0] == 1 or dz.stride[0] == R) and (R == 1 or dz.stride[1] == 1)
+    return 1 if own else None, k, dim, R, at, *strides, first
 
 
 @triton.jit

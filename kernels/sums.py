@@ -104,7 +104,7 @@ def strips_of(M: int, BLOCK_M: int, columns: int, programs: int = 256) -> tuple[
 
 
 def _outer(*given: Any) -> Launch:
-    """The launch of ``outer``: g, x, out, seed, five facts for each of the jobs, their places, p and the precision"""
+    """The launch of ``outer``: g, x, out, seed, four facts for each of the jobs, their places, p and the precision"""
     g, x, out, seed, *facts, places, p, precision = given
     (M, R), (_, K) = g.shape, x.shape
     assert x.shape == (M, K) and x.dtype in FLOATS and g.dtype == x.dtype
@@ -119,7 +119,7 @@ def _outer(*given: Any) -> Launch:
         stride_or=out.stride[0], stride_ok=out.stride[1], steps=steps, threshold=threshold_of(p),
         R=R, HAS_DROP=seed is not None, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
     )  # fmt: skip
-    launch.beside = _numbers(facts, places)
+    launch.beside = _numbers(facts, places, K)
     return launch
 
 
@@ -147,26 +147,25 @@ def outer(
 
 
 def _rows(more: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...]]:
-    """Five tensors for each of ``more``, V or None, its weight, its row numbers, the factor and d; and where d goes"""
+    """Four tensors for each of ``more``, V (None of row numbers), its weight, its row numbers and dz; and its place"""
     tensors: list[Any] = []
-    for rows, factor, dz, _, _ in more:
-        tensors += rows.basis, rows.weight, rows.columns, factor, dz
-    return tensors, tuple([(one[0].of, one.at, one.first) for one in more])
+    places = []
+    for (of, V, weight, columns), factor, dz, at, first in more:
+        own = V is None is columns
+        tensors += factor if own else V, weight, columns, dz
+        places.append((of, own, at, first))
+    return tensors, tuple(places)
 
 
-def _numbers(facts: Sequence[Any], places: Sequence[tuple[str, int, int]]) -> list[tuple[Any, ...]]:
+def _numbers(facts: Sequence[Any], places: Sequence[tuple[str, bool, int, int]], dim: int) -> list[tuple[Any, ...]]:
     """The numbers of each job"""
-    fives = [facts[i : i + 5] for i in range(0, len(facts), 5)]
-    return [sum_numbers(of, five[:4], five[4], at, first) for (of, at, first), five in zip(places, fives, strict=True)]
+    return [sum_numbers(place, facts[4 * i : 4 * i + 4], dim) for i, place in enumerate(places)]
 
 
 def _jobs(tensors: Sequence[Any], numbers: Sequence[tuple[Any, ...]]) -> tuple[tuple[Any, ...], ...]:
     """The jobs of the tensors of ``_rows``"""
-    jobs = []
-    for i, job in enumerate(numbers):
-        V, weight, columns, factor, dz = tensors[5 * i : 5 * i + 5]
-        jobs.append((factor if V is None is columns else V, weight, columns, dz, *job))
-    return tuple(jobs)
+    four = iter(tensors)
+    return tuple([(*own, *job) for *own, job in zip(four, four, four, four, numbers, strict=True)])
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -263,7 +262,7 @@ def sweep_pays(M: int, K: int, R: int, columns: int, strips: int, itemsize: int)
 
 
 def _project_outer(*given: Any) -> Launch | None:
-    """The launch of ``project_outer``: x, up, h, d, five facts for each of the jobs, their places, the dtype of out and
+    """The launch of ``project_outer``: x, up, h, d, four facts for each of the jobs, their places, the dtype of out and
     the precision
 
     None where two passes are cheaper.
@@ -284,7 +283,7 @@ def _project_outer(*given: Any) -> Launch | None:
         stride_hm=h.stride[0], stride_hr=h.stride[1], steps=steps,
         R=R, EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
     )  # fmt: skip
-    launch.beside = _numbers(facts, places)
+    launch.beside = _numbers(facts, places, K)
     return launch
 
 

@@ -168,7 +168,8 @@ class AdaptedLinear(Standing):
             asked = self.training and torch.is_grad_enabled() and not compiling
             asked = asked and (runs_kernels(x) or self.shards is not None)
             request = request_of(members, layers) if asked else None
-            terms = Terms(request.items, all(m.shards is not None for m in members)) if request else None
+            gathered = self.shards is not None and all(m.shards is not None for m in members)
+            terms = Terms(request.items, gathered) if request else None
             arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
             outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
             ys = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -206,7 +207,7 @@ class AdaptedLinear(Standing):
     def _around(self, x: Tensor) -> Tensor:
         """By the base's own forward, the low-rank product added to what it returns."""
         adapter, cut = self.adapter, self.cut
-        check_here(self)
+        check_here(self, adapter)
         core = None
         if cut is None:
             down, up, core = adapter.parts()

@@ -65,20 +65,17 @@ class Asked(NamedTuple):
 
     states: list[Any]
     rows: list[tuple[Rows, ...]]
-    parts: list[Any]  # all that the products are made of, and of which kind they are
-    tensors: list[Tensor]  # among these
+    factors: list[Tensor]
+    tensors: list[Tensor]  # of these and of the rows
 
 
 class Request(NamedTuple):
-    """What all penalties ask of a call of the op; the same as long as its parts are."""
+    """What all penalties ask of a call of the op; the same as long as its parts and rows are."""
 
     parts: list[Any]
+    rows: list[tuple[Rows, ...]]
     items: tuple[Term, ...]
     asked: list[Asked]
-
-
-#: A layer's place among those of the call, a state, its rows, and whether the factors were gathered from shards.
-Asking = tuple[int, Any, tuple[Rows, ...], bool]
 
 
 class Made:
@@ -90,7 +87,7 @@ class Made:
     """
 
     def __init__(self, asked: Asked, terms: Terms, z: Tensor):
-        self.terms, self.states, self.parts, self.tensors = terms, asked.states, asked.parts, asked.tensors
+        self.terms, self.states, self.factors, self.tensors = terms, asked.states, asked.factors, asked.tensors
         self.products: Products | None = Products(asked.rows, z)
         self.memory = [t.untyped_storage() for t in self.tensors]  # kept: nothing else can be at their addresses
         self.facts = self.present()
@@ -98,39 +95,51 @@ class Made:
 
     def release(self) -> None:
         """Let go of all that it keeps: a backward pass has gone through the products."""
-        self.products, self.parts, self.tensors, self.memory = None, [], [], []
-        self.terms = Terms((), spent=True)
+        self.products, self.factors, self.tensors, self.memory = None, [], [], []
+        self.terms = _SPENT
 
     def present(self) -> list[Any]:
         """What is another where a tensor has been written to, or been given other memory."""
-        tensors = self.tensors
-        return [t._version for t in tensors] + [t.data_ptr() for t in tensors] + [t.requires_grad for t in tensors]
+        return [(t._version, t.data_ptr(), t.requires_grad) for t in self.tensors]
 
-    def holds(self, layers: Sequence[Any]) -> bool:
+    def holds(self, items: Sequence[tuple[Any, Any]]) -> bool:
         """Whether nothing it was made of has changed since, and no backward pass has freed its graph.
 
         A change through ``.data`` in the same memory cannot be seen; of shards, nor one by torch._foreach outside of an
         optimizer's step.
 
         Args:
-            layers: that have ``states``, in their order.
+            items: of ``states``, in their order, each with its layer.
         """
         if self.terms.spent or self.products is None or torch.is_grad_enabled() and not self.products.z.requires_grad:
             return False
-        parts: list[Any] = []
-        for layer, state in zip(layers, self.states, strict=True):
-            now = shards_of(layer.adapter)
+        factors: list[Tensor] = []
+        rows = []
+        for item, layer in items:
+            now = shards_of(item.adapter)
             if now is None:
-                parts += layer.adapter.factors()
+                factors += item.adapter.factors()
             elif layer.shards is None or layer.shards.facts != now.facts:
                 return False
-            for one in state.rows():
-                parts += one
-        return _same(parts, self.parts) and self.present() == self.facts
+            rows.append(item.state.rows())
+        return _same(factors, self.factors) and _same_rows(rows, self.products.rows) and self.present() == self.facts
 
 
-def _same(parts: list[Any], others: list[Any]) -> bool:
+#: Of products that a backward pass has gone through.
+_SPENT = Terms((), spent=True)
+
+
+def _same(parts: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(parts) == len(others) and all(map(is_, parts, others))
+
+
+def _same_rows(some: Sequence[tuple[Rows, ...]], others: Sequence[tuple[Rows, ...]]) -> bool:
+    """Whether they are of the same tensors, in the same way."""
+    if _same(some, others):  # a state may keep them
+        return True
+    return len(some) == len(others) and all(
+        len(a) == len(b) and all(map(_same, a, b)) for a, b in zip(some, others, strict=True)
+    )
 
 
 def request_of(members: Sequence[Any], layers: Operands) -> Request | None:
@@ -138,45 +147,42 @@ def request_of(members: Sequence[Any], layers: Operands) -> Request | None:
 
     It is kept beside the first of them, and worked out again where a layer, a state, a tensor or a rank is another.
     """
-    asking: list[Asking] = []
-    parts: list[Any] = []
-    for i, member in enumerate(members):
-        own = member._modules["adapter"].penalty_states() if member.makes_products and not layers.cores else ()
-        gathered = member.shards is not None
-        down, up = layers.downs[i], layers.ups[i]
-        if own and down.is_leaf and up.is_leaf:
-            for state in own:
+    parts: list[Any] = []  # six of each state
+    all_rows: list[tuple[Rows, ...]] = []
+    if layers.cores:
+        return None
+    for i, (member, down, up) in enumerate(zip(members, layers.downs, layers.ups, strict=True)):
+        if member.makes_products and down.is_leaf and up.is_leaf:
+            for state in member._modules["adapter"].penalty_states():
                 rows = state.rows()
                 if rows:
-                    asking.append((i, state, rows, gathered))
-                    parts += (i, state, up.shape[1], gathered, down, up)
-                    for one in rows:
-                        parts += one
-    if not asking:
+                    parts += i, state, member.shards is not None, down, up, up.shape[1]
+                    all_rows.append(rows)
+    if not parts:
         return None
     kept: Request | None = members[0].__dict__.get("request")
-    if kept is None or not _same(parts, kept.parts):
-        kept = _request(parts, asking, layers)
+    if kept is None or not (_same(parts, kept.parts) and _same_rows(all_rows, kept.rows)):
+        kept = _request(parts, all_rows, layers)
         members[0].__dict__["request"] = kept
     return kept if kept.items else None
 
 
-def _request(parts: list[Any], asking: list[Asking], layers: Operands) -> Request:
+def _request(parts: list[Any], all_rows: list[tuple[Rows, ...]], layers: Operands) -> Request:
     kinds: dict[Any, Asked] = {}
     terms: dict[Any, list[Term]] = {}
-    for i, state, rows, gathered in asking:
+    for i, state, gathered, rows in zip(parts[::6], parts[1::6], parts[2::6], all_rows, strict=True):
         own = [layers.downs[i], layers.ups[i], *[part for one in rows for part in one]]
         if all(part is None or isinstance(part, str) or _plain(part) for part in own):
             key = type(state), layers.ups[i].shape[1]
             asked = kinds.setdefault(key, Asked([], [], [], []))
             asked.states.append(state)
             asked.rows.append(rows)
-            own = own[2:] if gathered else own  # what was gathered is freed after the pass: see ``shards_of``
-            asked.parts.extend(own)
-            asked.tensors.extend(part for part in own if isinstance(part, Tensor))
+            if not gathered:  # what was is freed after the pass: see ``shards_of``
+                asked.factors.extend(own[:2])
+            asked.tensors.extend(part for part in own[2 * gathered :] if isinstance(part, Tensor))
             some = terms.setdefault(key, [])
             some.append(Term(i, rows, bool(some)))
-    return Request(parts, tuple(term for some in terms.values() for term in some), list(kinds.values()))
+    return Request(parts, all_rows, tuple(term for some in terms.values() for term in some), list(kinds.values()))
 
 
 def _plain(t: Any) -> bool:
@@ -215,7 +221,7 @@ class Items:
         loose = list(self.loose)
         for made, some in self.made.items():
             own = [some[state] for state in made.states if state in some]
-            if len(own) == len(made.states) and made.holds([layer for _, layer in own]):
+            if len(own) == len(made.states) and made.holds(own):
                 assert made.products is not None
                 items = [item for item, _ in own]
                 z = made.products.z

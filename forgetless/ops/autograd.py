@@ -58,7 +58,7 @@ class LowrankLinear(torch.autograd.Function):
         if any(need):
             ctx.call, ctx.dtype, ctx.dtypes = call, x.dtype, dtypes
             ctx.pending, ctx.kept, ctx.rows = set(range(n)), None, x.shape[0]
-            rows = call.terms.tensors() if call.terms else ()
+            rows = call.terms.tensors if call.terms else ()
             need_x = any(need[3 + 2 * n : 3 + 3 * n]) or any(need[3 : 3 + n]) and not call.onto
             need_h = any(need[3 + 3 * n :]) or bool(rows)
             ctx.cores, kept = len(cores), (*weights, *downs, *ups, *cores, *rows)

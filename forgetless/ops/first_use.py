@@ -2,7 +2,8 @@
 
 Numbers first, then a few timed calls, so that nobody is slower than BLAS out of the box. Nothing is checked while a
 CUDA graph is captured or a trace compiled. In a job of several processes the first measurement that is finished
-counts for all: it is written into the job's store, so nobody waits for anybody.
+counts for all: it is written into the job's store, so nobody waits for anybody. It is not always rank 0's, which may
+never be given that problem (another stage, a batch of another length): to wait for it could take for ever.
 
 Beside what the layer makes anyway it takes the memory of one result more. Where that is not there, nothing is decided:
 the default runs, and a later call tries again, ``TRIES`` times in all.

@@ -10,6 +10,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -82,13 +84,14 @@ class Terms:
             if user is not None:
                 user.release()
 
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """The tensors of the rows."""
         return [t for term in self.items for rows in term.rows for t in rows[1:] if t is not None]
 
     def replaced(self, tensors: Sequence[Tensor]) -> Sequence[Term]:
-        """The terms with other tensors in the places of ``tensors()``."""
-        if all([a is b for a, b in zip(tensors, self.tensors(), strict=True)]):
+        """The terms with other tensors in the places of ``tensors``."""
+        if all(map(is_, tensors, self.tensors)):
             return self.items
         some = iter(tensors)
         return [
@@ -157,7 +160,9 @@ def extra_of(
     terms: Sequence[Term], dzs: Sequence[Tensor | None], downs: Sequence[Tensor], ups: Sequence[Tensor]
 ) -> Extra:
     """Where the gradients of the terms' products go; ``dzs`` are of the tensors that the terms are in."""
-    extra = Extra([[] for _ in ups], [], [None] * len(ups))
+    of_ups: list[list[More]] = [[] for _ in ups]
+    of_downs: list[More] = []
+    starts: list[Tensor | None] = [None] * len(ups)
     ranks = [up.shape[1] for up in ups]
     some, dz, at = iter(dzs), None, 0
     for i, rows_of_term, joins in terms:
@@ -169,14 +174,14 @@ def extra_of(
         for rows in rows_of_term:
             k = rows.length(ranks[i])
             if rows.of == "up":
-                extra.ups[i].append(More(rows, ups[i], dz, at))
+                of_ups[i].append(More(rows, ups[i], dz, at))
             elif rows.of == "down":
-                extra.downs.append(More(rows, downs[i], dz, at, sum(ranks[:i])))
+                of_downs.append(More(rows, downs[i], dz, at, sum(ranks[:i])))
             else:
-                before, d = extra.starts[i], dz.narrow(0, at, k)
-                extra.starts[i] = d if before is None else before + d
+                before, d = starts[i], dz.narrow(0, at, k)
+                starts[i] = d if before is None else before + d
             at += k
-    return extra
+    return Extra(of_ups, of_downs, starts)
 
 
 def pulled(more: More) -> Tensor:  # (R_i, dim), at least float32

@@ -28,7 +28,7 @@ from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from .experts import ExpertsView, title
 from .routes import adapter_reason, base_reason, kind_reason, lora_layers, onto_base, runs_experts, stack_of, taker_of
-from .views import PENALTIES, HidesPenalties, OwnLayer, Theirs, View
+from .views import PENALTIES, HidesPenalties, OwnLayer, Theirs, View, any_of
 
 #: What is asked of a PEFT layer.
 _ASKED = (
@@ -113,7 +113,7 @@ def swap_out(model: nn.Module) -> nn.Module:
 def views(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> active adapter of each swapped-in layer, as an adapted layer; "name:adapter" where several are active."""
     result: dict[str, AdaptedLinear] = {}
-    for name, layer in model.named_modules():
+    for name, layer in model.named_modules() if any_of(model) else ():  # names take long, and every step asks
         taker = taker_of(layer)
         active: dict[str, AdaptedLinear] = {}
         if taker is not None:

@@ -90,18 +90,18 @@ def joined(made: Sequence[Products], keys: Sequence[Hashable], form: Form) -> Te
 
     Args:
         made: the products of one or more layers each.
-        keys: of each layer.
+        keys: of each layer; those of one key have as many rows.
         form: as of ``grouped``; it may write to the stack.
     """
     zs = [z for _, z in made]
-    lengths = [sum([one.length(z.shape[1]) for one in rows]) for of_layers, z in made for rows in of_layers]
-    if any(key != keys[0] for key in keys):
+    if keys.count(keys[0]) < len(keys):
+        lengths = [sum([one.length(z.shape[1]) for one in rows]) for of_layers, z in made for rows in of_layers]
         return grouped([(part,) for part in torch.cat(zs).split_with_sizes(lengths)], keys, form)
     rows = [z.shape[0] for z in zs]
 
     def compute(zs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         z = wide(torch.cat(zs))
-        value, grad = form(range(len(keys)), z.view(len(keys), lengths[0], z.shape[1]))
+        value, grad = form(range(len(keys)), z.view(len(keys), -1, z.shape[1]))
         return value, [grad.reshape(z.shape)]
 
     places = [(range(len(zs)), lambda grad: grad.split_with_sizes(rows))]

@@ -101,12 +101,11 @@ class _NullSpace(PenaltyState):
     def rows(self) -> tuple[Rows, ...]:
         bases: Any = self._modules  # a module's attribute costs a microsecond
         P, Q = bases["input"], bases["output"]
-        now = [P, Q, *P._buffers.values(), *Q._buffers.values()]  # all that the rows are made of
-        known: Any = self.__dict__.get("_rows")
-        if known is None or len(known[0]) != len(now) or not all(map(is_, known[0], now)):
-            known = now, P.rows("down") + Q.rows("up")
-            self.__dict__["_rows"] = known
-        rows: tuple[Rows, ...] = known[1]
+        now = P, Q, *P._buffers.values(), *Q._buffers.values()  # all that the rows are made of
+        parts, rows = self.__dict__.get("_rows", ((), ()))
+        if len(parts) != len(now) or not all(map(is_, parts, now)):
+            rows = P.rows("down") + Q.rows("up")
+            self.__dict__["_rows"] = now, rows
         return rows
 
     @classmethod

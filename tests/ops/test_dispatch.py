@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -322,6 +326,23 @@ def test_a_job_chooses_once(monkeypatch):
     monkeypatch.setattr(compat, "agreed", lambda key: None)
     of_32 = [dataclasses.replace(r, problem=wanted(M=32)) for r in routes()]
     assert first_use.first_use(of_32, by(results()), CPU, seconds=timed(1.0, 2.0, 3.0)).plan == late == "blas"
+
+
+def test_two_processes_that_measure_at_once_choose_alike(tmp_path):
+    """Their clocks disagree, and neither has finished when the other begins."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    support, root = Path(__file__).parents[1] / "support", Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(support / "one_choice.py")]
+    started = [
+        subprocess.Popen([*command, rank, str(tmp_path / "job")], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    for process in started:
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode == 0, stderr[-2000:]
 
 
 def test_calls_are_queued_on_a_card(monkeypatch):
