@@ -1,4 +1,4 @@
-"""What penalties add to a layer's kernels: bytes in closed form, and a time PREDICTED from them, as in ``static``."""
+"""What penalties and cores add to a layer's kernels: bytes in closed form; of penalties a time PREDICTED from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from forgetless_kernels.sums import strips_of
 from forgetless_kernels.tl_utils import pad_rank
 
 from .harness import Results, Row, begin, finish, parser, row
-from .static import CARDS, Bytes, Rate, Sizes, cdiv, designs, outer_traffic, project_outer_traffic
+from .static import CARDS, Bytes, Rate, Sizes, cdiv, designs, outer_traffic, project_outer_traffic, project_traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,26 @@ def gram_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
     tickets = 4 * (blocks + groups)  # an atomic operation loads and stores; counters are set back
     stores = {"part": part, "tickets": tickets + 4 * (1 + groups), "z": 4 * s.R * s.R}
     return {"part": part, "tickets": tickets}, stores
+
+
+def core_traffic(s: Sizes, tile: tiles.Tile, ranks: list[int]) -> tuple[Bytes, Bytes]:
+    """Loads and stores of project_core: layers of these ranks with float32 cores, the factors in ``s.factor`` bytes"""
+    s = dataclasses.replace(s, R=sum(ranks))
+    loads, stores = project_traffic(s, tile)
+    loads["core"] = cdiv(s.M, tile.BLOCK_M) * 4 * sum(R * R for R in ranks)
+    return loads, {**stores, "t": stores["h"]}
+
+
+def core_outer_traffic(s: Sizes, tile: tiles.Tile, frozen: bool) -> tuple[Bytes, Bytes]:
+    """Loads and stores of project_core_outer, of dy (M, K) and up (K, R); q is not stored, dcore not if ``frozen``"""
+    loads, stores = core_traffic(s, tile, [s.R])
+    del stores["h"]
+    if not frozen:
+        add(loads, {"h": s.M * s.R * s.element})
+        more, made = gram_traffic(s, tile)
+        add(loads, more)
+        add(stores, made)
+    return loads, stores
 
 
 def strip_traffic(rows: Rows, R: int, tile: tiles.Tile, blocks_r: int) -> Bytes:

@@ -1,4 +1,4 @@
-"""The cost model's bytes of what penalties add, against the kernels' own, counted in Triton's interpreter."""
+"""The cost model's bytes of what penalties and cores add, against the kernels' own, counted in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -77,7 +77,6 @@ def test_grams(s, meter):
         fused.project_terms(x, [down], [up], [Term(0, (Rows("hidden"),))])
     loads, stores = project_traffic(s, tiles.Tile(**TILE))
     more, made = traffic.gram_traffic(s, tiles.Tile(**TILE))
-    made["tickets"] += more["tickets"] - more["tickets"]
     operands = {"x": x, "down": down, "up": up}
     total = meter.total(operands, ["h", "z", "part", "tickets"])
     assert meter.launches == ["project"] and total == ({**loads, **more}, {**stores, **made})
@@ -114,3 +113,35 @@ def test_strips_of_the_sweep(s, start, kind, meter, monkeypatch):
     loads = joined(loads, {"V": "down"} if kind == "own" else {})
     assert meter.launches == ["project_outer"]
     assert meter.total(operands, ["g", "out", "g_part", "out_part", "tickets"]) == (loads, stores)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("ranks", [[16], [10], [3, 16, 5]], ids=str)
+@pytest.mark.parametrize("M, K", [(32, 64), (300, 40)])
+def test_cores(M, K, ranks, dropout, meter, monkeypatch):
+    """Frozen factors in the activations' dtype, and each layer's core in float32, once for each block of rows."""
+    s = Sizes(M, 0, K, sum(ranks), factor=2, dropout=dropout)
+    x, down, core = torch.ones(M, K, dtype=BF16), torch.ones(s.R, K, dtype=BF16), torch.ones(sum(R * R for R in ranks))
+    seed = torch.ones(2, dtype=torch.int32)
+    cores = [part.view(R, R) for part, R in zip(core.split([R * R for R in ranks]), ranks, strict=True)]
+    monkeypatch.setattr(torch, "cat", lambda parts: down)  # their stack, where the meter knows it
+    with tiles.forced("project", **PROJECT):
+        fused.project_core(x, down.split(ranks), cores, 1.0, 0.25 if dropout else 0.0, seed)
+    operands = {"x": x, "down": down, "core": core, "seed": seed}
+    assert meter.launches == ["project_core"]
+    assert meter.total(operands, ["h", "t"]) == traffic.core_traffic(s, tiles.Tile(**TILE), ranks)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("M, N, R", [(32, 64, 16), (300, 50, 10), (21, 40, 64)])
+def test_cores_backward(M, N, R, frozen, meter):
+    """Nothing of the size of up is written, and q = dy @ up not at all."""
+    s = Sizes(M, 0, N, R, factor=2)
+    dy, up = torch.ones(M, N, dtype=BF16), torch.ones(R, N, dtype=BF16).T
+    h, core = torch.ones(M, R, dtype=BF16), torch.ones(R, R)
+    with tiles.forced("project", **PROJECT):
+        fused.project_core_outer(dy, up, core, None if frozen else h, 1.0, torch.float32)
+    operands = {"x": dy, "down": up, "core": core, "h": h}
+    names = ["t"] if frozen else ["t", "z", "part", "tickets"]
+    assert meter.launches == ["project_core"]
+    assert meter.total(operands, names) == traffic.core_outer_traffic(s, tiles.Tile(**TILE), frozen)
