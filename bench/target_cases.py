@@ -50,6 +50,9 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
         "project ragged": ("project", lambda: fused.project(odd_x, odd_down)),
         "project dy": ("project", lambda: fused.project(dy, up.T)),
         "forward": ("matmul_lowrank", lambda: fused.matmul_lowrank(x, weight, h, up)),
+        "forward by columns": (
+            "matmul_lowrank", lambda: fused.matmul_lowrank(x, weight, h, on(R, N, dtype=factor).T),
+        ),
         "forward bias": ("matmul_lowrank", lambda: fused.matmul_lowrank(x, weight, h, up, bias)),
         "forward ragged": ("matmul_lowrank", lambda: fused.matmul_lowrank(odd_x, odd_weight, h, up)),
         "dx": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, weight.T, h, down.T)),
@@ -221,6 +224,7 @@ def everything() -> list[Case]:
     cases += [Case(name, 200) for name in [*hard[:4], "forward ragged"]]
     cases += [Case(name, 8, "float16") for name in hard]
     cases += [Case(name, 16, "float32") for name in hard[:5]] + [Case("outer dropout", 64, "float32")]
+    cases += [Case("forward by columns", 32, "float32")]
     cases += [Case(name, 16, default_tile=True) for name in hard]
     cases += [Case(f"experts {name}", 64) for name in ("forward ragged", "forward by columns", "forward autocast")]
     most = [f"experts {name}" for name in ("project dropout", "forward bias", "dx dropout", "dx alone", "outer")]

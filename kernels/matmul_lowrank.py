@@ -218,7 +218,8 @@ def _add_products(h: Facts, up: Facts, bias: Facts | None, y: Facts, seed: Facts
             ([BM, BK], [BN, BK] if stored else [BK, BN], [BM, BN // 2]),
             TRANSPOSED=not stored, PARTS=parts_of(BN, seed is not None, arch), BLOCK_R=BLOCK_R, **named, **tile,
         )  # fmt: skip
-    BLOCK_R = pad_rank(R, most=64 if R <= 128 else 32)
+    # of float32, and an up that is stored by columns, 32 ranks at once spilt 112 bytes on sm_80
+    BLOCK_R = pad_rank(R, most=16 if itemsize == 4 else 64 if R <= 128 else 32)
     tile = tile_for(kernel, device, itemsize, BLOCK_R)
     for i, name in enumerate(("", "1", "2")):
         strides = (*xs[i].stride, *weights[i].stride) if i < len(xs) else (0, 0, 0, 0)
