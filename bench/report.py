@@ -109,7 +109,7 @@ def layer_section(results: Results) -> str:
 
 #: What README calls a provider.
 NAMES = {
-    "eager PyTorch": "eager PyTorch, adapter in the layer's dtype",
+    "eager PyTorch": "eager PyTorch (float32 adapters)",
     "LoRAFusion-style": "a 20-line autograd function: LoRAFusion's order of products",
     PEFT: "PEFT (float32 adapters)",
 }

@@ -240,10 +240,20 @@ def page(studies: list[Study], picture: str, data: list[str]) -> str:
         f"{len(rows)} runs, {sum(r['seconds'] for r in rows) / 3600:.1f} hours; {machine['processor']}, "
         f"{machine['threads']} thread, torch {versions['torch']}, transformers {versions.get('transformers', '?')}; "
         f"commits {', '.join(sorted({r['commit'][:7] for r in rows if r.get('commit')})) or 'unknown'}; "
-        f"data: {', '.join(f'`{name}`' for name in data)}. Written by `forgetless frontier`. The commands:",
-        "```\n" + "\n".join(dict.fromkeys(line for study in studies for line in study.results["lines"])) + "\n```",
+        f"data: {', '.join(f'`{name}`' for name in data)}. Written by `forgetless frontier`. "
+        "A command for each line of methods:",
+        "```\n" + commands(studies) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def commands(studies: list[Study]) -> str:
+    """The commands of all results; what they have in common before the methods once."""
+    heads: dict[str, dict[str, None]] = {}
+    for line in (line for study in studies for line in study.results["lines"]):
+        head, mark, methods = line.partition(" --method")
+        heads.setdefault(head, {})[f"  {mark.strip()}{methods}" if mark else ""] = None
+    return "\n".join(word for head, lines in heads.items() for word in (head, *filter(None, lines)))
 
 
 def write_page(path: Path, results: list[dict[str, Any]], data: list[str]) -> list[Path]:
