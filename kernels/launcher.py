@@ -27,8 +27,11 @@ from .tl_utils import launching
 
 #: Launches kept; when there are more all are forgotten, and the next calls prepare theirs again.
 MOST = 8192
-#: The versions whose compiled kernels are launched as below; of others, every launch is Triton's own call.
-KNOWN = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+#: Whether compiled kernels are launched as below; where not, every launch is Triton's own call.
+KNOWN = (3, 6) <= VERSION <= (3, 9)
+#: Whether kernels take penalties' rows: Triton 3.6 compiles no tuple that holds None.
+TAKES_ROWS = VERSION > (3, 6)
 #: Whether kernels run in Triton's interpreter, which compiles nothing.
 INTERPRETED = bool(knobs.runtime.interpret)
 #: Knobs of the compiler that Triton's own call looks at each time; not every version has them all.

@@ -174,14 +174,10 @@ def prepare(
     s = scale / (1.0 - p)
     factors = (1.0, s) if x.dtype == torch.float16 else (s, 1.0)
     asked = None if torch.compiler.is_compiling() else dispatch.asked_module()
-    if terms and (x.dtype == torch.float16 or not terms.anywhere and _on_blas(x, asked)):
+    if terms and (x.dtype == torch.float16 or not dispatch.makes_products(x, asked, terms.anywhere)):
         terms = None  # of float16 h is not scaled
     made = Call(len(weights), *factors, p, return_h, onto, asked, terms)
     return made, as_rows(x), seed if p else None, *weights, *biases, *downs, *ups, *cores
-
-
-def _on_blas(x: Tensor, asked: Any) -> bool:
-    return dispatch.module_for(x.is_cuda, x.dtype, asked) is dispatch.blas
 
 
 def lowrank_linear(

@@ -34,7 +34,7 @@ from .plans import Choice, Route
 
 kernels: Any = None
 try:
-    from forgetless_kernels import fused, tiles
+    from forgetless_kernels import fused, launcher, tiles
     from forgetless_kernels.tl_utils import LaunchError
 
     kernels = fused
@@ -87,6 +87,18 @@ def module_for(on_cuda: bool, dtype: torch.dtype, asked: Any) -> Any:
     """The module that runs the op there in that dtype, before any plan is chosen."""
     module = asked or (kernels if on_cuda and kernels is not None else blas)
     return blas if module is kernels and dtype not in KERNEL_DTYPES else module
+
+
+def makes_products(x: Tensor, asked: Any, anywhere: bool = False) -> bool:
+    """Whether what runs x makes products for penalties beside h.
+
+    Args:
+        x: what the op is given.
+        asked: the module of a ``backend`` block.
+        anywhere: on BLAS too.
+    """
+    module = module_for(x.is_cuda, x.dtype, asked)
+    return launcher.TAKES_ROWS if module is kernels else anywhere or module is not blas
 
 
 def choose_route(

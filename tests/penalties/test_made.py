@@ -353,3 +353,14 @@ def test_on_the_kernels(penalty, monkeypatch):
     torch.testing.assert_close(value, expected, rtol=2e-2, atol=1e-6)
     for ours, grad in zip(grads, others, strict=True):
         assert (ours - grad).norm() <= 2e-2 * grad.norm()
+
+
+def test_kernels_that_take_no_rows_run_without_them(paths, monkeypatch):
+    """On Triton 3.6: the layers stay on the kernels, and the penalty is computed for all of them at once."""
+    monkeypatch.setattr(launcher, "TAKES_ROWS", False)
+    model, x = build(fl.NullSpace(k=5), dtype=torch.float32), batch(dtype=torch.float32)
+    paths.clear()
+    with on_kernels("split", monkeypatch):
+        value, _ = step(model, x)
+    assert set(paths) == {"total"}
+    torch.testing.assert_close(value, plain_value(model).detach(), rtol=1e-5, atol=0)
