@@ -225,9 +225,9 @@ def project_terms(
             joins = True
     values = tuple(layout), tuple([one.shape[0] for one in downs])
     launch = prepared(_project, tensors, *values, p, dot_precision(x.dtype))
-    sizes, numbers, wanted = launch.beside
+    sizes, numbers, places = launch.beside
     zs = [tl_utils.empty(size, torch.float32, x) for size in sizes]
-    grams = [(zs[i], *place) for i, *place in wanted]
+    grams = [(zs[i], *place) for i, *place in places]
     jobs, fours = [], iter(tensors[6:])
     for V, weight, columns, factor, (i, job) in zip(fours, fours, fours, fours, numbers, strict=True):
         if job is not None:

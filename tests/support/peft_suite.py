@@ -123,10 +123,10 @@ def pytest_terminal_summary(terminalreporter):
         Path(out).write_text(json.dumps(data), encoding="utf-8")
 
 
-def reasons(outcomes, wanted):
+def reasons(outcomes, chosen):
     """How many tests had that outcome, by the first sentence of the reason."""
     sentence = re.compile(r"(?<=\w)\. |(?<=\.)\s|\s\+ where ")
-    texts = [sentence.split(reason)[0] for outcome, reason in outcomes.values() if outcome == wanted]
+    texts = [sentence.split(reason)[0] for outcome, reason in outcomes.values() if outcome == chosen]
     return dict(Counter(texts).most_common())
 
 
