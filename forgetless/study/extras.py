@@ -33,6 +33,8 @@ class Extras:
     self_replay: float = 0.0
     kl: float = 0.0
 
+    #: Parts that change a finished update; ``finetune`` does these too.
+    AFTERWARDS: ClassVar[tuple[str, ...]] = ("retain", "scaled", "budget")
     #: Value of a part that is written without one.
     DEFAULTS: ClassVar[dict[str, float]] = {
         "consolidate": True,

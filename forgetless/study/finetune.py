@@ -79,8 +79,7 @@ def check(options: FinetuneOptions) -> Plan:
     check_dtype(options.dtype)
     check_report(options.report)
     plan = parse_method(options.method, lr=options.lr, rank=options.rank, alpha=options.alpha, weight=options.weight)
-    extras = plan.extras
-    if plan.full or extras != Extras(retain=extras.retain, scaled=extras.scaled, budget=extras.budget):
+    if plan.full or not plan.extras.to_json().keys() <= set(Extras.AFTERWARDS):
         raise BadInput(
             f"{plan.label}: finetune trains one adapter; full and all parts but retain, scaled and budget are rows of "
             "compare"

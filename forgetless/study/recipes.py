@@ -21,8 +21,6 @@ def changed(thing: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != own[name]}
 
 
-#: Parts that change a finished update, which finetune does too.
-AFTERWARDS = ("retain", "scaled", "budget")
 EXTRAS = tuple(field.name for field in dataclasses.fields(Extras))
 
 
@@ -98,7 +96,7 @@ def _word(value: Any) -> str:
 
 def command(row: dict[str, Any], options: dict[str, Any]) -> str | None:
     """``forgetless finetune`` with the settings of this row; None for what it does not do: full, other parts."""
-    others = [part for part in extras_of(row["settings"]) if part.partition("=")[0] not in AFTERWARDS]
+    others = [part for part in extras_of(row["settings"]) if part.partition("=")[0] not in Extras.AFTERWARDS]
     if row["settings"]["name"] == "full" or others:
         return None
     words = ["forgetless", "finetune", "--model", options["model"], "--data", "YOUR.jsonl"]
