@@ -139,7 +139,9 @@ class AdaptedLinear(Standing):
         return hooked(base) or not is_plain(base)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        self.enter()
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.enter()
         if self.disabled:
             return self.base(x)
         if compat.transforms_active() or torch.jit.is_tracing():
@@ -149,41 +151,37 @@ class AdaptedLinear(Standing):
                 self._check_whole(getattr(self.base, "weight", None))
             return self._around(x)
         adapter: Any = self._modules["adapter"]  # a module's attribute costs a microsecond
-        compiling = torch.compiler.is_compiling()
-        group: Any = self.group
         dropout = adapter.dropout if self.training else 0.0
-        members, seed, result = [self], None, None
+        group: Any = self.group
+        members, seed = [self], None
         if group is not None and not compiling and group.scope is not None:
             waiting, result = group.take(self, x, dropout)
-            if result is None:
-                members = members if waiting else self._members(group, x, dropout)
-                seed = group.seed(x) if dropout and self.shares_dropout else None
-        if result is None:
-            return_h, layers = self.needs_hidden, self.operands()
-            if len(members) > 1:
-                layers = Operands(
-                    *[tuple(chain(*parts)) for parts in zip(*[m.operands() for m in members], strict=True)]
-                )
-                return_h = any(member.needs_hidden for member in members)
-            asked = self.training and torch.is_grad_enabled() and not compiling
-            asked = asked and (runs_kernels(x) or self.shards is not None)
-            request = request_of(members, layers) if asked else None
-            gathered = self.shards is not None and all(m.shards is not None for m in members)
-            terms = Terms(request.items, gathered) if request else None
-            arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
-            outputs: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
-            ys = outputs if isinstance(outputs, tuple) else (outputs,)
+            if result is not None:
+                self._record(x, *result[1:])
+                return like_x(result[0], x)
+            if not waiting:
+                members = self._members(group, x, dropout)
+            seed = group.seed(x) if dropout and self.shares_dropout else None
+        return_h, layers, request, terms = self.needs_hidden, self.operands(), None, None
+        if len(members) > 1:
+            layers = Operands(*[tuple(chain(*parts)) for parts in zip(*[m.operands() for m in members], strict=True)])
+            return_h = any(member.needs_hidden for member in members)
+        if self.training and not compiling and (self.shards is not None or runs_kernels(x)) and torch.is_grad_enabled():
+            request = request_of(members, layers)
+            terms = request and Terms(request.items, all(member.shards is not None for member in members))
+        arguments = prepare(x, layers, adapter.scale, dropout, seed, return_h, terms=terms)
+        y: Any = compiled(*arguments) if compiling else LowrankLinear.apply(*arguments)
+        h = made = None
+        if isinstance(y, tuple):
             count = len(members)
-            h, zs = hidden(arguments[0], ys[count]) if return_h else None, ys[count + return_h :]
+            ys, zs = y[:count], y[count + return_h :]
+            h = hidden(arguments[0], y[count]) if return_h else None
             made = made_of(request, terms, zs) if request and terms and zs else None
-            if count == 1:
-                result = ys[0], h, made
-            else:
-                ranks = [up.shape[1] for up in layers.ups]
-                hs = [None] * count if h is None else h.split(ranks, dim=1)
-                result = group.share(self, x, dropout, list(zip(ys[:count], hs, [made] * count, strict=True)))
-        y, h, products = result
-        self._record(x, h, products)
+            y = ys[0]
+            if count > 1:
+                hs = [None] * count if h is None else h.split([up.shape[1] for up in layers.ups], dim=1)
+                y, h, made = group.share(self, x, dropout, list(zip(ys, hs, [made] * count, strict=True)))
+        self._record(x, h, made)
         return like_x(y, x)
 
     def operands(self) -> Operands:
@@ -279,8 +277,8 @@ class AdaptedLinear(Standing):
         return super()._apply(*args, **kwargs)
 
     def enter(self) -> None:
-        """It is called; RuntimeError if a checkpoint recomputes it in another scale: see ``Passes.enter``."""
-        if self.passes is not None and not torch.compiler.is_compiling():
+        """It is called, eagerly; RuntimeError if a checkpoint recomputes it in another scale: see ``Passes.enter``."""
+        if self.passes is not None:
             self.passes.enter()
 
     def forget(self) -> None:

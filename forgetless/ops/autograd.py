@@ -40,16 +40,15 @@ class LowrankLinear(torch.autograd.Function):
     def forward(ctx: Any, call: Call, x: Tensor, seed: Tensor | None, *tensors: Any) -> Any:
         n = call.count
         weights, biases = tensors[:n], tensors[n : 2 * n]
-        downs: Sequence[Tensor] = tensors[2 * n : 3 * n]
-        ups: Sequence[Tensor] = tensors[3 * n : 4 * n]
-        cores: Sequence[Tensor] = tensors[4 * n :]
-        dtypes = [t.dtype for t in tensors[2 * n :]]
+        factors: Sequence[Tensor] = tensors[2 * n :]
+        dtypes = [t.dtype for t in factors]
         # a checkpoint that recomputes the call saves the same tensors, but nobody sees its products
         terms = call.terms.items if call.terms and not compat.in_backward() else ()
         if x.is_cpu and call.up_scale == 1.0 and not terms:  # BLAS wants one dtype: cast once for both passes
-            downs, ups, cores = ([as_dtype(t, x.dtype) for t in some] for some in (downs, ups, cores))
+            factors = [as_dtype(t, x.dtype) for t in factors]
+        layers = Operands(weights, biases, factors[:n], factors[n : 2 * n], factors[2 * n :])
         with exact_products(device_type(x)):
-            ys, h, zs = forward(call, x, seed, Operands(weights, biases, downs, ups, cores), terms=terms)
+            ys, h, zs = forward(call, x, seed, layers, terms=terms)
         if call.onto:
             weights = (None,)
             if call.onto.in_place:
@@ -61,7 +60,7 @@ class LowrankLinear(torch.autograd.Function):
             rows = call.terms.tensors if call.terms else ()
             need_x = any(need[3 + 2 * n : 3 + 3 * n]) or any(need[3 : 3 + n]) and not call.onto
             need_h = any(need[3 + 3 * n :]) or bool(rows)
-            ctx.cores, kept = len(cores), (*weights, *downs, *ups, *cores, *rows)
+            ctx.cores, kept = len(layers.cores), (*weights, *factors, *rows)
             ctx.save_for_backward(x if need_x else None, h if need_h else None, seed, *kept)
             ctx.set_materialize_grads(False)
         if call.return_h or zs:
