@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .check import KERNELS
-from .harness import RESULTS, Parser, Results, tag, write_json
+from .harness import RESULTS, Results, parse, tag, write_json
 
 #: How a module is run in a process of its own.
 PYTHON = (sys.executable, "-m")
@@ -46,11 +46,7 @@ CHECKS, LEAST = 0.3, 20
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="forgetless bench gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything, default 10")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default bench/results")
-    parser.add_argument("--smoke", action="store_true", help="rehearse it at tiny sizes")
-    options = parser.parse_args(arguments)
+    options = parse(__doc__, "gpu", arguments, minutes=10.0, out=RESULTS, smoke=False)
     if not torch.cuda.is_available():
         print(missing())
         return 1

@@ -39,7 +39,7 @@ from forgetless.study.options import BadInput as StudyError
 from forgetless.study.plans import Plan, parse_method
 from forgetless.study.session import needs_calibration
 
-from .harness import BadInput, Results, Row, parser, row, save, start
+from .harness import BadInput, Results, Row, begin, row, save
 
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
 ANSWER = re.compile(r"answer is:?\s*\$?\s*(-?[\d,]*\.?\d+)", re.IGNORECASE)
@@ -142,21 +142,15 @@ def run(plan: Plan, options: Any, data: dict[str, Any]) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "leaderboard", 1)
-    made.add_argument("--model", required=True, help="a folder, or a model of the hub that is at hand")
-    made.add_argument("--train", type=Path, required=True)
-    made.add_argument("--test", type=Path, required=True)
-    made.add_argument("--wiki", type=Path, required=True)
-    made.add_argument("--method", nargs="+", default=["lora", "lora+retain=0.3", "clora:k=256", "lalora"])
-    made.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"])
-    made.add_argument("--steps", type=int, default=5000)
-    made.add_argument("--batch", type=int, default=4)
-    made.add_argument("--eval-batch", type=int, default=51)
-    made.add_argument("--max-length", type=int, default=768)
-    made.add_argument("--rank", type=int, default=32)
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
-    options = made.parse_args(arguments)
+    file: dict[str, Any] = {"type": Path, "required": True}
+    options, _, results = begin(
+        __doc__, "leaderboard", arguments, 1,
+        model={"required": True, "help": "a folder, or a model of the hub that is at hand"},
+        train=file, test=file, wiki=file,
+        method=["lora", "lora+retain=0.3", "clora:k=256", "lalora"], targets=["q_proj", "v_proj"],
+        steps=5000, batch=4, eval_batch=51, max_length=768, rank=32, seed=0,
+        dtype={"default": "bfloat16", "choices": sorted(DTYPES)},
+    )  # fmt: skip
     for name in ("steps", "batch", "eval_batch", "rank"):
         if getattr(options, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(options, name)}, wants 1 or more")
@@ -167,7 +161,6 @@ def main(arguments: list[str] | None = None) -> Results:
         plans = [parse_method(text, lr=1e-4, rank=options.rank) for text in options.method]
     except StudyError as error:
         raise BadInput(str(error)) from None
-    results = start("leaderboard", options, arguments)
     for plan in plans:
         if plan.full or plan.extras != Extras(retain=plan.extras.retain, scaled=plan.extras.scaled):
             raise BadInput(f"{plan.label}: the leaderboard runs adapters, with retain and scaled; see compare")

@@ -9,16 +9,15 @@ around one step.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 
 from . import providers as peers
 from .bytes import peak_rss
-from .harness import BATCH, DROPOUT, Results, begin, finish, parser, row
+from .harness import BATCH, DROPOUT, Results, begin, finish, size_rows
 from .providers import NO_PEFT, have_peft
 from .step import Step, case_of
 
@@ -32,22 +31,10 @@ def probe(name: str, options: Any) -> int | None:
     return peak_rss(peers.step(model, *peers.batch(base, *options.batch)))
 
 
-def probe_elsewhere(name: str, options: Any) -> int | None:
-    """The same in a fresh process."""
-    run = [sys.executable, "-m", str(__package__), "memory", "--probe", name]
-    run += ["--batch", *map(str, options.batch), "--dropout", *map(str, options.dropout)]
-    done = subprocess.run(run, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "memory", 1, batch=BATCH, dropout=DROPOUT)
-    made.add_argument("--no-rss", action="store_true", help="no fresh processes")
-    made.add_argument("--probe", help="used by the benchmark itself")
-    options, device, results = begin(made, "memory", arguments, batch=(2, 8))
-    if options.probe:
-        print(json.dumps(probe(options.probe, options)))
-        return {}
+    options, device, results = begin(
+        __doc__, "memory", arguments, 1, {"batch": (2, 8)}, batch=BATCH, dropout=DROPOUT, no_rss=False
+    )
     if not have_peft():
         results["notes"].append(NO_PEFT)
     base, name = peers.smollm2(device, options.smoke)
@@ -55,7 +42,9 @@ def main(arguments: list[str] | None = None) -> Results:
     for title, build in peers.models(options.dropout).items():
         sizes: dict[str, Any] = dict(Step(build(base), inputs, ids).sizes())
         if device.type == "cpu" and not options.no_rss:
-            sizes["peak RSS"] = probe(title, options) if options.smoke else probe_elsewhere(title, options)
-        known = {metric: size for metric, size in sizes.items() if size is not None}
-        results["rows"] += [row(case_of(name, options), title, "step", key, n, "B") for key, n in known.items()]
+            with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+                sizes["peak RSS"] = (
+                    probe(title, options) if options.smoke else fresh.submit(probe, title, options).result()
+                )
+        results["rows"] += size_rows(case_of(name, options), title, "step", sizes)
     return finish(results, options)

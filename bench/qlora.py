@@ -21,7 +21,7 @@ import forgetless as fl
 
 from . import providers as peers
 from .bytes import peak_bytes, saved_bytes
-from .harness import BATCH, Results, begin, finish, interleave, parser, row, time_row
+from .harness import BadInput, Results, begin, finish, interleave, row, size_rows, time_row
 from .providers import have_peft
 
 TASK = "django-de"
@@ -65,14 +65,9 @@ BUILDERS: dict[str, Callable[[Any], Any]] = {
 
 def weight_bytes(model: nn.Module) -> int:
     """Of the frozen layers that are adapted, the scales of a packed weight included."""
-    total = 0
-    for name, module in model.named_modules():
-        if name.endswith("base_layer"):
-            weight: Any = module.weight
-            total += weight.numel() * weight.element_size()
-            scales = getattr(getattr(weight, "quant_state", None), "absmax", None)
-            total += 0 if scales is None else scales.numel() * scales.element_size()
-    return total
+    weights: list[Any] = [m.weight for name, m in model.named_modules() if name.endswith("base_layer")]
+    scales = [getattr(getattr(weight, "quant_state", None), "absmax", None) for weight in weights]
+    return sum(t.numel() * t.element_size() for t in (*weights, *scales) if t is not None)
 
 
 def texts(base: Any, smoke: bool, steps: int, batch: tuple[int, int], device: torch.device) -> list[dict]:
@@ -112,10 +107,10 @@ def backward(model: Any, batch: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "qlora", 1, steps={"type": int, "default": 8}, batch={**BATCH, "default": (4, 96)})
-    options, device, results = begin(made, "qlora", arguments, steps=2, batch=(2, 8))
+    tiny = {"steps": 2, "batch": (2, 8)}
+    options, device, results = begin(__doc__, "qlora", arguments, 1, tiny, steps=8, batch=(4, 96))
     if not have_peft() or importlib.util.find_spec("bitsandbytes") is None:
-        made.error("needs PEFT and bitsandbytes: pip install peft bitsandbytes")
+        raise BadInput("qlora needs PEFT and bitsandbytes: pip install peft bitsandbytes")
     base, name = peers.smollm2(device, options.smoke)
     batches = texts(base, options.smoke, options.steps, options.batch, device)
     tokens = "×".join(map(str, options.batch))
@@ -128,11 +123,11 @@ def main(arguments: list[str] | None = None) -> Results:
             "saved": saved_bytes(partial(model, **batches[0]), [model, base]),
             "peak": peak_bytes(partial(backward, model, batches[0]), device),
         }
-        results["rows"] += [row(case, title, "step", metric, size, "B") for metric, size in sizes.items()]
+        results["rows"] += size_rows(case, title, "step", sizes)
         model.zero_grad(set_to_none=True)
         runs[title] = Training(model, batches)
     for title, (times,) in interleave(runs, len(batches), 0, device).items():
         results["rows"] += [time_row(case, title, "step 1", times[:1]), time_row(case, title, "step", times[1:])]
-        for i, loss in enumerate(runs[title].losses, start=1):
-            results["rows"].append(row(case, title, f"step {i}", "loss", loss, "nats"))
+        losses = enumerate(runs[title].losses, start=1)
+        results["rows"] += [row(case, title, f"step {i}", "loss", loss, "nats") for i, loss in losses]
     return finish(results, options)

@@ -13,7 +13,7 @@ from pathlib import Path
 from forgetless.files import write_atomically
 
 from .bytes import MIB
-from .harness import FROZEN, OURS, PEFT, RESULTS, ROOT, Parser, Results, read, select
+from .harness import FROZEN, OURS, PEFT, RESULTS, ROOT, Results, parse, read, select
 from .tables import (
     NONE,
     SECTIONS,
@@ -255,9 +255,8 @@ def pages() -> dict[Path, tuple[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="forgetless bench report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
-    options = parser.parse_args(arguments)
+    check = {"action": "store_true", "help": "only say whether the pages are up to date"}
+    options = parse(__doc__, "report", arguments, check=check)
     stale = {path: fresh for path, (text, fresh) in pages().items() if text != fresh}
     names = [path.name for path in stale]
     if options.check:

@@ -11,14 +11,13 @@ used for any of them.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from forgetless_kernels import tiles
 from forgetless_kernels.sums import strips_of
 from forgetless_kernels.tl_utils import pad_rank, parts_of
 
-from .harness import RESULTS, Parser, Row, begin, row, write_json
+from .harness import RESULTS, Row, parse, row, start, write_json
 
 # ---------------------------------------------------------------- bytes and FLOPs of one launch, exact
 
@@ -309,18 +308,12 @@ def rows_of(s: Sizes, arch: int, compiled: bool) -> list[Row]:
     return rows
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="forgetless bench static", description=(__doc__ or "").splitlines()[0])
-    for size, value in (("M", 8192), ("N", 4096), ("K", 4096), ("R", 16)):
-        parser.add_argument(f"-{size}", type=int, default=value)
-    parser.add_argument("--no-compile", action="store_true", help="leave out what the kernels compile to")
-    parser.add_argument("--out", type=Path, default=RESULTS / "static.json")
-    parser.set_defaults(device="cpu", smoke=False)
-    options, _, results = begin(parser, "static", arguments)
-    s = Sizes(options.M, options.N, options.K, options.R)
+def main(arguments: list[str] | None = None) -> None:
+    sizes = {"M": 8192, "N": 4096, "K": 4096, "R": 16}
+    options = parse(__doc__, "static", arguments, **sizes, no_compile=False, out=RESULTS / "static.json")
+    s, results = Sizes(options.M, options.N, options.K, options.R), start("static", arguments)
     for arch, (name, *_) in CARDS.items():
         results["cases"][name] = {**dataclasses.asdict(s), "dtype": "bfloat16"}
         results["rows"] += rows_of(s, arch, not options.no_compile)
     write_json(options.out, results)
     print(f"written to {options.out}")
-    return 0

@@ -9,7 +9,6 @@ The frozen model with gradients of its inputs is the floor: an ideal adapter cos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,9 +18,9 @@ from torch import Tensor
 import forgetless as fl
 
 from . import providers as peers
-from .against import Both, providers
+from .against import providers
 from .bytes import peak_bytes, saved_bytes
-from .harness import AGAINST, BATCH, DROPOUT, OURS, Results, begin, finish, interleave, parser, time_rows
+from .harness import AGAINST, BATCH, DROPOUT, OURS, Results, begin, finish, interleave, time_rows
 from .providers import NO_PEFT, have_peft
 
 METHODS = ("lora", "clora", "curlora")
@@ -70,12 +69,11 @@ def case_of(name: str, options: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> Results:
     methods = {"nargs": "+", "choices": METHODS, "default": list(METHODS)}
-    made = parser(__doc__, "step", 7, batch=BATCH, dropout=DROPOUT, methods=methods, against=AGAINST)
-    options, device, results = begin(made, "step", arguments, batch=(2, 8))
-    spec = {name: getattr(options, name) for name in ("batch", "dropout", "methods", "smoke", "device")}
-    with ExitStack() as stack:
-        both = stack.enter_context(Both(options.against)) if options.against else None
-        steps = providers(both, "step", {**spec, "k": 8 if options.smoke else peers.K}, results)
+    own = {"batch": BATCH, "dropout": DROPOUT, "methods": methods}
+    options, device, results = begin(__doc__, "step", arguments, 7, {"batch": (2, 8)}, **own, against=AGAINST)
+    with providers(options.against, "step", results) as made_by:
+        spec = {name: getattr(options, name) for name in (*own, "smoke", "device")}
+        steps = made_by(k=8 if options.smoke else peers.K, **spec)
         times = interleave({name: one.runs for name, one in steps.items()}, options.rounds, 2, device, options.seconds)
     results["rows"] += time_rows(case_of(peers.smollm2(device, options.smoke)[1], options), times, ("step",))
     return finish(results, options)

@@ -187,11 +187,11 @@ def test_an_unknown_commit_is_refused_in_one_line(capsys):
 
 
 def test_a_worker_answers_with_its_error():
-    requests = [{"make": "layer", "spec": {"case": TINY, "device": "cpu"}}, {"times": "forgetless"}, {"times": "x"}]
+    requests = [["make", "layer", {"case": TINY, "device": "cpu"}], ["times", "forgetless"], ["times", "x"]]
     replies = io.StringIO()
     against.serve([json.dumps(one) for one in requests], replies)
     made, times, error = map(json.loads, replies.getvalue().splitlines())
-    assert "frozen" in made["result"]["names"] and made["result"]["notes"] == []
+    assert "frozen" in made["result"][0] and made["result"][1] == []
     assert len(times["result"]) == 2 and min(times["result"]) > 0 and error["error"] == "KeyError: 'x'"
 
 
