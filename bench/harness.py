@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 
@@ -53,14 +53,9 @@ Results = dict[str, Any]
 Run = Callable[[], Any]
 
 
-class Timed(Protocol):
-    """A provider that times itself: one call, seconds of each part."""
-
-    def times(self) -> list[float]: ...
-
-
-#: One callable, several that are timed one by one (forward, backward), or one that times itself.
-Provider = Run | Sequence[Run] | Timed
+#: One callable, several that are timed one by one (forward, backward), or an object whose ``times()`` is a call, in
+#: seconds of each part.
+Provider = Any
 
 
 # ----------------------------------------------------------------------------------------- timing
@@ -119,7 +114,7 @@ def interleave(
     """
     clock = Clock(device)
     times: dict[str, list[list[float]]] = {name: [] for name in providers}
-    order: list[tuple[str, Any]] = [(name, [run] if callable(run) else run) for name, run in providers.items()]
+    order = [(name, [run] if callable(run) else run) for name, run in providers.items()]
     shuffle, enabled = random.Random(0).shuffle, gc.isenabled()
     gc.collect()
     gc.disable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ from forgetless_kernels import tiles
 from forgetless_kernels.rows import GRAM_GROUP
 
 from .harness import Results, Row, begin, finish, row
-from .static import CARDS, Bytes, Rate, Sizes, cdiv, designs
+from .static import Bytes, Sizes, cdiv, designs, seconds
 
 
 def gram_traffic(s: Sizes, tile: tiles.Tile) -> tuple[Bytes, Bytes]:
@@ -45,9 +46,7 @@ ARCH = 90
 class Counted(TorchDispatchMode):
     """Operations that are no views, and the bytes that they read and write"""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.moved = 0
+    operations = moved = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -56,19 +55,6 @@ class Counted(TorchDispatchMode):
             self.operations += 1
             self.moved += sum(t.numel() * t.element_size() for t in tensors)
         return result
-
-
-@dataclasses.dataclass
-class Cost:
-    """What the penalties of all layers take in a step: operations of torch, FLOPs, bytes over the memory bus"""
-
-    operations: int
-    flops: float
-    moved: float
-
-    def time(self) -> float:
-        _, speed, bandwidth = CARDS[ARCH]
-        return Rate(speed, bandwidth).time(self.flops, self.moved)
 
 
 def items_of(penalty: Any) -> list[Item]:
@@ -86,49 +72,49 @@ def items_of(penalty: Any) -> list[Item]:
     return items
 
 
+#: Of the penalties of all layers in a step: operations of torch, FLOPs, bytes over the memory bus.
+Cost = dict[str, float]
+
+
+def counted(total: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> Cost:
+    """The cost of a value and of its backward pass, as torch computes them"""
+    with FlopCounterMode(display=False) as flops, Counted() as count:
+        torch.autograd.grad(total(), inputs, allow_unused=True)
+    return {"moved": count.moved, "operations": count.operations, "FLOPs": flops.get_total_flops()}
+
+
 def grouped(items: list[Item]) -> Cost:
-    """``fl.penalty`` for all layers at once, and its backward pass"""
+    """``fl.penalty`` for all layers at once"""
     inputs = [t for item in items for t in (*item.adapter.factors(), *([] if item.hidden is None else [item.hidden]))]
-    with FlopCounterMode(display=False) as flops, Counted() as counted:
-        torch.autograd.grad(type(items[0].state).total(items), inputs, allow_unused=True)
-    return Cost(counted.operations, flops.get_total_flops(), counted.moved)
+    return counted(lambda: type(items[0].state).total(items), inputs)
 
 
 def made(items: list[Item]) -> Cost:
-    """What the passes make, and ``fl.penalty`` of it, with its backward pass"""
+    """What the passes make, and ``fl.penalty`` of it"""
     zs, moved, work = [], 0.0, 0.0
     for item in items:
         factors = dict(zip(("down", "up"), item.adapter.factors(), strict=True))
         lengths = [rows.length(RANK) for rows in item.state.rows()]
-        z = torch.empty(sum(lengths), RANK, device="meta", requires_grad=True)
-        zs.append(Products([item.state.rows()], z))
+        zs.append(Products([item.state.rows()], torch.empty(sum(lengths), RANK, device="meta", requires_grad=True)))
         for rows, k in zip(item.state.rows(), lengths, strict=True):
             if rows.of == "hidden":
                 _, stores = gram_traffic(Sizes(TOKENS, 0, 0, RANK), tiles.row("project", ARCH, 2))
                 moved += sum(stores.values())
                 work += 2 * 2 * TOKENS * RANK**2
                 continue
-            factor = factors[rows.of]
-            dim = max(factor.shape)
+            dim = max(factors[rows.of].shape)
             V = sum(t.numel() * t.element_size() for t in rows[1:] if t is not None)
             size = dim * RANK * 4
             # forward V, the factor, z; backward V, the factor where it is V, dz, the strip's partial sum
             moved += 2 * V + size + (size if rows.own else 0) + 2 * 4 * k * RANK + size
             work += 2 * 2 * k * dim * RANK
-    with FlopCounterMode(display=False) as flops, Counted() as counted:
-        torch.autograd.grad(type(items[0].state).total_made(items, zs), [z for _, z in zs])
-    return Cost(counted.operations, work + flops.get_total_flops(), moved + counted.moved)
-
-
-def held(items: list[Item]) -> int:
-    """Bytes of what the penalty keeps"""
-    return sum(b.numel() * b.element_size() for item in items for b in item.state.buffers())
+    cost = counted(lambda: type(items[0].state).total_made(items, zs), [z for _, z in zs])
+    return {**cost, "moved": moved + cost["moved"], "FLOPs": work + cost["FLOPs"]}
 
 
 def lora_seconds() -> float:
     """Predicted time of a step's linear layers with LoRA"""
-    layers = [Sizes(TOKENS, N, K, RANK) for K, N in SHAPES]
-    return LAYERS * sum(sum(designs(s, ARCH)["forgetless split"]) for s in layers)
+    return LAYERS * sum(sum(designs(Sizes(TOKENS, N, K, RANK), ARCH)["forgetless split"]) for K, N in SHAPES)
 
 
 PENALTIES = (
@@ -148,9 +134,10 @@ def rows() -> list[Row]:
         items = items_of(penalty)
         fields = [f"{f.name}={getattr(penalty, f.name)}" for f in dataclasses.fields(penalty)[1:3]]
         name = f"{type(penalty).__name__}({', '.join(fields)})"
+        kept = sum(b.numel() * b.element_size() for item in items for b in item.state.buffers())
         for way, cost in (("grouped", grouped(items)), ("in the pass", made(items))):
-            values = {"held": held(items), "moved": cost.moved, "predicted time": cost.time()}
-            values |= {"operations": cost.operations, "FLOPs": cost.flops}
+            time = seconds(ARCH, cost["FLOPs"], cost["moved"])
+            values = {"held": kept, "moved": cost["moved"], "predicted time": time, **cost}
             units = {"held": "B", "moved": "B", "predicted time": "s"}
             made_rows += [row(name, way, "penalty", metric, v, units.get(metric, "1")) for metric, v in values.items()]
     return made_rows
