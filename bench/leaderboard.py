@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, get_cosine_schedule_with_warmup
 
 import forgetless as fl
@@ -79,16 +78,15 @@ def tokens(texts: list[str], tokenizer: Any, length: int, end: bool = False) -> 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, test: list[dict[str, str]], size: int, longest: int) -> float:
     """The share of the test rows whose greedy answer has the right number."""
-    right = 0
-    pad = tokenizer.eos_token_id
+    right, end, left = 0, tokenizer.eos_token_id, {"padding": True, "padding_side": "left"}
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    config = GenerationConfig(max_length=longest, do_sample=False, pad_token_id=end, eos_token_id=end)
     for i in range(0, len(test), size):
         part = test[i : i + size]
-        prompts = tokens([TEMPLATE.format(query=entry["query"]) for entry in part], tokenizer, longest)
-        rows = [torch.tensor(prompt["input_ids"]) for prompt in prompts]
-        ids = pad_sequence([r.flip(0) for r in rows], batch_first=True, padding_value=pad).flip(1)
-        mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).flip(1)
-        config = GenerationConfig(max_length=longest, do_sample=False, pad_token_id=pad, eos_token_id=pad)
-        made = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+        prompts = [TEMPLATE.format(query=entry["query"]) for entry in part]
+        asked = tokenizer(prompts, return_tensors="pt", truncation=True, max_length=longest, **left).to(model.device)
+        ids = asked["input_ids"]
+        made = model.generate(ids, attention_mask=asked["attention_mask"], generation_config=config)
         answers = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
         expected = [parse_answer(entry["response"]) for entry in part]
         right += sum(e is not None and parse_answer(a) == e for a, e in zip(answers, expected, strict=True))

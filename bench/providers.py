@@ -134,13 +134,10 @@ def peft_layer(base: nn.Linear, down: Tensor, up: Tensor, scale: float, dropout:
     """PEFT's own layer. ``autocast``: its default, float32 adapters; else in the layer's dtype."""
     import peft
 
-    layer = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-    layer.weight, layer.bias = base.weight, base.bias
-    holder = nn.ModuleDict({"layer": layer})
     R = down.shape[0]
     alpha: Any = scale * R  # PEFT's annotation says int
     config = peft.LoraConfig(r=R, lora_alpha=alpha, lora_dropout=dropout, target_modules=["layer"])
-    model: Any = peft.PeftModel(holder, config, autocast_adapter_dtype=autocast)
+    model: Any = peft.PeftModel(nn.ModuleDict({"layer": base}), config, autocast_adapter_dtype=autocast)
     result = model.base_model.model["layer"]
     with torch.no_grad():
         result.lora_A["default"].weight.copy_(down)
@@ -151,17 +148,12 @@ def peft_layer(base: nn.Linear, down: Tensor, up: Tensor, scale: float, dropout:
 def lora_layer(base: nn.Linear, down: Tensor, up: Tensor, scale: float, dropout: float) -> nn.Module:
     """Our layer as ``fl.adapt`` makes it."""
     R = down.shape[0]
-    layer = _adapted(base, fl.LoRA(R, scale * R, dropout))
+    method = fl.LoRA(R, scale * R, dropout)
+    layer: Any = fl.adapt(nn.ModuleDict({"layer": base}), method, ["layer"]).get_submodule("layer")
     with torch.no_grad():
         layer.adapter.down.copy_(down)
         layer.adapter.up.copy_(up)
     return layer.train()
-
-
-def _adapted(base: nn.Linear, method: Any) -> Any:
-    holder = nn.ModuleDict({"layer": base})
-    fl.adapt(holder, method, ["layer"])
-    return holder["layer"]
 
 
 def lora_layers(
@@ -189,7 +181,7 @@ def curlora_layers(base: nn.Linear, R: int) -> dict[str, Callable[[], nn.Module]
     """The frozen layer, ours and the authors', on the same rows and columns with the same U."""
     wide = torch.promote_types(base.weight.dtype, torch.float32)
     core = torch.randn(R, R, dtype=wide, device=base.weight.device) / R
-    ours = _adapted(base, fl.CURLoRA(R))
+    ours: Any = fl.adapt(nn.ModuleDict({"layer": base}), fl.CURLoRA(R), ["layer"]).get_submodule("layer")
     theirs = CurloraAuthors(base, ours.adapter.rows, ours.adapter.columns)
     with torch.no_grad():
         ours.adapter.core.copy_(core)
@@ -222,16 +214,13 @@ class CloraAuthors:
     def __call__(self) -> Tensor:
         total = self.factors[0][0].new_zeros(())
         for (down, up), (v, u) in zip(self.factors, self.bases, strict=True):
-            total = total + 0.5 * _wide(down.to(v.dtype) @ v).pow(2).sum()
-            total = total + 0.5 * _wide(up.to(u.dtype).T @ u).pow(2).sum()
+            for product in (down.to(v.dtype) @ v, up.to(u.dtype).T @ u):
+                wide = torch.promote_types(product.dtype, torch.float32)
+                total = total + 0.5 * product.to(wide).pow(2).sum()
         return self.weight * total
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.bases for t in pair)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def smollm2(device: torch.device, smoke: bool = False) -> tuple[Any, str]:

@@ -260,8 +260,8 @@ def kernel_rows(s: Sizes, arch: int, compiled: bool) -> list[Row]:
         kernel, tile = on_card(kernel, arch, s.R, name == "dx")
         loads, stores = TRAFFIC[kernel](sizes, tile)
         work, moved = flops(kernel, sizes, tile), memory(kernel, sizes, tile)
-        values = {"flops": work, "loaded": sum(loads.values()), "stored": sum(stores.values()), "memory": moved}
-        values["predicted"] = seconds(arch, work, moved)
+        values: dict[str, float] = {"flops": work, "loaded": sum(loads.values()), "stored": sum(stores.values())}
+        values |= {"memory": moved, "predicted": seconds(arch, work, moved)}
         if compiled:
             from . import targets
 

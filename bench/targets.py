@@ -68,28 +68,24 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         yield launches
 
 
-def measure(case: Case, arch: int) -> list[Record]:
-    """Compile one case for one card: a record for each kernel it launches."""
-    row, call = calls(case.R, getattr(torch, case.dtype))[case.name]
-    with contextlib.ExitStack() as stack:
-        if case.default_tile:
-            default = dataclasses.asdict(tiles.TABLE[row][0, getattr(torch, case.dtype).itemsize])
-            stack.enter_context(tiles.forced(row, **{k: v for k, v in default.items() if v}))
-            stack.enter_context(mock.patch.object(matmul_lowrank, "has_row", lambda kernel, device: False))
-        launches = stack.enter_context(compiling_for(arch))
-        call()
-    records = [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, **usage(*one)} for one in launches]
-    # the default tile is that of cards we do not know: sm_90 itself never takes it
-    return [{**record, "serialized": ""} for record in records] if case.default_tile else records
-
-
 def attempt(case: Case, arch: int) -> list[Record]:
-    """measure, with a failure to compile as a record"""
+    """Compile one case for one card: a record for each kernel it launches; a failure to compile is one too."""
+    base: Record = {"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype}
     try:
-        records = measure(case, arch)
+        row, call = calls(case.R, getattr(torch, case.dtype))[case.name]
+        with contextlib.ExitStack() as stack:
+            if case.default_tile:
+                default = dataclasses.asdict(tiles.TABLE[row][0, getattr(torch, case.dtype).itemsize])
+                stack.enter_context(tiles.forced(row, **{k: v for k, v in default.items() if v}))
+                stack.enter_context(mock.patch.object(matmul_lowrank, "has_row", lambda kernel, device: False))
+            launches = stack.enter_context(compiling_for(arch))
+            call()
+        # the default tile is that of cards we do not know: sm_90 itself never takes it
+        more = {"serialized": ""} if case.default_tile else {}
+        records = [{**base, **usage(*one), **more} for one in launches]
     except Exception as error:  # whatever the compiler raises is recorded
         text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        return [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, "problems": [text[:300]]}]
+        return [{**base, "problems": [text[:300]]}]
     return [{**record, "problems": problems(record)} for record in records]
 
 
@@ -244,14 +240,13 @@ def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in records:
         groups.setdefault((record.get("kernel", "not compiled"), record["arch"]), []).append(record)
-    rows = []
+    rows, phase = [], f"Triton {triton.__version__}"
     for (kernel, arch), some in groups.items():
-        values = {"compiled": (len(some), "kernels"), "problems": (sum(bool(r["problems"]) for r in some), "kernels")}
+        values = [("compiled", len(some), "kernels"), ("problems", sum(bool(r["problems"]) for r in some), "kernels")]
         if kernel != "not compiled":
-            for key, unit in (("registers", "1"), ("stack", "B"), ("shared", "B")):
-                values[key] = (max(r[key] for r in some), unit)
-        phase = f"Triton {triton.__version__}"
-        rows += [row(kernel, f"sm_{arch}", phase, metric, value, unit) for metric, (value, unit) in values.items()]
+            needs = (("registers", "1"), ("stack", "B"), ("shared", "B"))
+            values += [(key, max(r[key] for r in some), unit) for key, unit in needs]
+        rows += [row(kernel, f"sm_{arch}", phase, *value) for value in values]
     return rows
 
 
