@@ -205,11 +205,10 @@ class CloraAuthors:
 
     @classmethod
     def drawn(cls, factors: Sequence[tuple[Tensor, Tensor]], k: int, dtype: torch.dtype) -> CloraAuthors:
-        def basis(n: int, device: torch.device) -> Tensor:
-            return nn.init.orthogonal_(torch.empty(n, k)).to(device, dtype)
+        def basis(n: int) -> Tensor:
+            return nn.init.orthogonal_(torch.empty(n, k)).to(factors[0][0].device, dtype)
 
-        bases = [(basis(a.shape[1], a.device), basis(b.shape[0], b.device)) for a, b in factors]
-        return cls(factors, bases)
+        return cls(factors, [(basis(down.shape[1]), basis(up.shape[0])) for down, up in factors])
 
     def __call__(self) -> Tensor:
         total = self.factors[0][0].new_zeros(())
@@ -284,11 +283,9 @@ def authors_clora(model: nn.Module, k: int = K) -> CloraAuthors:
 def authors_curlora(base: nn.Module) -> Any:
     """The authors' layers, on the rows and columns that ours drew."""
     model = adapted(base, fl.CURLoRA(RANK))
-    for name, layer in fl.adapters(model).items():
-        adapter: Any = layer.adapter
-        parent, _, last = name.rpartition(".")
-        base_layer: Any = layer.base
-        setattr(model.get_submodule(parent), last, CurloraAuthors(base_layer, adapter.rows, adapter.columns))
+    layers: dict[str, Any] = fl.adapters(model)
+    for name, layer in layers.items():
+        model.set_submodule(name, CurloraAuthors(layer.base, layer.adapter.rows, layer.adapter.columns))
     return model.train()
 
 
