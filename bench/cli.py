@@ -9,8 +9,8 @@ from typing import Any
 
 from .harness import BadInput, parse
 
-#: name -> what it does. The module of that name has ``main(arguments)``; it is imported when asked for. First what
-#: ``all`` runs.
+#: name -> what it does. The module of that name has ``main(arguments)``, step has memory; it is imported when asked
+#: for. First what ``all`` runs.
 BENCHES = {
     "layer": "one layer, forward and backward, against every other way of computing it",
     "penalty": "value and gradient of the penalties over a whole model",
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, arguments: list[str]) -> Any:
-    return importlib.import_module(f".{name}", __package__).main(arguments)
+    module, function = ("step", "memory") if name == "memory" else (name, "main")
+    return getattr(importlib.import_module(f".{module}", __package__), function)(arguments)
 
 
 def run_all(arguments: list[str]) -> int:

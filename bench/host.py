@@ -144,6 +144,5 @@ def main(arguments: list[str] | None = None) -> Results:
             card.launches = 0
             runs[name].times()
             results["rows"].append(row(CASE, name, "both", "launches", card.launches / LAYERS, "1"))
-    if PEFT not in runs:
-        results["notes"].append(NO_PEFT)
+    results["notes"] += NO_PEFT
     return finish(results, options)

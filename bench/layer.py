@@ -30,7 +30,7 @@ from . import harness
 from .against import Measured, providers
 from .bytes import peak_bytes, saved_bytes
 from .harness import FROZEN, OURS, Results, Row, interleave, row, size_rows, time_rows
-from .providers import NO_PEFT, curlora_layers, frozen_linear, have_peft, lora_layers, random_factors
+from .providers import NO_PEFT, curlora_layers, frozen_linear, lora_layers, random_factors
 from .shapes import CPU, GPU, METHODS, Case, fitting, grid, shape_name, shape_of, sweeps
 
 SCALE = 2.0
@@ -70,17 +70,6 @@ class Layer:
         with self.backend():
             saved = saved_bytes(lambda: self.module(self.x), [self.module, self.base])
         return {"saved": saved, "peak": peak_bytes(self.both, self.x.device)}
-
-
-class HostTime:
-    """What the host alone takes of each part: to issue the work, with nothing waiting on the card before it."""
-
-    def __init__(self, runs: Sequence[Callable[[], Any]]):
-        self.runs = runs
-
-    def times(self) -> list[float]:
-        torch.cuda.synchronize()
-        return harness.Clock().times("", self.runs)
 
 
 def within(name: str) -> AbstractContextManager[Any]:
@@ -136,8 +125,10 @@ def measure(
     times = interleave({name: one.runs for name, one in made.items()}, rounds, 2, device, seconds)
     rows = time_rows(case.name, times, PHASES)
     if device.type == "cuda":
-        hosts = {name: HostTime(one.runs) for name, one in made.items() if isinstance(one.runs, Sequence)}
-        rows += time_rows(case.name, interleave(hosts, rounds, 1, "cpu", seconds), PHASES, "host time")
+        # the host alone: to issue the work, with nothing waiting on the card before it
+        hosts = {name: [torch.cuda.synchronize, *one.runs] for name, one in made.items() if isinstance(one, Layer)}
+        parts = {name: parts[1:] for name, parts in interleave(hosts, rounds, 1, "cpu", seconds).items()}
+        rows += time_rows(case.name, parts, PHASES, "host time")
     for name, one in made.items():
         rows += size_rows(case.name, name, "both", {} if name == "torch.compile" else one.sizes())
     results["rows"] += rows
@@ -184,8 +175,7 @@ def main(arguments: list[str] | None = None) -> Results:
         options.dtypes = options.dtypes[:1]
     if options.sweep:
         results["kind"] = "sweep"
-    if not have_peft():
-        results["notes"].append(NO_PEFT)
+    results["notes"] += NO_PEFT
     cases = sweeps(options, device, results["notes"]) if options.sweep else grid(options)
     cases = fitting(cases, device, results["notes"])
     results["rows"] += peaks(device, dict.fromkeys(case.torch_dtype for case in cases), options.smoke)

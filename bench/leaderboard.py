@@ -42,8 +42,6 @@ from .harness import BadInput, Results, Row, begin, row, save
 
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
 ANSWER = re.compile(r"answer is:?\s*\$?\s*(-?[\d,]*\.?\d+)", re.IGNORECASE)
-#: Metric and unit.
-FIGURES = (("accuracy", "share"), ("forgetting", "nats"), ("memory", "MiB"), ("time", "s"))
 KEPT_ROWS = 64  # of the Wikipedia rows that are not measured, to calibrate on
 
 
@@ -135,8 +133,8 @@ def run(plan: Plan, options: Any, data: dict[str, Any]) -> list[Row]:
     with scaling(model, plan.extras.scaled or 1.0):
         right = accuracy(model, tokenizer, data["test"], options.eval_batch, options.max_length)
         rise = nll(model, measured, collate, options.batch).loss - before
-    named = zip(FIGURES, (right, rise, mib, seconds), strict=True)
-    return [row("metamath", plan.label, "train", metric, value, unit) for (metric, unit), value in named]
+    figures = ("accuracy", right, "share"), ("forgetting", rise, "nats"), ("memory", mib, "MiB"), ("time", seconds, "s")
+    return [row("metamath", plan.label, "train", *figure) for figure in figures]
 
 
 def main(arguments: list[str] | None = None) -> Results:

@@ -24,11 +24,14 @@ from .harness import FROZEN, OURS, PEFT
 
 #: The rank of the whole models, alpha, and the width of CLoRA's subspace.
 RANK, ALPHA, K = 16, 32, 256
-NO_PEFT = "PEFT is not installed: its rows are missing; pip install 'forgetless[bench]'"
 
 
 def have_peft() -> bool:
     return find_spec("peft") is not None
+
+
+#: The note of a comparison without PEFT's rows.
+NO_PEFT = [] if have_peft() else ["PEFT is not installed: its rows are missing; pip install 'forgetless[bench]'"]
 
 
 # ---------------------------------------------------------------------------------------- one layer
@@ -46,8 +49,6 @@ class Baseline(nn.Module):
 
 
 class Eager(Baseline):
-    """LoRA as the formula stands."""
-
     def forward(self, x: Tensor) -> Tensor:
         y = functional.linear(x, self.weight, self.bias)
         h = functional.linear(functional.dropout(x, self.dropout, self.training), self.down.to(x.dtype))
@@ -257,10 +258,6 @@ def adapted(base: nn.Module, method: Any) -> Any:
 
 def lora_model(base: nn.Module, dropout: float, penalties: tuple[Any, ...] = (), rank: int = RANK) -> Any:
     return adapted(base, fl.LoRA(rank, ALPHA, dropout, penalties=penalties))
-
-
-def clora_model(base: nn.Module, basis: Any, k: int = K) -> Any:
-    return adapted(base, fl.CLoRA(RANK, ALPHA, k=k, basis=basis))
 
 
 def peft_model(base: nn.Module, dropout: float, autocast: bool = True) -> Any:

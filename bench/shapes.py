@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from .bytes import available_bytes
-from .harness import PEFT
 
 RANKS = (8, 16, 32, 64, 128)
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -134,11 +133,6 @@ def fitting(cases: Sequence[Case], device: torch.device, notes: list[str]) -> li
         else:
             notes.append(f"{case.name}: left out, needs about {need / 2**30:.1f} GiB")
     return result
-
-
-def rival(method: str) -> str:
-    """Whose overhead ours is compared with."""
-    return PEFT if method == "lora" else "authors' CURLoRA"
 
 
 def bytes_needed(case: Case) -> int:

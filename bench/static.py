@@ -11,6 +11,7 @@ used for any of them.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from forgetless_kernels import tiles
 from forgetless_kernels.sums import strips_of
@@ -141,15 +142,11 @@ def once_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple
     return loads, stores
 
 
-TRAFFIC = {
-    "project": project_traffic,
-    "matmul_lowrank": matmul_lowrank_traffic,
-    "matmul_lowrank_descriptor": matmul_lowrank_descriptor_traffic,
-    "outer": outer_traffic,
-    "project_outer": project_outer_traffic,
-    "full": full_traffic,
-    "once": once_traffic,
-}
+KERNELS: tuple[Any, ...] = (
+    project_traffic, matmul_lowrank_traffic, matmul_lowrank_descriptor_traffic, outer_traffic, project_outer_traffic,
+    full_traffic, once_traffic,
+)  # fmt: skip
+TRAFFIC = {kernel.__name__.removesuffix("_traffic"): kernel for kernel in KERNELS}
 
 
 def flops(kernel: str, s: Sizes, tile: tiles.Tile) -> int:

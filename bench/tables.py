@@ -11,9 +11,11 @@ from typing import Any
 
 from .bytes import MIB
 from .harness import FROZEN, OURS, PEFT, Results, Row, median_and_spread, overhead, select
-from .shapes import Case, rival, work
+from .shapes import Case, work
 
 NONE = "–"
+#: Whose overhead ours is compared with.
+RIVALS = {"lora": PEFT, "curlora": "authors' CURLoRA"}
 ADAPTERS = ("eager PyTorch", "LoRAFusion-style", PEFT)
 #: Line -> title of a column -> text.
 Cells = dict[str, dict[str, str]]
@@ -22,7 +24,6 @@ Columns = dict[str, tuple[str, float, int]]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
@@ -176,7 +177,7 @@ def layer_text(results: Results) -> str:
         for name, case in zip(names, cases, strict=True):
             title = title_of(case, varied)
             for provider in times[name]:
-                cells.setdefault(provider, {})[title] = layer_cell(times[name], provider, rival(method))
+                cells.setdefault(provider, {})[title] = layer_cell(times[name], provider, RIVALS[method])
             if dtype in peaks:
                 flops, size = work(Case(**{key: case[key] for key in Case.__dataclass_fields__}))
                 seconds = max(flops / (peaks[dtype] * 1e12), size / (peaks["bytes"] * 1e9))
