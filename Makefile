@@ -50,7 +50,9 @@ docs: install  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 targets: install  ## compile every kernel for every card, without one; TRITON=3.9.0 uses another Triton
-	$(BIN)/python -m bench targets --all $(if $(TRITON),--triton $(TRITON))
+	$(if $(TRITON),test -d .cache/triton-$(TRITON) || \
+		$(PIP) install -q --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON))
+	$(if $(TRITON),PYTHONPATH=.cache/triton-$(TRITON)) $(BIN)/python -m bench targets --all
 
 static: install  ## registers, bytes, FLOPs and predicted times of every kernel
 	$(BIN)/python -m bench static

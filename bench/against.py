@@ -16,15 +16,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from .harness import FROZEN, HERE, OURS, ROOT, BadInput, Clock, Provider, Results
-
-PARTS = ("forgetless", "kernels")
 
 
 class Measured(Protocol):
@@ -33,6 +31,43 @@ class Measured(Protocol):
     @property
     def runs(self) -> Provider: ...
     def sizes(self) -> dict[str, int]: ...
+
+
+def make(bench: str, spec: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The providers of a benchmark in this process, and notes."""
+    return importlib.import_module(f".{bench}", __package__).make(**spec)
+
+
+@contextmanager
+def providers(commit: str | None, bench: str, results: Results) -> Iterator[Callable[..., dict[str, Measured]]]:
+    """``make`` of ``bench``, of this process or of two workers, from its arguments; its notes are put in the results.
+
+    Of the other commit's providers there are the frozen one and ours.
+
+    Raises:
+        BadInput: the commit is not known to git, or this is no git checkout.
+    """
+    workers: dict[str, Worker] = {}
+    with ExitStack() as stack:
+        if commit is not None:
+            results["against"] = commit = resolve(commit)
+            folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(3)]
+            extract(commit, folders[0])
+            for checkout, folder, mark in ((ROOT, folders[1], ""), (folders[0], folders[2], f" @ {commit[:8]}")):
+                workers[mark] = Worker(checkout, folder)
+                stack.callback(workers[mark].process.communicate)  # closes its input: it ends
+
+        def made_by(**spec: Any) -> dict[str, Measured]:
+            made, notes = make(bench, spec) if commit is None else ({}, [])
+            for mark, worker in workers.items():
+                names, more = worker.ask("make", bench, spec)
+                ours = [name for name in names if not mark or name == FROZEN or name.startswith(OURS)]
+                made |= {name + mark: Remote(worker, name) for name in ours}
+                notes += more
+            results["notes"] += [note for note in dict.fromkeys(notes) if note not in results["notes"]]
+            return made
+
+        yield made_by
 
 
 class Worker:
@@ -46,14 +81,14 @@ class Worker:
         command, environment = [sys.executable, "-m", "forgetless_bench.against"], {**os.environ, "PYTHONPATH": path}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=folder, env=environment)
-        library = Path(self.ask(library=True)).resolve()
+        library = Path(self.ask("library")).resolve()
         if not library.is_relative_to(checkout.resolve()):
             raise RuntimeError(f"the worker imports {library}, not the checkout in {checkout}")
 
-    def ask(self, **request: Any) -> Any:
+    def ask(self, what: str, *arguments: Any) -> Any:
         """Raises RuntimeError with the worker's own words if it fails."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.write(json.dumps([what, *arguments]) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
@@ -62,9 +97,6 @@ class Worker:
         if "error" in reply:
             raise RuntimeError(reply["error"])
         return reply["result"]
-
-    def close(self) -> None:
-        self.process.communicate()
 
 
 @dataclass
@@ -79,56 +111,10 @@ class Remote:
         return self
 
     def times(self) -> list[float]:
-        return self.worker.ask(times=self.name)
+        return self.worker.ask("times", self.name)
 
     def sizes(self) -> dict[str, int]:
-        return self.worker.ask(sizes=self.name)
-
-
-class Both:
-    """Workers for this checkout and for another commit.
-
-    Raises:
-        BadInput: the commit is not known to git, or this is no git checkout.
-    """
-
-    def __init__(self, commit: str):
-        with ExitStack() as stack:
-            self.commit = resolve(commit)
-            folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(3)]
-            extract(self.commit, folders[0])
-            self.workers: list[Worker] = []
-            for checkout, folder in ((ROOT, folders[1]), (folders[0], folders[2])):
-                self.workers.append(Worker(checkout, folder))
-                stack.callback(self.workers[-1].close)
-            self.stack = stack.pop_all()
-
-    def __enter__(self) -> Both:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
-
-    def make(self, bench: str, spec: Mapping[str, Any]) -> tuple[dict[str, Measured], list[str]]:
-        """The providers of ``bench``, and notes: this checkout's all, of the other commit the frozen one and ours."""
-        here, other = self.workers
-        ours, theirs = (worker.ask(make=bench, spec=spec) for worker in self.workers)
-        result: dict[str, Measured] = {name: Remote(here, name) for name in ours["names"]}
-        for name in theirs["names"]:
-            if name == FROZEN or name.startswith(OURS):
-                result[f"{name} @ {self.commit[:8]}"] = Remote(other, name)
-        return result, list(dict.fromkeys(ours["notes"] + theirs["notes"]))
-
-
-def providers(both: Both | None, bench: str, spec: Mapping[str, Any], results: Results) -> Mapping[str, Measured]:
-    """Those of this process, or of two workers; what cannot be run becomes a note."""
-    if both is None:
-        made, notes = importlib.import_module(f".{bench}", __package__).make(**spec)
-    else:
-        made, notes = both.make(bench, spec)
-        results["against"] = both.commit
-    results["notes"] += [note for note in notes if note not in results["notes"]]
-    return made
+        return self.worker.ask("sizes", self.name)
 
 
 def resolve(commit: str) -> str:
@@ -144,42 +130,38 @@ def resolve(commit: str) -> str:
 
 def extract(commit: str, folder: Path) -> None:
     """The library as it was: ``forgetless/`` and ``kernels/`` of that commit."""
-    run = ["git", "-C", str(ROOT), "archive", "--format=tar", commit, *PARTS]
+    run = ["git", "-C", str(ROOT), "archive", "--format=tar", commit, "forgetless", "kernels"]
     archive = subprocess.run(run, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
 
 
-# ----------------------------------------------------------------------------------------- worker
+def answer(made: dict[str, Any], what: str, name: str = "", spec: Any = None) -> Any:
+    """The library's place, the names of the providers that are made from now on, or the times or sizes of one."""
+    if what == "library":
+        import forgetless
+
+        assert forgetless.LoRA is not None  # its modules are imported with the first name that is asked for
+        return forgetless.__file__
+    if what == "make":
+        made.clear()
+        gc.collect()
+        clock, (providers, notes) = Clock(spec["device"]), make(name, spec)
+        made.update(providers, clock=clock)
+        return list(providers), notes
+    return made["clock"].times(name, made[name].runs) if what == "times" else made[name].sizes()
 
 
-def serve(requests: Sequence[str] | Any, reply: Any) -> None:
-    """Answer one request a line: library, make, times, sizes."""
+def serve(requests: Iterable[str], reply: Any) -> None:
+    """Answer one request a line."""
     made: dict[str, Any] = {}
-    clock = Clock()
     for line in requests:
-        request = json.loads(line)
         try:
-            if "library" in request:
-                import forgetless
-
-                assert forgetless.LoRA is not None  # its modules are imported with the first name that is asked for
-                result: Any = forgetless.__file__
-            elif "make" in request:
-                made.clear()
-                gc.collect()
-                clock = Clock(request["spec"]["device"])
-                made, notes = importlib.import_module(f".{request['make']}", __package__).make(**request["spec"])
-                result = {"names": list(made), "notes": notes}
-            elif "times" in request:
-                result = clock.times(request["times"], made[request["times"]].runs)
-            else:
-                result = made[request["sizes"]].sizes()
-            answer = {"result": result}
+            result = {"result": answer(made, *json.loads(line))}
         except Exception as error:  # the main process says it in one line
             text = str(error).splitlines() or [""]
-            answer = {"error": f"{type(error).__name__}: {text[0]}"}
-        reply.write(json.dumps(answer) + "\n")
+            result = {"error": f"{type(error).__name__}: {text[0]}"}
+        reply.write(json.dumps(result) + "\n")
         reply.flush()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forgetless.ops import blas, dispatch, reference
 
-from .harness import BadInput, Results, begin, finish, parser, row, save
+from .harness import BadInput, Results, begin, finish, row, save
 
 Operands = dict[str, Tensor]
 #: kernel -> its results by one module, from operands and (p, seed).
@@ -93,8 +93,8 @@ def answers(device: torch.device) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    made = parser(__doc__, "check", 1, kernels={"nargs": "+", "choices": KERNELS, "default": list(KERNELS)})
-    options, device, results = begin(made, "check", arguments)
+    kernels = {"nargs": "+", "choices": KERNELS, "default": list(KERNELS)}
+    options, device, results = begin(__doc__, "check", arguments, 1, kernels=kernels)
     if dispatch.kernels is None:
         raise BadInput("Triton is not installed: there is no kernel to check")
     for kernel in options.kernels:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from .harness import BadInput, Parser
+from .harness import BadInput, parse
 
-#: name -> what it does. The module of that name has ``main(arguments)``; it is imported when asked for.
+#: name -> what it does. The module of that name has ``main(arguments)``, step has memory; it is imported when asked
+#: for. First what ``all`` runs.
 BENCHES = {
     "layer": "one layer, forward and backward, against every other way of computing it",
     "penalty": "value and gradient of the penalties over a whole model",
@@ -30,11 +32,9 @@ OTHERS = {
 }
 
 
-def usage() -> str:
-    rows = "\n".join(f"  {name:<10}{text}" for name, text in {**BENCHES, **OTHERS}.items())
-    return f"""usage: forgetless bench COMMAND [--smoke] [--out FOLDER] [options of the command]
+USAGE = f"""usage: forgetless bench COMMAND [--smoke] [--out FOLDER] [options of the command]
 
-{rows}
+{chr(10).join(f"  {name:<10}{text}" for name, text in {**BENCHES, **OTHERS}.items())}
 
 Options of a command: forgetless bench COMMAND --help. --smoke: tiny sizes, shows that it runs.
 layer and step take --against COMMIT: the same with that commit's library, interleaved in one run.
@@ -45,16 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
+        print(USAGE)
         return 0
     name, *rest = arguments
     if name not in BENCHES and name not in OTHERS:
         print(f"error: unknown benchmark {name!r}, choose from {', '.join([*BENCHES, *OTHERS])}", file=sys.stderr)
         return 2
     try:
-        if name == "all":
-            return run_all(rest)
-        result = importlib.import_module(f".{name}", __package__).main(rest)
+        result = run_all(rest) if name == "all" else run(name, rest)
     except SystemExit as stop:  # argparse
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except BadInput as error:
@@ -66,15 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def run_all(rest: Sequence[str]) -> int:
+def run(name: str, arguments: list[str]) -> Any:
+    module, function = ("step", "memory") if name == "memory" else (name, "main")
+    return getattr(importlib.import_module(f".{module}", __package__), function)(arguments)
+
+
+def run_all(arguments: list[str]) -> int:
     """Every benchmark with the shared options."""
-    made = Parser(prog="forgetless bench all", description=OTHERS["all"])
-    made.add_argument("--smoke", action="store_true")
-    for option in ("--out", "--rounds", "--seconds", "--device"):
-        made.add_argument(option)
-    if str(made.parse_args(rest).out).endswith(".json"):
-        made.error("--out: needs a folder, there are several files")
+    shared: dict[str, Any] = {name: {} for name in ("out", "rounds", "seconds", "device")}
+    if str(parse(OTHERS["all"], "all", arguments, smoke=False, **shared).out).endswith(".json"):
+        raise BadInput("--out: needs a folder, there are several files")
     for name, text in BENCHES.items():
         print(f"\n== {name}: {text}", flush=True)
-        importlib.import_module(f".{name}", __package__).main(list(rest))
+        run(name, arguments)
     return 0

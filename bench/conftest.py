@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from typing import Any
 
@@ -38,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     """Add what our own result files have; ``harness.read`` reads the file."""
-    results = start("micro", argparse.Namespace(device=DEVICE, smoke=False), [])
+    results = start("micro", [], DEVICE)
     shapes = ",".join(config.getoption("shapes"))
     results["command"] = f"pytest bench --benchmark-only --shapes {shapes}"
     for one in benchmarks:

@@ -8,6 +8,7 @@ The baseline is a bare ``torch.autograd.Function`` that does the same products a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.functional import linear
 import forgetless as fl
 
 from . import providers as peers
-from .harness import FROZEN, PEFT, Results, begin, finish, interleave, one_thread, parser, time_rows
+from .harness import FROZEN, PEFT, Results, begin, finish, interleave, one_thread, time_rows
 
 M, N, K, R = 4, 16, 16, 4
 CASE = f"M={M} N={N} K={K} R={R} float32, one thread"
@@ -45,7 +46,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     x, dy = torch.randn(M, K, device=device, requires_grad=True), torch.randn(M, N, device=device)
     weight, a, b = base.weight, down.clone().requires_grad_(True), up.clone().requires_grad_(True)
 
-    def step(forward: Callable[[], Any], leaves: Sequence[Tensor]) -> Callable[[], Any]:
+    def step(forward: Callable[[], Any], leaves: Sequence[Tensor] = (x, a, b)) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(forward(), leaves, dy)
 
     def of(module: nn.Module) -> Callable[[], Any]:
@@ -53,11 +54,11 @@ def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
 
     op = torch.ops.forgetless.lowrank_linear
     result = {
-        BARE: step(lambda: Bare.apply(x, weight, a, b), [x, a, b]),
+        BARE: step(lambda: Bare.apply(x, weight, a, b)),
         FROZEN: of(base),
-        "forgetless, op": step(lambda: fl.ops.lowrank_linear(x, weight, a, b), [x, a, b]),
+        "forgetless, op": step(lambda: fl.ops.lowrank_linear(x, weight, a, b)),
         "forgetless, layer": of(peers.lora_layer(base, down, up, 1.0, 0.0)),
-        "forgetless, custom op": step(lambda: op(x, weight, a, b, None, None, [1.0, 1.0, 0.0])[0], [x, a, b]),
+        "forgetless, custom op": step(lambda: op(x, weight, a, b, None, None, [1.0, 1.0, 0.0])[0]),
         "eager PyTorch": of(peers.Eager(base, down, up, 1.0)),
     }
     if peers.have_peft():
@@ -65,21 +66,17 @@ def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     return result
 
 
-def repeated(call: Callable[[], Any], count: int, device: torch.device) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(count):
+def main(arguments: list[str] | None = None) -> Results:
+    options, device, results = begin(__doc__, "dispatch", arguments, 31, {"calls": 2}, calls=200)
+
+    def repeated(call: Callable[[], Any]) -> None:
+        for _ in range(options.calls):
             call()
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return run
-
-
-def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "dispatch", 31, calls={"type": int, "default": 200, "help": "calls per timed round"})
-    options, device, results = begin(made, "dispatch", arguments, calls=2)
     with one_thread(results):  # nothing here is worth a second thread
-        runs = {name: repeated(call, options.calls, device) for name, call in calls(device).items()}
+        runs = {name: partial(repeated, call) for name, call in calls(device).items()}
         times = interleave(runs, options.rounds, 1, "cpu", options.seconds)  # the host's clock, on any device
     one_call = {name: [[value / options.calls for value in part] for part in parts] for name, parts in times.items()}
     results["rows"] = time_rows(CASE, one_call, ("both",))

@@ -14,43 +14,32 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from .check import KERNELS
-from .harness import RESULTS, Parser, Results, tag, write_json
+from .harness import RESULTS, Results, parse, tag, write_json
 
 #: How a module is run in a process of its own.
 PYTHON = (sys.executable, "-m")
 
 
-class Part(NamedTuple):
-    """One benchmark of the run: its command line, and the most it may take of the time that is left when it starts."""
-
-    arguments: Sequence[str]
-    share: float
-
-
-#: The most important first. Rank 16 and bfloat16; without dropout first.
+#: The most important first: its command line, and the most it may take of the time that is left when it starts.
+#: Rank 16 and bfloat16; without dropout first.
 PARTS = {
-    "layer": Part(["layer", "--compile", "--seconds", "1"], 0.6),
-    "step": Part(["step", "--seconds", "10"], 0.5),
-    "memory": Part(["memory"], 0.4),
-    "penalty": Part(["penalty", "--seconds", "10"], 0.5),
-    "dispatch": Part(["dispatch", "--seconds", "5"], 0.5),
-    "sweep": Part(["layer", "--sweep", "--seconds", "1"], 0.9),
+    "layer": ("layer --compile --seconds 1", 0.6),
+    "step": ("step --seconds 10", 0.5),
+    "memory": ("memory", 0.4),
+    "penalty": ("penalty --seconds 10", 0.5),
+    "dispatch": ("dispatch --seconds 5", 0.5),
+    "sweep": ("layer --sweep --seconds 1", 0.9),
 }
 #: Of the time, the most that the checks may take; and the seconds that a part needs to begin at all.
 CHECKS, LEAST = 0.3, 20
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="forgetless bench gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything, default 10")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default bench/results")
-    parser.add_argument("--smoke", action="store_true", help="rehearse it at tiny sizes")
-    options = parser.parse_args(arguments)
+    options = parse(__doc__, "gpu", arguments, minutes=10.0, out=RESULTS, smoke=False)
     if not torch.cuda.is_available():
         print(missing())
         return 1
@@ -58,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     end = begin + 60 * options.minutes
     shared = ["--out", str(options.out), *(["--smoke"] if options.smoke else [])]
     failed = check_kernels(shared, options.out, begin + CHECKS * (end - begin))
-    failed += [name for name, part in PARTS.items() if not measure(name, part, shared, end)]
+    failed += [name for name in PARTS if not measure(name, shared, end)]
     print(f"done in {time.monotonic() - begin:.0f} s; now: python -m bench report, then commit")
     for name in failed:
         print(f"note: {name} failed or was left out, see above")
@@ -88,14 +77,16 @@ def check_kernels(shared: Sequence[str], out: Path, end: float) -> list[str]:
     return [f"check of {kernel}" for kernel in (*lost, *todo)]
 
 
-def measure(name: str, part: Part, shared: Sequence[str], end: float) -> bool:
+def measure(name: str, shared: Sequence[str], end: float) -> bool:
     """Run one part in its share of the time that is left; whether it came to its end."""
-    seconds = part.share * (end - time.monotonic())
+    line, share = PARTS[name]
+    command, *arguments = line.split()
+    seconds = share * (end - time.monotonic())
     if seconds < LEAST:
         print(f"note: {name} left out: out of time")
         return False
-    budget = ["--budget", f"{0.8 * seconds:.0f}"] if "layer" in part.arguments else []
-    return run(part.arguments[0], [*part.arguments[1:], *budget, *shared], seconds) == 0
+    budget = ["--budget", f"{0.8 * seconds:.0f}"] if command == "layer" else []
+    return run(command, [*arguments, *budget, *shared], seconds) == 0
 
 
 def run(name: str, arguments: Sequence[str], seconds: float) -> int | None:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,10 +39,9 @@ SCHEMA = 3
 OURS, FROZEN, PEFT = "forgetless", "frozen", "PEFT"
 #: A time budget does not end a comparison before this many rounds; a row lists no more than so many.
 MIN_ROUNDS, MOST_ROUNDS = 3, 1000
-#: Options that several benchmarks have.
-BATCH: dict[str, Any] = {"type": int, "nargs": 2, "default": (4, 128), "metavar": ("SEQUENCES", "TOKENS")}
-AGAINST: dict[str, Any] = {"metavar": "COMMIT", "help": "measure that commit of the library too"}
-DROPOUT: dict[str, Any] = {"nargs": "+", "type": float, "default": [0.0, 0.1]}
+#: Options that several benchmarks have: sequences and tokens, dropout, another commit.
+BATCH, DROPOUT = (4, 128), [0.0, 0.1]
+AGAINST = {"metavar": "COMMIT", "help": "measure that commit of the library too"}
 
 
 class BadInput(ValueError):
@@ -54,34 +53,9 @@ Results = dict[str, Any]
 Run = Callable[[], Any]
 
 
-class Timed(Protocol):
-    """A provider that times itself: one call, seconds of each part."""
-
-    def times(self) -> list[float]: ...
-
-
-#: One callable, several that are timed one by one (forward, backward), or one that times itself.
-Provider = Run | Sequence[Run] | Timed
-
-
-# ---------------------------------------------------------------------------------- where and what
-
-
-def tag(device: torch.device) -> str:
-    """The end of a result file's name: "cpu", or the GPU's name."""
-    if device.type != "cuda":
-        return device.type
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-
-
-def clocks() -> str | None:
-    """Clocks, power and temperature of the GPU as its driver reports them now, or None."""
-    fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"
-    run = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
-    try:
-        return subprocess.run(run, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+#: One callable, several that are timed one by one (forward, backward), or an object whose ``times()`` is a call, in
+#: seconds of each part.
+Provider = Any
 
 
 # ----------------------------------------------------------------------------------------- timing
@@ -92,11 +66,10 @@ class Clock:
     in an NVTX range of the provider's name; else by the host's clock."""
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
         self.buffer: torch.Tensor | None = None
-        if self.device.type == "cuda":
-            size = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0)
-            self.buffer = torch.empty(max(2 * size, 64 << 20), dtype=torch.uint8, device=self.device)
+        if torch.device(device).type == "cuda":
+            size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+            self.buffer = torch.empty(max(2 * size, 64 << 20), dtype=torch.uint8, device=device)
 
     def times(self, name: str, runs: Sequence[Run]) -> list[float]:
         if self.buffer is not None:
@@ -140,29 +113,39 @@ def interleave(
         name -> for each part its rounds: ``{"a": [[round, ..]], "b": [[forward, ..], [backward, ..]]}``.
     """
     clock = Clock(device)
-    parts = {name: [run] if callable(run) else run for name, run in providers.items()}
-    times: dict[str, list[list[float]]] = {name: [] for name in parts}
-    order, shuffle = list(parts.items()), random.Random(0).shuffle
+    times: dict[str, list[list[float]]] = {name: [] for name in providers}
+    order = [(name, [run] if callable(run) else run) for name, run in providers.items()]
+    shuffle, enabled = random.Random(0).shuffle, gc.isenabled()
     gc.collect()
-    enabled = gc.isenabled()
     gc.disable()
-    begin = time.perf_counter()
     try:
-        for index in range(warmup + rounds):
-            if index == warmup:
+        for index in range(-warmup, rounds):
+            if index in (-warmup, 0):
                 begin = time.perf_counter()
             shuffle(order)
             for name, runs in order:
                 one = clock.times(name, runs) if isinstance(runs, Sequence) else runs.times()
-                if index >= warmup:
+                if index >= 0:
                     times[name].append(one)
             late = seconds is not None and time.perf_counter() - begin > seconds
-            if late and index + 1 - warmup >= min(MIN_ROUNDS, rounds):
+            if late and index + 1 >= min(MIN_ROUNDS, rounds):
                 break
     finally:
         if enabled:
             gc.enable()
     return {name: [list(column) for column in zip(*each, strict=True)] for name, each in times.items()}
+
+
+@contextmanager
+def one_thread(results: Results) -> Iterator[None]:
+    """Within the block, torch computes on one thread, and the results say so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results["machine"]["threads"] = 1
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -172,6 +155,11 @@ def row(case: str, provider: str, phase: str, metric: str, value: float | None, 
     return {
         "case": case, "provider": provider, "phase": phase, "metric": metric, "value": value, "unit": unit, **more,
     }  # fmt: skip
+
+
+def size_rows(case: str, provider: str, phase: str, sizes: Mapping[str, float | None]) -> list[Row]:
+    """Bytes by name; those that the system has no count of are left out."""
+    return [row(case, provider, phase, name, size, "B") for name, size in sizes.items() if size is not None]
 
 
 def time_row(case: str, provider: str, phase: str, rounds: Sequence[float], metric: str = "time") -> Row:
@@ -188,9 +176,9 @@ def time_rows(
     """A row for each provider and phase; for several parts also "both", their sum in every round."""
     rows = []
     for provider, parts in times.items():
-        rows += [time_row(case, provider, phase, part, metric) for phase, part in zip(phases, parts, strict=True)]
-        if len(parts) > 1:
-            rows.append(time_row(case, provider, "both", [sum(part) for part in zip(*parts, strict=True)], metric))
+        sums = [[sum(part) for part in zip(*parts, strict=True)]] if len(parts) > 1 else []
+        named = zip([*phases, "both"][: len(parts + sums)], parts + sums, strict=True)
+        rows += [time_row(case, provider, phase, part, metric) for phase, part in named]
     return rows
 
 
@@ -212,12 +200,10 @@ def overhead(ours: Row, theirs: Row, floor: Row) -> tuple[float, float] | None:
     while is slow for a whole round. Rounds in which theirs is not above the floor are left out. None where these are
     half of all or more, and where the difference between theirs and the floor is smaller than its spread.
     """
-    difference, noise = median_and_spread([a - b for a, b in zip(theirs["rounds"], floor["rounds"], strict=True)])
-    rounds = zip(ours["rounds"], theirs["rounds"], floor["rounds"], strict=True)
+    rounds = list(zip(ours["rounds"], theirs["rounds"], floor["rounds"], strict=True))
+    difference, noise = median_and_spread([their - least for _, their, least in rounds])
     values = [(our - least) / (their - least) for our, their, least in rounds if their > least]
-    if 2 * len(values) <= len(ours["rounds"]) or difference < noise:
-        return None
-    return median_and_spread(values)
+    return None if 2 * len(values) <= len(rounds) or difference < noise else median_and_spread(values)
 
 
 # --------------------------------------------------------------------------------- options, output
@@ -231,64 +217,61 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parser(doc: str | None, bench: str, rounds: int, **options: Mapping[str, Any]) -> Parser:
-    """The options that all benchmarks share, and a benchmark's own by name."""
+def parse(doc: str | None, kind: str, arguments: Sequence[str] | None, **options: Any) -> argparse.Namespace:
+    """A benchmark's options by name, each with its default, which says the type, or with what argparse is given."""
     made = Parser(
-        prog=f"forgetless bench {bench}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"forgetless bench {kind}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--rounds", type=int, default=rounds, help=f"interleaved rounds, default {rounds}")
-    made.add_argument("--seconds", type=float, help="stop a comparison after so long, but not before 3 rounds")
-    made.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--out", type=Path, help="folder, or .json file; default bench/results (--smoke: nowhere)")
-    for name, settings in options.items():
-        made.add_argument(f"--{name}", **settings)
-    return made
+    for name, default in options.items():
+        several, settings = isinstance(default, (list, tuple)), default
+        if default is False:
+            settings = {"action": "store_true"}
+        elif not isinstance(default, Mapping):
+            settings = {"type": type(default[0] if several else default), "default": default}
+            settings["help"] = f"default {' '.join(map(str, default)) if several else default}"
+            if several:
+                settings["nargs"] = "+" if isinstance(default, list) else len(default)
+        made.add_argument(("--" if name[1:] else "-") + name.replace("_", "-"), **settings)
+    return made.parse_args(arguments)
 
 
 def begin(
-    made: Parser, kind: str, arguments: Sequence[str] | None, **smoke: Any
+    doc: str | None, kind: str, arguments: Sequence[str] | None, rounds: int, smoke: Any = (), **options: Any
 ) -> tuple[argparse.Namespace, torch.device, Results]:
     """The options, the device and a result without rows; a smoke run has two rounds and the options in ``smoke``."""
-    options = made.parse_args(arguments)
-    if options.smoke:
-        vars(options).update({"rounds": 2, **smoke})
+    shared: dict[str, Any] = {
+        "rounds": rounds,
+        "seconds": {"type": float, "help": "stop a comparison after so long, but not before 3 rounds"},
+        "smoke": {"action": "store_true", "help": "tiny sizes: shows that it runs, measures nothing"},
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "out": {"type": Path, "help": "folder, or .json file; default bench/results (--smoke: nowhere)"},
+    }
+    chosen = parse(doc, kind, arguments, **shared, **options)
+    if chosen.smoke:
+        vars(chosen).update(smoke, rounds=2)
     torch.manual_seed(0)
-    return options, torch.device(options.device), start(kind, options, arguments)
+    return chosen, torch.device(chosen.device), start(kind, arguments, chosen.device, chosen.smoke)
 
 
-@contextmanager
-def one_thread(results: Results) -> Iterator[None]:
-    """Within the block, torch computes on one thread, and the results say so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    results["machine"]["threads"] = 1
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def start(kind: str, options: argparse.Namespace, arguments: Sequence[str] | None) -> Results:
+def start(kind: str, arguments: Sequence[str] | None, device: str = "cpu", smoke: bool = False) -> Results:
     """A result without rows."""
     from forgetless.study import machine  # here: a worker imports this module before another library
 
     given = list(sys.argv[1:] if arguments is None else arguments)
-    device = torch.device(options.device)
     results: Results = {
         "schema": SCHEMA,
         "kind": kind,
         "created": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", "bench", kind, *without_out(given)]),
         "commit": machine.commit(),
-        "machine": machine.machine(device),
+        "machine": machine.machine(torch.device(device)),
         "versions": machine.versions(("torch", "triton", "transformers", "peft", "numpy")),
-        "smoke": options.smoke,
+        "smoke": smoke,
         "notes": [],
         "cases": {},
         "rows": [],
     }
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         results["machine"]["clocks_before"] = clocks()
     return results
 
@@ -297,6 +280,16 @@ def without_out(arguments: Sequence[str]) -> list[str]:
     """Without ``--out``: a published command names no folder of somebody's machine."""
     text = "\0".join(arguments)
     return [word for word in re.sub(r"(^|\0)--out(=[^\0]*|\0[^\0]*|$)", "", text).split("\0") if word]
+
+
+def clocks() -> str | None:
+    """Clocks, power and temperature of the GPU as its driver reports them now, or None."""
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"
+    run = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
+    try:
+        return subprocess.run(run, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def finish(results: Results, options: argparse.Namespace) -> Results:
@@ -319,6 +312,12 @@ def save(results: Results, options: argparse.Namespace) -> Path | None:
     path = out if out.suffix == ".json" else out / f"{results['kind']}-{tag(torch.device(options.device))}.json"
     write_json(path, results)
     return path
+
+
+def tag(device: torch.device) -> str:
+    """The end of a result file's name: "cpu", or the GPU's name."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def read(path: Path) -> Results:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -26,20 +27,7 @@ from triton.runtime.driver import driver
 import forgetless as fl
 from forgetless_kernels import tiles
 
-from .harness import (
-    FROZEN,
-    OURS,
-    PEFT,
-    BadInput,
-    Results,
-    begin,
-    finish,
-    interleave,
-    one_thread,
-    parser,
-    row,
-    time_rows,
-)
+from .harness import FROZEN, OURS, PEFT, BadInput, Results, begin, finish, interleave, one_thread, row, time_rows
 from .providers import NO_PEFT, have_peft
 
 ARCH, WIDTH, TOKENS, BLOCKS, RANK = 90, 64, 16, 4, 16
@@ -126,14 +114,12 @@ def llama() -> nn.Module:
     return model.to(torch.bfloat16).train()
 
 
-def adapted(method: Any) -> nn.Module:
-    """With factors in bfloat16, as PEFT's beside it."""
-    return fl.adapt(llama(), method, targets=TARGETS).to(torch.bfloat16)
-
-
 def steps() -> dict[str, Step]:
-    def on_kernels() -> AbstractContextManager[Any]:
-        return fl.ops.backend("triton")
+    """The models; factors in bfloat16, as PEFT's beside ours."""
+    on_kernels = partial(fl.ops.backend, "triton")
+
+    def adapted(method: Any) -> nn.Module:
+        return fl.adapt(llama(), method, targets=TARGETS).to(torch.bfloat16)
 
     made = {FROZEN: Step(llama().requires_grad_(False))}
     if have_peft():
@@ -148,7 +134,7 @@ def steps() -> dict[str, Step]:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    options, _, results = begin(parser(__doc__, "host", 101), "host", arguments)
+    options, _, results = begin(__doc__, "host", arguments, 101)
     # a second thread would do the CPU's products, which are not what is measured
     with one_thread(results), no_card(NoCard()) as card:
         runs = steps()
@@ -158,6 +144,5 @@ def main(arguments: list[str] | None = None) -> Results:
             card.launches = 0
             runs[name].times()
             results["rows"].append(row(CASE, name, "both", "launches", card.launches / LAYERS, "1"))
-    if PEFT not in runs:
-        results["notes"].append(NO_PEFT)
+    results["notes"] += NO_PEFT
     return finish(results, options)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 import forgetless as fl
 
 from . import harness
-from .against import Both, Measured, providers
+from .against import Measured, providers
 from .bytes import peak_bytes, saved_bytes
-from .harness import FROZEN, OURS, Results, Row, interleave, row, time_rows
-from .providers import NO_PEFT, curlora_layers, frozen_linear, have_peft, lora_layers, random_factors
+from .harness import FROZEN, OURS, Results, Row, interleave, row, size_rows, time_rows
+from .providers import NO_PEFT, curlora_layers, frozen_linear, lora_layers, random_factors
 from .shapes import CPU, GPU, METHODS, Case, fitting, grid, shape_name, shape_of, sweeps
 
 SCALE = 2.0
@@ -72,17 +72,6 @@ class Layer:
         return {"saved": saved, "peak": peak_bytes(self.both, self.x.device)}
 
 
-class HostTime:
-    """What the host alone takes of each part: to issue the work, with nothing waiting on the card before it."""
-
-    def __init__(self, runs: Sequence[Callable[[], Any]]):
-        self.runs = runs
-
-    def times(self) -> list[float]:
-        torch.cuda.synchronize()
-        return harness.Clock().times("", self.runs)
-
-
 def within(name: str) -> AbstractContextManager[Any]:
     """The block in which the op runs on that backend, or by that plan, without another in its place."""
     if name in FUSED:
@@ -103,27 +92,24 @@ def make(
     torch.manual_seed(0)
     shape, dtype = shape_of(one.shape), one.torch_dtype
     base = frozen_linear(shape.N, shape.K, False, dtype, place)
-    x = torch.randn(one.M, shape.K, device=place).to(dtype)
-    dy = torch.randn(one.M, shape.N, device=place).to(dtype)
+    x, dy = (torch.randn(one.M, width, device=place).to(dtype) for width in (shape.K, shape.N))
     if one.method == "curlora":
         makers = curlora_layers(base, one.R)
     else:
         makers = lora_layers(base, *random_factors(base, one.R), SCALE, one.dropout, compiled)
-    plans: list[tuple[str, Callable[[], nn.Module], str | None]] = [(name, each, None) for name, each in makers.items()]
-    plans += [(f"{OURS}, {backend}", makers[OURS], backend) for backend in backends]
     made, notes = {}, []
-    for name, maker, backend in plans:
+    for name, backend in [*((name, None) for name in makers), *((OURS, backend) for backend in backends)]:
+        title = f"{name}, {backend}" if backend else name
         try:
-            layer = Layer(maker(), base, x, dy, backend)
+            layer = Layer(makers[name](), base, x, dy, backend)
             layer.module.train()
             layer.both()
+            made[title] = layer
         except Exception as error:  # a provider that fails is a missing row with its reason, not a missing table
-            if name in (FROZEN, OURS):
+            if title in (FROZEN, OURS):
                 raise
             text = str(error).splitlines() or [""]
-            notes.append(f"{one.name}: no {name}: {type(error).__name__}: {text[0]}")
-            continue
-        made[name] = layer
+            notes.append(f"{one.name}: no {title}: {type(error).__name__}: {text[0]}")
     return made, notes
 
 
@@ -139,72 +125,67 @@ def measure(
     times = interleave({name: one.runs for name, one in made.items()}, rounds, 2, device, seconds)
     rows = time_rows(case.name, times, PHASES)
     if device.type == "cuda":
-        hosts = {name: HostTime(one.runs) for name, one in made.items() if isinstance(one.runs, Sequence)}
-        rows += time_rows(case.name, interleave(hosts, rounds, 1, "cpu", seconds), PHASES, "host time")
+        # the host alone: to issue the work, with nothing waiting on the card before it
+        hosts = {name: [torch.cuda.synchronize, *one.runs] for name, one in made.items() if isinstance(one, Layer)}
+        parts = {name: parts[1:] for name, parts in interleave(hosts, rounds, 1, "cpu", seconds).items()}
+        rows += time_rows(case.name, parts, PHASES, "host time")
     for name, one in made.items():
-        if name != "torch.compile":
-            sizes = one.sizes()
-            rows += [row(case.name, name, "both", metric, size, "B") for metric, size in sizes.items()]
+        rows += size_rows(case.name, name, "both", {} if name == "torch.compile" else one.sizes())
     results["rows"] += rows
     results["cases"][case.name] = case.about()
 
 
 def peaks(device: torch.device, dtypes: Iterable[torch.dtype], smoke: bool = False) -> list[Row]:
     """The machine's own peaks, measured: of square products per dtype, and of a copy, which moves its bytes twice."""
-    sizes = (64,) if smoke else ((4096, 8192) if device.type == "cuda" else (1024, 2048))
-    rounds = 2 if smoke else 7
-    rows = []
+
+    def best(run: Callable[[], Any]) -> float:
+        return min(interleave({"": run}, 2 if smoke else 7, 2, device)[""][0])
+
+    cuda, rows = device.type == "cuda", []
     for dtype in dtypes:
-        best = 0.0
-        for n in sizes:
+        rates = []
+        for n in (64,) if smoke else (4096, 8192) if cuda else (1024, 2048):
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-            times = interleave({"mm": partial(torch.mm, a, b.T, out=torch.empty_like(a))}, rounds, 2, device)
-            best = max(best, 2 * n**3 / min(times["mm"][0]) * 1e-12)
-        rows.append(row("machine", str(dtype).removeprefix("torch."), "product", "peak", best, "TFLOP/s"))
-    source = torch.ones((1 << 20) if smoke else (1 << 30 if device.type == "cuda" else 1 << 28), dtype=torch.uint8)
-    source = source.to(device)
+            rates.append(2 * n**3 / best(partial(torch.mm, a, b.T, out=torch.empty_like(a))) * 1e-12)
+        rows.append(row("machine", str(dtype).removeprefix("torch."), "product", "peak", max(rates), "TFLOP/s"))
+    size = 1 << (20 if smoke else 30 if cuda else 28)
+    source = torch.ones(size, dtype=torch.uint8).to(device)
     target = torch.empty_like(source)
-    times = interleave({"copy": lambda: target.copy_(source)}, rounds, 2, device)
-    return [*rows, row("machine", "bytes", "copy", "peak", 2 * source.numel() / min(times["copy"][0]) * 1e-9, "GB/s")]
+    copied = 2 * size / best(lambda: target.copy_(source)) * 1e-9
+    return [*rows, row("machine", "bytes", "copy", "peak", copied, "GB/s")]
 
 
 def main(arguments: list[str] | None = None) -> Results:
     cuda = torch.cuda.is_available()
-    several: dict[str, Any] = {"nargs": "+"}
-    made = harness.parser(
-        __doc__, "layer", 9,
-        shapes={**several, "type": shape_name, "default": list(GPU if cuda else CPU), "help": "names, or NxK"},
-        tokens={**several, "type": int, "default": [8192] if cuda else [512]},
-        ranks={**several, "type": int, "default": [16]},
-        dtypes={**several, "default": ["bfloat16"] if cuda else ["bfloat16", "float32"]},
+    options, device, results = harness.begin(
+        __doc__, "layer", arguments, 9, {"shapes": ["tiny.q"], "tokens": [8], "ranks": [4]},
+        shapes={"nargs": "+", "type": shape_name, "default": list(GPU if cuda else CPU), "help": "names, or NxK"},
+        tokens=[8192 if cuda else 512],
+        ranks=[16],
+        dtypes=["bfloat16"] if cuda else ["bfloat16", "float32"],
         dropout=harness.DROPOUT,
-        methods={**several, "choices": METHODS, "default": list(METHODS)},
+        methods={"nargs": "+", "choices": METHODS, "default": list(METHODS)},
         sweep={"action": "store_true", "help": "instead: a shape by rank, one by tokens; own file"},
         compile={"action": "store_true", "help": "torch.compile of the formula too"},
         budget={"type": float, "help": "leave out the cases that have not begun after so many seconds"},
         against=harness.AGAINST,
     )  # fmt: skip
-    options, device, results = harness.begin(made, "layer", arguments, shapes=["tiny.q"], tokens=[8], ranks=[4])
     started = time.monotonic()
     if options.smoke:
         options.dtypes = options.dtypes[:1]
     if options.sweep:
-        results["kind"], cases = "sweep", sweeps(options, device, results["notes"])
-    else:
-        cases = grid(options)
-    if not have_peft():
-        results["notes"].append(NO_PEFT)
+        results["kind"] = "sweep"
+    results["notes"] += NO_PEFT
+    cases = sweeps(options, device, results["notes"]) if options.sweep else grid(options)
     cases = fitting(cases, device, results["notes"])
     results["rows"] += peaks(device, dict.fromkeys(case.torch_dtype for case in cases), options.smoke)
-    with ExitStack() as stack:
-        both = stack.enter_context(Both(options.against)) if options.against else None
+    with providers(options.against, "layer", results) as made_by:
+        shared = {"device": options.device, "compiled": options.compile, "backends": other_backends(device)}
         for index, case in enumerate(cases):
             if options.budget is not None and time.monotonic() - started > options.budget:
                 results["notes"].append(f"{len(cases) - index} cases left out: out of time")
                 break
-            spec = {"case": asdict(case), "device": options.device, "compiled": options.compile}
-            layers = providers(both, "layer", {**spec, "backends": other_backends(device)}, results)
-            measure(case, layers, device, options.rounds, options.seconds, results)
+            measure(case, made_by(case=asdict(case), **shared), device, options.rounds, options.seconds, results)
             harness.save(results, options)
             print(f"measured {case.name}", flush=True)
             if options.compile:

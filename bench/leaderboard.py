@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, get_cosine_schedule_with_warmup
 
 import forgetless as fl
@@ -39,12 +38,10 @@ from forgetless.study.options import BadInput as StudyError
 from forgetless.study.plans import Plan, parse_method
 from forgetless.study.session import needs_calibration
 
-from .harness import BadInput, Results, Row, parser, row, save, start
+from .harness import BadInput, Results, Row, begin, row, save
 
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
 ANSWER = re.compile(r"answer is:?\s*\$?\s*(-?[\d,]*\.?\d+)", re.IGNORECASE)
-#: Metric and unit.
-FIGURES = (("accuracy", "share"), ("forgetting", "nats"), ("memory", "MiB"), ("time", "s"))
 KEPT_ROWS = 64  # of the Wikipedia rows that are not measured, to calibrate on
 
 
@@ -79,16 +76,15 @@ def tokens(texts: list[str], tokenizer: Any, length: int, end: bool = False) -> 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, test: list[dict[str, str]], size: int, longest: int) -> float:
     """The share of the test rows whose greedy answer has the right number."""
-    right = 0
-    pad = tokenizer.eos_token_id
+    right, end, left = 0, tokenizer.eos_token_id, {"padding": True, "padding_side": "left"}
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    config = GenerationConfig(max_length=longest, do_sample=False, pad_token_id=end, eos_token_id=end)
     for i in range(0, len(test), size):
         part = test[i : i + size]
-        prompts = tokens([TEMPLATE.format(query=entry["query"]) for entry in part], tokenizer, longest)
-        rows = [torch.tensor(prompt["input_ids"]) for prompt in prompts]
-        ids = pad_sequence([r.flip(0) for r in rows], batch_first=True, padding_value=pad).flip(1)
-        mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).flip(1)
-        config = GenerationConfig(max_length=longest, do_sample=False, pad_token_id=pad, eos_token_id=pad)
-        made = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+        prompts = [TEMPLATE.format(query=entry["query"]) for entry in part]
+        asked = tokenizer(prompts, return_tensors="pt", truncation=True, max_length=longest, **left).to(model.device)
+        ids = asked["input_ids"]
+        made = model.generate(ids, attention_mask=asked["attention_mask"], generation_config=config)
         answers = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
         expected = [parse_answer(entry["response"]) for entry in part]
         right += sum(e is not None and parse_answer(a) == e for a, e in zip(answers, expected, strict=True))
@@ -137,26 +133,20 @@ def run(plan: Plan, options: Any, data: dict[str, Any]) -> list[Row]:
     with scaling(model, plan.extras.scaled or 1.0):
         right = accuracy(model, tokenizer, data["test"], options.eval_batch, options.max_length)
         rise = nll(model, measured, collate, options.batch).loss - before
-    named = zip(FIGURES, (right, rise, mib, seconds), strict=True)
-    return [row("metamath", plan.label, "train", metric, value, unit) for (metric, unit), value in named]
+    figures = ("accuracy", right, "share"), ("forgetting", rise, "nats"), ("memory", mib, "MiB"), ("time", seconds, "s")
+    return [row("metamath", plan.label, "train", *figure) for figure in figures]
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "leaderboard", 1)
-    made.add_argument("--model", required=True, help="a folder, or a model of the hub that is at hand")
-    made.add_argument("--train", type=Path, required=True)
-    made.add_argument("--test", type=Path, required=True)
-    made.add_argument("--wiki", type=Path, required=True)
-    made.add_argument("--method", nargs="+", default=["lora", "lora+retain=0.3", "clora:k=256", "lalora"])
-    made.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"])
-    made.add_argument("--steps", type=int, default=5000)
-    made.add_argument("--batch", type=int, default=4)
-    made.add_argument("--eval-batch", type=int, default=51)
-    made.add_argument("--max-length", type=int, default=768)
-    made.add_argument("--rank", type=int, default=32)
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
-    options = made.parse_args(arguments)
+    file: dict[str, Any] = {"type": Path, "required": True}
+    options, _, results = begin(
+        __doc__, "leaderboard", arguments, 1,
+        model={"required": True, "help": "a folder, or a model of the hub that is at hand"},
+        train=file, test=file, wiki=file,
+        method=["lora", "lora+retain=0.3", "clora:k=256", "lalora"], targets=["q_proj", "v_proj"],
+        steps=5000, batch=4, eval_batch=51, max_length=768, rank=32, seed=0,
+        dtype={"default": "bfloat16", "choices": sorted(DTYPES)},
+    )  # fmt: skip
     for name in ("steps", "batch", "eval_batch", "rank"):
         if getattr(options, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(options, name)}, wants 1 or more")
@@ -167,7 +157,6 @@ def main(arguments: list[str] | None = None) -> Results:
         plans = [parse_method(text, lr=1e-4, rank=options.rank) for text in options.method]
     except StudyError as error:
         raise BadInput(str(error)) from None
-    results = start("leaderboard", options, arguments)
     for plan in plans:
         if plan.full or plan.extras != Extras(retain=plan.extras.retain, scaled=plan.extras.scaled):
             raise BadInput(f"{plan.label}: the leaderboard runs adapters, with retain and scaled; see compare")

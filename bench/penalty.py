@@ -20,7 +20,7 @@ from torch import Tensor
 import forgetless as fl
 
 from . import providers as peers
-from .harness import BATCH, Results, Row, begin, finish, interleave, parser, row, time_rows
+from .harness import BATCH, Results, Row, begin, finish, interleave, size_rows, time_rows
 from .providers import CloraAuthors
 
 AUTHORS = "authors' CLoRA"
@@ -92,16 +92,14 @@ def calibration(base: Any, ids: Tensor, options: Any) -> list[Row]:
     plain = peers.lora_model(base, 0.0).eval()
     trained = [p for p in plain.parameters() if p.requires_grad]
 
-    def forward() -> None:
-        with torch.no_grad():
+    def passes(backward: bool) -> None:
+        with torch.set_grad_enabled(backward):
             for batch in batches:
-                plain(**batch)
+                loss = plain(**batch).loss
+                if backward:
+                    torch.autograd.grad(loss, trained)
 
-    def backward() -> None:
-        for batch in batches:
-            torch.autograd.grad(plain(**batch).loss, trained)
-
-    runs: dict[str, Any] = {"forward": forward, "forward and backward": backward}
+    runs: dict[str, Any] = {"forward": partial(passes, False), "forward and backward": partial(passes, True)}
     measured = {"Laplace, kfac": fl.Laplace(curvature="kfac"), **specs(1)}
     for title in ("Laplace", "Laplace, kfac", "SourceDeviation, diag", "SourceDeviation, q = 64"):
         model = peers.lora_model(base, 0.0, (measured[title],)).eval()
@@ -111,8 +109,8 @@ def calibration(base: Any, ids: Tensor, options: Any) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "penalty", 9, k={"type": int, "default": peers.K}, batch=BATCH)
-    options, device, results = begin(made, "penalty", arguments, k=8, batch=(2, 8))
+    tiny = {"k": 8, "batch": (2, 8)}
+    options, device, results = begin(__doc__, "penalty", arguments, 9, tiny, k=peers.K, batch=BATCH)
     base, name = peers.smollm2(device, options.smoke)
     inputs, ids = peers.batch(base, *options.batch)
     batch = {"input_ids": ids[:2, :32], "labels": ids[:2, :32]}
@@ -127,6 +125,7 @@ def main(arguments: list[str] | None = None) -> Results:
     case = f"{name}, {layers} linear layers, rank {peers.RANK}, k {options.k}, {tokens} tokens"
     for phase, group in (("penalty", penalties), ("step", steps)):
         results["rows"] += time_rows(case, {title: times[title] for title in group}, (phase,))
-    results["rows"] += [row(case, title, "penalty", "state", one.bytes, "B") for title, one in penalties.items()]
+    for title, one in penalties.items():
+        results["rows"] += size_rows(case, title, "penalty", {"state": one.bytes})
     results["rows"] += calibration(base, ids, options)
     return finish(results, options)

@@ -24,11 +24,14 @@ from .harness import FROZEN, OURS, PEFT
 
 #: The rank of the whole models, alpha, and the width of CLoRA's subspace.
 RANK, ALPHA, K = 16, 32, 256
-NO_PEFT = "PEFT is not installed: its rows are missing; pip install 'forgetless[bench]'"
 
 
 def have_peft() -> bool:
     return find_spec("peft") is not None
+
+
+#: The note of a comparison without PEFT's rows.
+NO_PEFT = [] if have_peft() else ["PEFT is not installed: its rows are missing; pip install 'forgetless[bench]'"]
 
 
 # ---------------------------------------------------------------------------------------- one layer
@@ -46,8 +49,6 @@ class Baseline(nn.Module):
 
 
 class Eager(Baseline):
-    """LoRA as the formula stands."""
-
     def forward(self, x: Tensor) -> Tensor:
         y = functional.linear(x, self.weight, self.bias)
         h = functional.linear(functional.dropout(x, self.dropout, self.training), self.down.to(x.dtype))
@@ -134,13 +135,10 @@ def peft_layer(base: nn.Linear, down: Tensor, up: Tensor, scale: float, dropout:
     """PEFT's own layer. ``autocast``: its default, float32 adapters; else in the layer's dtype."""
     import peft
 
-    layer = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-    layer.weight, layer.bias = base.weight, base.bias
-    holder = nn.ModuleDict({"layer": layer})
     R = down.shape[0]
     alpha: Any = scale * R  # PEFT's annotation says int
     config = peft.LoraConfig(r=R, lora_alpha=alpha, lora_dropout=dropout, target_modules=["layer"])
-    model: Any = peft.PeftModel(holder, config, autocast_adapter_dtype=autocast)
+    model: Any = peft.PeftModel(nn.ModuleDict({"layer": base}), config, autocast_adapter_dtype=autocast)
     result = model.base_model.model["layer"]
     with torch.no_grad():
         result.lora_A["default"].weight.copy_(down)
@@ -151,17 +149,12 @@ def peft_layer(base: nn.Linear, down: Tensor, up: Tensor, scale: float, dropout:
 def lora_layer(base: nn.Linear, down: Tensor, up: Tensor, scale: float, dropout: float) -> nn.Module:
     """Our layer as ``fl.adapt`` makes it."""
     R = down.shape[0]
-    layer = _adapted(base, fl.LoRA(R, scale * R, dropout))
+    method = fl.LoRA(R, scale * R, dropout)
+    layer: Any = fl.adapt(nn.ModuleDict({"layer": base}), method, ["layer"]).get_submodule("layer")
     with torch.no_grad():
         layer.adapter.down.copy_(down)
         layer.adapter.up.copy_(up)
     return layer.train()
-
-
-def _adapted(base: nn.Linear, method: Any) -> Any:
-    holder = nn.ModuleDict({"layer": base})
-    fl.adapt(holder, method, ["layer"])
-    return holder["layer"]
 
 
 def lora_layers(
@@ -189,7 +182,7 @@ def curlora_layers(base: nn.Linear, R: int) -> dict[str, Callable[[], nn.Module]
     """The frozen layer, ours and the authors', on the same rows and columns with the same U."""
     wide = torch.promote_types(base.weight.dtype, torch.float32)
     core = torch.randn(R, R, dtype=wide, device=base.weight.device) / R
-    ours = _adapted(base, fl.CURLoRA(R))
+    ours: Any = fl.adapt(nn.ModuleDict({"layer": base}), fl.CURLoRA(R), ["layer"]).get_submodule("layer")
     theirs = CurloraAuthors(base, ours.adapter.rows, ours.adapter.columns)
     with torch.no_grad():
         ours.adapter.core.copy_(core)
@@ -213,25 +206,21 @@ class CloraAuthors:
 
     @classmethod
     def drawn(cls, factors: Sequence[tuple[Tensor, Tensor]], k: int, dtype: torch.dtype) -> CloraAuthors:
-        def basis(n: int, device: torch.device) -> Tensor:
-            return nn.init.orthogonal_(torch.empty(n, k)).to(device, dtype)
+        def basis(n: int) -> Tensor:
+            return nn.init.orthogonal_(torch.empty(n, k)).to(factors[0][0].device, dtype)
 
-        bases = [(basis(a.shape[1], a.device), basis(b.shape[0], b.device)) for a, b in factors]
-        return cls(factors, bases)
+        return cls(factors, [(basis(down.shape[1]), basis(up.shape[0])) for down, up in factors])
 
     def __call__(self) -> Tensor:
         total = self.factors[0][0].new_zeros(())
         for (down, up), (v, u) in zip(self.factors, self.bases, strict=True):
-            total = total + 0.5 * _wide(down.to(v.dtype) @ v).pow(2).sum()
-            total = total + 0.5 * _wide(up.to(u.dtype).T @ u).pow(2).sum()
+            for product in (down.to(v.dtype) @ v, up.to(u.dtype).T @ u):
+                wide = torch.promote_types(product.dtype, torch.float32)
+                total = total + 0.5 * product.to(wide).pow(2).sum()
         return self.weight * total
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.bases for t in pair)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def smollm2(device: torch.device, smoke: bool = False) -> tuple[Any, str]:
@@ -271,10 +260,6 @@ def lora_model(base: nn.Module, dropout: float, penalties: tuple[Any, ...] = (),
     return adapted(base, fl.LoRA(rank, ALPHA, dropout, penalties=penalties))
 
 
-def clora_model(base: nn.Module, basis: Any, k: int = K) -> Any:
-    return adapted(base, fl.CLoRA(RANK, ALPHA, k=k, basis=basis))
-
-
 def peft_model(base: nn.Module, dropout: float, autocast: bool = True) -> Any:
     """PEFT's LoRA with its defaults, float32 adapters beside a bfloat16 base, or with adapters in bfloat16."""
     import peft
@@ -295,11 +280,9 @@ def authors_clora(model: nn.Module, k: int = K) -> CloraAuthors:
 def authors_curlora(base: nn.Module) -> Any:
     """The authors' layers, on the rows and columns that ours drew."""
     model = adapted(base, fl.CURLoRA(RANK))
-    for name, layer in fl.adapters(model).items():
-        adapter: Any = layer.adapter
-        parent, _, last = name.rpartition(".")
-        base_layer: Any = layer.base
-        setattr(model.get_submodule(parent), last, CurloraAuthors(base_layer, adapter.rows, adapter.columns))
+    layers: dict[str, Any] = fl.adapters(model)
+    for name, layer in layers.items():
+        model.set_submodule(name, CurloraAuthors(layer.base, layer.adapter.rows, layer.adapter.columns))
     return model.train()
 
 

@@ -10,7 +10,7 @@ backward pass, and the peak of a step. Needs bitsandbytes, which runs NF4 on a C
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import itertools
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import forgetless as fl
 
 from . import providers as peers
 from .bytes import peak_bytes, saved_bytes
-from .harness import BATCH, Results, begin, finish, interleave, parser, row, time_row
+from .harness import BadInput, Results, begin, finish, interleave, row, size_rows, time_row
 from .providers import have_peft
 
 TASK = "django-de"
@@ -33,46 +33,21 @@ def quantized(base: nn.Module) -> Any:
 
     model = peers.twin(base)
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, nn.Linear) or layer is model.get_output_embeddings():
-            continue
-        packed = bnb.nn.Linear4bit(
-            layer.in_features, layer.out_features, layer.bias is not None, layer.weight.dtype, False, "nf4"
-        )
-        packed.weight = bnb.nn.Params4bit(layer.weight.data, False, quant_type="nf4", compress_statistics=False)
-        packed.bias = layer.bias
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, packed.to(layer.weight.device))
+        if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings():
+            sizes = layer.in_features, layer.out_features, layer.bias is not None
+            packed = bnb.nn.Linear4bit(*sizes, layer.weight.dtype, False, "nf4")
+            packed.weight = bnb.nn.Params4bit(layer.weight.data, False, quant_type="nf4", compress_statistics=False)
+            packed.bias = layer.bias
+            model.set_submodule(name, packed.to(layer.weight.device))
     model.is_loaded_in_4bit = True  # what PEFT asks
     return model
 
 
-def with_peft(base: nn.Module, swap: bool = False) -> Any:
-    """PEFT's LoRA on every linear layer but the head; equal draws every time."""
-    torch.manual_seed(0)
-    model = peers.peft_model(base, 0.0)
-    if swap:
-        fl.swap_in(model)
-    return model
-
-
-BUILDERS: dict[str, Callable[[Any], Any]] = {
-    "bfloat16 base, PEFT": with_peft,
-    "bfloat16 base, swapped in": partial(with_peft, swap=True),
-    "NF4 base, PEFT": lambda base: with_peft(quantized(base)),
-    "NF4 base, swapped in": lambda base: with_peft(quantized(base), swap=True),
-}
-
-
 def weight_bytes(model: nn.Module) -> int:
     """Of the frozen layers that are adapted, the scales of a packed weight included."""
-    total = 0
-    for name, module in model.named_modules():
-        if name.endswith("base_layer"):
-            weight: Any = module.weight
-            total += weight.numel() * weight.element_size()
-            scales = getattr(getattr(weight, "quant_state", None), "absmax", None)
-            total += 0 if scales is None else scales.numel() * scales.element_size()
-    return total
+    weights: list[Any] = [m.weight for name, m in model.named_modules() if name.endswith("base_layer")]
+    scales = [getattr(getattr(weight, "quant_state", None), "absmax", None) for weight in weights]
+    return sum(t.numel() * t.element_size() for t in (*weights, *scales) if t is not None)
 
 
 def texts(base: Any, smoke: bool, steps: int, batch: tuple[int, int], device: torch.device) -> list[dict]:
@@ -86,8 +61,7 @@ def texts(base: Any, smoke: bool, steps: int, batch: tuple[int, int], device: to
 
     tokenizer = load_model(device=device)[1]
     rows = [encode(example, tokenizer, batch[1]) for example in load_domain(TASK).train[: steps * batch[0]]]
-    cut = [rows[at : at + batch[0]] for at in range(0, len(rows), batch[0])]
-    return [{k: v.to(device) for k, v in Collator(tokenizer)(part).items()} for part in cut]
+    return [{k: v.to(device) for k, v in part.items()} for part in Collator(tokenizer).batches(rows, batch[0])]
 
 
 class Training:
@@ -112,27 +86,32 @@ def backward(model: Any, batch: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    made = parser(__doc__, "qlora", 1, steps={"type": int, "default": 8}, batch={**BATCH, "default": (4, 96)})
-    options, device, results = begin(made, "qlora", arguments, steps=2, batch=(2, 8))
+    tiny = {"steps": 2, "batch": (2, 8)}
+    options, device, results = begin(__doc__, "qlora", arguments, 1, tiny, steps=8, batch=(4, 96))
     if not have_peft() or importlib.util.find_spec("bitsandbytes") is None:
-        made.error("needs PEFT and bitsandbytes: pip install peft bitsandbytes")
+        raise BadInput("qlora needs PEFT and bitsandbytes: pip install peft bitsandbytes")
     base, name = peers.smollm2(device, options.smoke)
     batches = texts(base, options.smoke, options.steps, options.batch, device)
     tokens = "×".join(map(str, options.batch))
     case = f"{name}, all linear layers but the head, rank {peers.RANK}, {tokens} tokens of {TASK} at most, AdamW"
     runs: dict[str, Training] = {}
-    for title, build in BUILDERS.items():
-        model = build(base)
+    for kind, way in itertools.product(("bfloat16", "NF4"), ("PEFT", "swapped in")):
+        title = f"{kind} base, {way}"
+        frozen = quantized(base) if kind == "NF4" else base
+        torch.manual_seed(0)  # equal draws every time
+        model = peers.peft_model(frozen, 0.0)
+        if way == "swapped in":
+            fl.swap_in(model)
         sizes = {
             "weights": weight_bytes(model),
             "saved": saved_bytes(partial(model, **batches[0]), [model, base]),
             "peak": peak_bytes(partial(backward, model, batches[0]), device),
         }
-        results["rows"] += [row(case, title, "step", metric, size, "B") for metric, size in sizes.items()]
+        results["rows"] += size_rows(case, title, "step", sizes)
         model.zero_grad(set_to_none=True)
         runs[title] = Training(model, batches)
     for title, (times,) in interleave(runs, len(batches), 0, device).items():
         results["rows"] += [time_row(case, title, "step 1", times[:1]), time_row(case, title, "step", times[1:])]
-        for i, loss in enumerate(runs[title].losses, start=1):
-            results["rows"].append(row(case, title, f"step {i}", "loss", loss, "nats"))
+        losses = enumerate(runs[title].losses, start=1)
+        results["rows"] += [row(case, title, f"step {i}", "loss", loss, "nats") for i, loss in losses]
     return finish(results, options)

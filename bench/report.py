@@ -7,31 +7,19 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from forgetless.files import write_atomically
 
+from . import tables
 from .bytes import MIB
-from .harness import FROZEN, OURS, PEFT, RESULTS, ROOT, Parser, Results, read, select
-from .tables import (
-    NONE,
-    SECTIONS,
-    host_bench_text,
-    layer_verdict,
-    lora_times,
-    nested,
-    number,
-    penalised_text,
-    pivot,
-    ratio,
-    section,
-    source,
-    table,
-    unique,
-)
+from .harness import FROZEN, OURS, PEFT, RESULTS, ROOT, Results, parse, read, select
+from .tables import Cells, grid, section, source
 
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+
 # ---------------------------------------------------------------------------- predicted and compiled
 
 
@@ -49,39 +37,44 @@ def static_page() -> str:
 
 
 def static_text(results: Results, path: Path) -> str:
-    assumed = nested(select(results, phase="assumed"), "provider", "metric")
+    assumed = tables.nested(select(results, phase="assumed"), "provider", "metric")
     sizes = next(iter(results["cases"].values()))
     times: dict[str, dict[str, float]] = {}
     for row in select(results, metric="predicted time"):
         of = times.setdefault(row["case"], {})
         of[row["provider"]] = of.get(row["provider"], 0.0) + row["value"]
     (frozen, floor), *designs = times.items()
-    rates = (f"{a['products']['value'] / 1e12:.0f}, {a['memory']['value'] / 1e12:.2f}" for a in assumed.values())
-    rows = [["assumed TFLOP/s, TB/s", *rates], [f"{frozen}, µs", *(f"{time * 1e6:.0f}" for time in floor.values())]]
-    rows += [[design, *(f"+{100 * (of[card] / floor[card] - 1):.1f} %" for card in floor)] for design, of in designs]
-    cards = [f"{a['products']['case']} ({card})" for card, a in assumed.items()]
+    cells: Cells = {}
+    for card, rates in assumed.items():
+        speed, bandwidth = rates["products"]["value"] / 1e12, rates["memory"]["value"] / 1e12
+        column = {"assumed TFLOP/s, TB/s": f"{speed:.0f}, {bandwidth:.2f}", f"{frozen}, µs": f"{floor[card] * 1e6:.0f}"}
+        column |= {design: f"+{100 * (of[card] / floor[card] - 1):.1f} %" for design, of in designs}
+        for line, text in column.items():
+            cells.setdefault(line, {})[f"{rates['products']['case']} ({card})"] = text
     return (
         f"\n## Predicted times\n\nOne layer, M={sizes['M']}, N={sizes['N']}, K={sizes['K']}, R={sizes['R']}, bfloat16, "
         "forward and backward: the predicted overhead of whole designs over the frozen layer. A kernel takes the "
         "longer of its FLOPs and its bytes at the assumed rates; launches and tails take nothing; every matrix crosses "
         "the bus once; partial sums are written to memory and read back from L2; cuBLAS is no faster.\n\n"
-        + table(["design", *cards], rows)
+        + grid("design", cells)
         + "\nThe JSON has every kernel's tile, bytes, registers and predicted time.\n"
         + f"\n{source(results, path)}\n"
     )
 
 
 def targets_text(results: Results, path: Path) -> str:
-    counts: dict[tuple[str, str], dict[str, float]] = {}
+    counts: dict[str, dict[str, Counter[str]]] = {}
     for row in results["rows"]:
-        of = counts.setdefault((row["phase"], row["provider"]), {})
-        of[row["metric"]] = of.get(row["metric"], 0) + row["value"]
-    rows = [{"phase": version, "provider": card, **of} for (version, card), of in counts.items()]
+        counts.setdefault(row["phase"], {}).setdefault(row["provider"], Counter())[row["metric"]] += row["value"]
+    cells = {
+        version: {card: f"{of['compiled']} / {of['problems']}" for card, of in cards.items()}
+        for version, cards in counts.items()
+    }
     return (
         "\n## Compiled\n\nKernels compiled for each card / with a problem: too much shared memory, a spill, "
         "products off the tensor cores, multiply-adds or stores missing, or a failure to compile. The tests compile a "
         "subset.\n\n"
-        + pivot(rows, "", "phase", "provider", lambda of: f"{of['compiled']} / {of['problems']}")
+        + grid("", cells)
         + "".join(f"\n{note}\n" for note in results["notes"])
         + f"\n{source(results, path)}\n"
     )
@@ -92,18 +85,16 @@ def targets_text(results: Results, path: Path) -> str:
 
 def layer_section(results: Results) -> str:
     """Each provider's time over the frozen layer's: by dtype and dropout, the median over shapes, and the ends."""
-    named = lora_times(results, "dtype", "dropout").items()
-    groups = {f"{dtype}, dropout {dropout:g}": cases for (dtype, dropout), cases in named}
-    rows = []
-    for provider in unique(p for cases in groups.values() for case in cases for p in case if p != FROZEN):
-        cells = []
-        for cases in groups.values():
-            ratios = [ratio(case, provider) for case in cases if provider in case]
-            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else NONE)
-        rows.append([NAMES.get(provider, provider), *cells])
+    groups = tables.lora_times(results, "dtype", "dropout")
+    cells: Cells = {}
+    for (dtype, dropout), cases in groups.items():
+        for provider in dict.fromkeys(name for case in cases for name in case if name != FROZEN):
+            ratios = [tables.ratio(case, provider) for case in cases if provider in case]
+            text = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+            cells.setdefault(NAMES.get(provider, provider), {})[f"{dtype}, dropout {dropout:g}"] = text
     return (
         f"**One layer**, forward and backward, times the frozen layer: median of {len(next(iter(groups.values())))} "
-        f"shapes (lowest–highest). {' '.join(layer_verdict(results))}\n\n{table(['', *groups], rows)}"
+        f"shapes (lowest–highest). {' '.join(tables.layer_verdict(results))}\n\n{grid('', cells)}"
     )
 
 
@@ -119,42 +110,36 @@ def step_section(step: Results, memory: Results) -> str:
     """A whole step: times the frozen one, and what is saved for the backward pass beyond it."""
     times = {row["provider"]: row for row in select(step, phase="step", metric="time")}
     saved = {row["provider"]: row["value"] for row in select(memory, phase="step", metric="saved")}
-    dropouts = unique(name.partition(", ")[2] for name in times if name.startswith(f"{OURS}, "))
-    rows = []
-    for who in (OURS, PEFT, f"{PEFT} bf16 adapters"):
-        cells = [number(ratio(times, f"{who}, {dropout}")) for dropout in dropouts]
-        more = [number(mib(saved, f"{who}, {dropout}"), 0) for dropout in dropouts]
-        rows.append([who, *cells, *more])
-    columns = [f"time, {dropout}" for dropout in dropouts] + [f"MiB saved, {dropout}" for dropout in dropouts]
+    cells: Cells = {OURS: {}, PEFT: {}, f"{PEFT} bf16 adapters": {}}
+    for dropout in (name.partition(", ")[2] for name in times if name.startswith(f"{OURS}, dropout")):
+        for who, of in cells.items():
+            of[f"time, {dropout}"] = tables.number(tables.ratio(times, f"{who}, {dropout}"))
+            of[f"MiB saved, {dropout}"] = tables.number((saved[f"{who}, {dropout}"] - saved[FROZEN]) / MIB, 0)
+    cells = {who: dict(sorted(of.items(), key=lambda cell: "MiB" in cell[0])) for who, of in cells.items()}
     case = next(iter(times.values()))["case"]
     return (
         f"**A training step**: {case}; times the frozen model, and MiB saved for the backward pass beyond it. "
-        f"{source(step)}.\n\n{table(['', *columns], rows)}"
+        f"{source(step)}.\n\n{grid('', cells)}"
     )
-
-
-def mib(saved: Mapping[str, float], name: str) -> float | None:
-    return (saved[name] - saved[FROZEN]) / MIB if name in saved else None
 
 
 def readme_section() -> str:
     """The text between README's marks."""
-    results = {kind: read(path) for kind in SECTIONS if (path := RESULTS / f"{kind}-cpu.json").exists()}
+    results = {kind: read(path) for kind in tables.SECTIONS if (path := RESULTS / f"{kind}-cpu.json").exists()}
     parts = []
     if "layer" in results:
         parts.append(layer_section(results["layer"]))
     if {"step", "memory"} <= results.keys():
         parts.append(step_section(results["step"], results["memory"]))
     if "host" in results:
-        text = host_bench_text(results["host"]).partition("\n\n")[2]
         parts.append(
-            f"**The host's time on the CUDA path**, per layer, without a card ({source(results['host'])}):\n\n{text}"
+            f"**The host's time on the CUDA path**, per layer, without a card ({source(results['host'])}):\n\n"
+            + grid("µs over frozen", tables.host_cells(results["host"]))
         )
     if "penalised" in results:
-        text = penalised_text(results["penalised"]).partition("\n\n")[2]
         parts.append(
             "**Penalties in a step of Llama-3-8B**, counted and predicted for an H100: all layers at once → in the "
-            f"kernels' passes:\n\n{text}"
+            "kernels' passes:\n\n" + grid("penalty", tables.penalised_cells(results["penalised"]))
         )
     return "\n".join(parts)
 
@@ -162,35 +147,31 @@ def readme_section() -> str:
 # -------------------------------------------------------------------------------------- other pages
 
 
+SAME = "Every test has the same outcome with and without swap-in."
+
+
 def suite_section() -> str:
     """What PEFT's own tests gave with every LoRA layer swapped in."""
     path = RESULTS / "peft-suite.json"
     results = read(path)
-    counts: dict[str, dict[tuple[str, str], int]] = {}
+    counts: dict[str, Counter[tuple[str, str]]] = {}
     for row in select(results, phase="tests"):
-        counts.setdefault(row["case"], {})[row["provider"], row["metric"]] = row["value"]
+        counts.setdefault(row["case"], Counter())[row["provider"], row["metric"]] = row["value"]
     order = [(who, outcome) for who in ("swapped in", PEFT) for outcome in ("passed", "skipped", "failed")]
-    rows = [[f"`{name}`", *(f"{of.get(key, 0):,}" for key in order)] for name, of in counts.items()]
+    rows = [[f"`{name}`", *(f"{of[key]:,}" for key in order)] for name, of in counts.items()]
     columns = ["PEFT's tests", "passed", "skipped", "failed", "PEFT alone: passed", "skipped", "failed"]
     differ = [f"`{row['case']}`, {row['provider']}: {row['metric']}" for row in select(results, phase="differ")]
-    verdict = (
-        f"Outcomes that differ: {'; '.join(differ)}."
-        if differ
-        else "Every test has the same outcome with and without swap-in."
-    )
+    verdict = f"Outcomes that differ: {'; '.join(differ)}." if differ else SAME
     text = f"\nPEFT {results['versions']['peft']}, LoRA configurations, without network. {verdict}\n\n"
-    text += table(columns, rows)
+    text += tables.table(columns, rows)
     reasons = [f"{row['value']}: {row['case']}" for row in select(results, phase="reasons", metric="failed")]
     if reasons:
         text += f"\nFailed: {'; '.join(reasons)}. The JSON has the reasons of what is skipped.\n"
     names = {"op": "our op", "onto": "in place onto the frozen layer's result", "base": "the frozen layer alone"}
-    rows = []
-    for row in select(results, phase="forward passes"):
-        if row["provider"] == PEFT:
-            rows.append([f"{row['value']:,}", f"PEFT's own: {row['case']}"])
-        elif row["case"] in names:
-            rows.append([f"{row['value']:,}", names[row["case"]]])
-    text += "\n" + table(["forward passes of swapped-in layers", "ran on"], rows)
+    passes = select(results, phase="forward passes")
+    ran = [[r["value"], f"PEFT's own: {r['case']}" if r["provider"] == PEFT else names.get(r["case"])] for r in passes]
+    lines = [[f"{count:,}", name] for count, name in ran if name]
+    text += "\n" + tables.table(["forward passes of swapped-in layers", "ran on"], lines)
     return f"{text}\n{source(results, path)}.\n\n"
 
 
@@ -208,7 +189,7 @@ the command `lowrank` and the options `--curves` and `--no-compile`.
 def benchmarks_page() -> str:
     """docs/benchmarks.md"""
     text, on_gpu = HEAD, False
-    for kind, (title, _) in SECTIONS.items():
+    for kind, (title, _) in tables.SECTIONS.items():
         text += f"\n## {title}\n"
         paths = sorted(RESULTS.glob(f"{kind}-*.json"), key=lambda path: (not path.stem.endswith("-cpu"), path.name))
         if not paths:
@@ -255,9 +236,8 @@ def pages() -> dict[Path, tuple[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="forgetless bench report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
-    options = parser.parse_args(arguments)
+    check = {"action": "store_true", "help": "only say whether the pages are up to date"}
+    options = parse(__doc__, "report", arguments, check=check)
     stale = {path: fresh for path, (text, fresh) in pages().items() if text != fresh}
     names = [path.name for path in stale]
     if options.check:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from .bytes import available_bytes
-from .harness import PEFT
 
 RANKS = (8, 16, 32, 64, 128)
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -92,35 +91,35 @@ class Case:
         return getattr(torch, self.dtype)
 
 
-def grid(options: argparse.Namespace) -> list[Case]:
+def grid(options: argparse.Namespace, **others: Any) -> list[Case]:
     """Every combination of the options, all shapes of one kind before the next; CURLoRA has no dropout."""
+    of = argparse.Namespace(**{**vars(options), **others})
     return [
         Case(shape, M, R, dtype, dropout, method)
-        for dtype in options.dtypes
-        for method in options.methods
-        for dropout in (options.dropout if method == "lora" else [0.0])
-        for shape in options.shapes
-        for M in options.tokens
-        for R in options.ranks
+        for dtype in of.dtypes
+        for method in of.methods
+        for dropout in (of.dropout if method == "lora" else [0.0])
+        for shape in of.shapes
+        for M in of.tokens
+        for R in of.ranks
     ]
 
 
 def sweeps(options: argparse.Namespace, device: torch.device, notes: list[str]) -> list[Case]:
     """One shape by rank and another one by tokens, LoRA without dropout."""
-    cuda, M, R = device.type == "cuda", options.tokens[:1], options.ranks[:1]
-    few = [tokens for tokens in TOKENS if cuda or tokens <= CPU_TOKENS]
-    if len(few) < len(TOKENS) and not options.smoke:
-        notes.append(f"by tokens: to {CPU_TOKENS} of {TOKENS[-1]}, what a CPU gets through")
-    plan: tuple[tuple[str, Sequence[int], Sequence[int]], ...]
-    plan = (("llama3.q" if cuda else "smollm2.up", M, RANKS), ("llama3.k", few, R))
+    cuda, by_rank, by_tokens = device.type == "cuda", list(RANKS), list(TOKENS)
+    shapes = "llama3.q" if cuda else "smollm2.up", "llama3.k"
     if options.smoke:
-        plan = (("tiny.q", M, (2, 4)), ("tiny.k", [4, 8], R))
+        shapes, by_rank, by_tokens = ("tiny.q", "tiny.k"), [2, 4], [4, 8]
+    elif not cuda:
+        by_tokens = [tokens for tokens in TOKENS if tokens <= CPU_TOKENS]
+        notes.append(f"by tokens: to {CPU_TOKENS} of {TOKENS[-1]}, what a CPU gets through")
+    lora: Any = {"methods": ["lora"], "dropout": [0.0], "tokens": options.tokens[:1], "ranks": options.ranks[:1]}
     return [
-        Case(shape, tokens, rank, dtype, 0.0, "lora")
+        case
         for dtype in options.dtypes
-        for shape, all_tokens, ranks in plan
-        for tokens in all_tokens
-        for rank in ranks
+        for shape, sizes in zip(shapes, ({"ranks": by_rank}, {"tokens": by_tokens}), strict=True)
+        for case in grid(options, **{**lora, **sizes, "dtypes": [dtype], "shapes": [shape]})
     ]
 
 
@@ -134,11 +133,6 @@ def fitting(cases: Sequence[Case], device: torch.device, notes: list[str]) -> li
         else:
             notes.append(f"{case.name}: left out, needs about {need / 2**30:.1f} GiB")
     return result
-
-
-def rival(method: str) -> str:
-    """Whose overhead ours is compared with."""
-    return PEFT if method == "lora" else "authors' CURLoRA"
 
 
 def bytes_needed(case: Case) -> int:

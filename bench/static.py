@@ -11,14 +11,13 @@ used for any of them.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from forgetless_kernels import tiles
 from forgetless_kernels.sums import strips_of
 from forgetless_kernels.tl_utils import pad_rank, parts_of
 
-from .harness import RESULTS, Parser, Row, begin, row, write_json
+from .harness import RESULTS, Row, parse, row, start, write_json
 
 # ---------------------------------------------------------------- bytes and FLOPs of one launch, exact
 
@@ -143,15 +142,11 @@ def once_traffic(s: Sizes, tile: tiles.Tile, drop_output: bool = False) -> tuple
     return loads, stores
 
 
-TRAFFIC = {
-    "project": project_traffic,
-    "matmul_lowrank": matmul_lowrank_traffic,
-    "matmul_lowrank_descriptor": matmul_lowrank_descriptor_traffic,
-    "outer": outer_traffic,
-    "project_outer": project_outer_traffic,
-    "full": full_traffic,
-    "once": once_traffic,
-}
+KERNELS: tuple[Any, ...] = (
+    project_traffic, matmul_lowrank_traffic, matmul_lowrank_descriptor_traffic, outer_traffic, project_outer_traffic,
+    full_traffic, once_traffic,
+)  # fmt: skip
+TRAFFIC = {kernel.__name__.removesuffix("_traffic"): kernel for kernel in KERNELS}
 
 
 def flops(kernel: str, s: Sizes, tile: tiles.Tile) -> int:
@@ -191,136 +186,101 @@ def on_card(kernel: str, arch: int, R: int, transposed: bool = False) -> tuple[s
     return kernel, tiles.fit(row, tiles.row(row, arch, 2), pad_rank(R), 2, arch)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    """A card as two numbers, and the predicted time of a kernel on it"""
-
-    flops: float
-    bandwidth: float
-
-    def time(self, flops: float, moved: float) -> float:
-        return max(flops / self.flops, moved / self.bandwidth)
+def seconds(arch: int, flops: float, moved: float) -> float:
+    """Predicted time on that card."""
+    _, speed, bandwidth = CARDS[arch]
+    return max(flops / speed, moved / bandwidth)
 
 
 def designs(s: Sizes, arch: int) -> dict[str, tuple[float, float]]:
     """Predicted seconds (forward, backward) of the layer by design; frozen is the layer's two GEMMs alone"""
-    _, speed, bandwidth = CARDS[arch]
-    rate = Rate(speed, bandwidth)
     M, N, K, R, E = s.M, s.N, s.K, s.R, s.element
     back = dataclasses.replace(s, N=K, K=N)  # the backward pass of the same layer: dy is its x
 
     def moved(*elements: int) -> float:
-        return rate.time(0, E * sum(elements))
+        return seconds(arch, 0, E * sum(elements))
+
+    def products(flops: float) -> float:
+        return seconds(arch, flops, 0)
 
     def run(kernel: str, sizes: Sizes, transposed: bool = False) -> float:
         kernel, tile = on_card(kernel, arch, R, transposed)
-        return rate.time(flops(kernel, sizes, tile), memory(kernel, sizes, tile))
+        return seconds(arch, flops(kernel, sizes, tile), memory(kernel, sizes, tile))
 
-    gemm = rate.time(2 * M * N * K, E * (M * K + N * K + M * N))
+    gemm = seconds(arch, 2 * M * N * K, E * (M * K + N * K + M * N))
     read_x, read_dy = moved(M * K, K * R, M * R), moved(M * N, N * R, M * R)
     add_y, scale_y, add_x = moved(3 * M * N), moved(2 * M * N), moved(3 * M * K)
     write_y, write_x = moved(M * N, M * R), moved(M * K, M * R)
-    update_y, update_x = moved(2 * M * N), moved(2 * M * K)
-    forward, backward = 2 * M * N * R / speed, 2 * M * K * R / speed  # the low-rank products inside GEMMs
-    cast, mask = moved(3 * M * K), rate.time(0, M * K)  # to float32 and back; one byte an element
+    forward, backward = products(2 * M * N * R), products(2 * M * K * R)  # the low-rank products inside GEMMs
+    cast, mask = 2 * moved(3 * M * K), seconds(arch, 0, M * K)  # to float32 and back; one byte an element
+    drop = moved(2 * M * K) + mask
     h, sweep, ddown = run("project", s), run("project_outer", back), run("outer", s)
     extra = 2 * M * N * K * max(R, 16) / (128 if arch in (80, 86, 89, 120) else 256)
-    makers, drop = 2 * M * K * max(R, 16) / speed, moved(2 * M * K) + mask
-    return {
-        "frozen layer": (gemm, gemm),
-        "PEFT default (float32 adapters)": (
-            gemm + 2 * cast + read_x + write_y + scale_y + add_y,
-            gemm + 2 * cast + scale_y + 2 * read_dy + write_x + read_x + add_x,
-        ),
-        "eager bfloat16": (
-            gemm + read_x + write_y + scale_y + add_y,
-            gemm + scale_y + 2 * read_dy + write_x + read_x + add_x,
-        ),
+    every_tile = seconds(arch, 2 * M * N * K + extra, E * (M * K + N * K + M * N)) - gemm
+    makers = products(2 * M * K * max(R, 16))
+    eager = read_x + write_y + scale_y + add_y, scale_y + 2 * read_dy + write_x + read_x + add_x
+    split, ours = (read_x + forward, read_dy + read_x + backward), sweep + ddown + backward
+    beyond = {
+        "frozen layer": (0.0, 0.0),
+        "PEFT default (float32 adapters)": (cast + eager[0], cast + eager[1]),
+        "eager bfloat16": eager,
         "addmm_ after, h recomputed (Unsloth-style)": (
-            gemm + read_x + update_y,
-            gemm + 3 * read_dy + 2 * read_x + update_x,
+            read_x + moved(2 * M * N),
+            3 * read_dy + 2 * read_x + moved(2 * M * K),
         ),
-        "blas: small product first, beta=1": (gemm + read_x + write_y, gemm + 2 * read_dy + write_x + read_x),
-        "LoRAFusion's split, dropout 0": (gemm + read_x + forward, gemm + read_dy + read_x + backward),
-        "LoRAFusion's split, dropout as shipped": (
-            gemm + drop + read_x + forward,
-            gemm + read_dy + read_x + backward + mask,
-        ),
-        "one kernel, h in every tile, forward only": (
-            rate.time(2 * M * N * K + extra, E * (M * K + N * K + M * N)) + forward,
-            gemm + sweep + ddown + backward,
-        ),
-        "forgetless split": (gemm + h + forward, gemm + sweep + ddown + backward),
-        "forgetless split, 3 siblings share x": (gemm + h / 3 + forward, gemm + sweep + ddown / 3 + backward),
-        "forgetless once": (gemm + makers + forward, gemm + sweep + ddown + backward),
-        "FLOPs alone": (gemm + makers + forward, gemm + 2 * (makers + backward)),
+        "blas: small product first, beta=1": (read_x + write_y, 2 * read_dy + write_x + read_x),
+        "LoRAFusion's split, dropout 0": split,
+        "LoRAFusion's split, dropout as shipped": (drop + split[0], split[1] + mask),
+        "one kernel, h in every tile, forward only": (every_tile + forward, ours),
+        "forgetless split": (h + forward, ours),
+        "forgetless split, 3 siblings share x": (h / 3 + forward, sweep + ddown / 3 + backward),
+        "forgetless once": (makers + forward, ours),
+        "FLOPs alone": (makers + forward, 2 * (makers + backward)),
     }
+    return {name: (gemm + there, gemm + back) for name, (there, back) in beyond.items()}
 
 
-def overhead(s: Sizes, arch: int) -> dict[str, float]:
-    """Predicted time over the frozen layer's, in percent"""
-    table = designs(s, arch)
-    frozen = sum(table["frozen layer"])
-    return {name: 100 * (sum(times) / frozen - 1) for name, times in table.items()}
-
-
-def kernel_rows(s: Sizes, arch: int, compile_them: bool = True) -> list[dict[str, Any]]:
-    """Every kernel of a step: its tile, exact traffic, predicted time, and what it compiles to on that card"""
-    _, speed, bandwidth = CARDS[arch]
-    rate, s = Rate(speed, bandwidth), dataclasses.replace(s, arch=arch)
+def kernel_rows(s: Sizes, arch: int, compiled: bool) -> list[Row]:
+    """Every kernel of a step: exact traffic, predicted time, and what it compiles to on that card"""
+    s = dataclasses.replace(s, arch=arch)
     back = dataclasses.replace(s, N=s.K, K=s.N)
-    rows = []
+    units = {"flops": "FLOP", "predicted": "s", "loaded": "B", "memory": "B", "stack": "B", "shared": "B"}
     plain = {
         "project": ("project", s), "forward": ("matmul_lowrank", s), "full": ("full", s), "once": ("once", s),
         "sweep": ("project_outer", back), "dx": ("matmul_lowrank", back), "outer": ("outer", s),
     }  # fmt: skip
-    for case in (*plain, "project dropout", "full dropout", "once dropout", "dx dropout", "outer dropout"):
-        name, _, dropped = case.partition(" ")
+    rows = []
+    for call in (*plain, "project dropout", "full dropout", "once dropout", "dx dropout", "outer dropout"):
+        name, _, dropped = call.partition(" ")
         kernel, sizes = plain[name]
         sizes = dataclasses.replace(sizes, dropout=bool(dropped))
         kernel, tile = on_card(kernel, arch, s.R, name == "dx")
         loads, stores = TRAFFIC[kernel](sizes, tile)
         work, moved = flops(kernel, sizes, tile), memory(kernel, sizes, tile)
-        sizes_of = f"{tile.BLOCK_M}/{tile.BLOCK_N or '–'}/{tile.BLOCK_K} w{tile.num_warps} s{tile.num_stages}"
-        values = {"call": case, "tile": sizes_of, "flops": work, "loaded": sum(loads.values())}
-        values |= {"stored": sum(stores.values()), "memory": moved, "predicted": rate.time(work, moved)}
-        if compile_them:
+        values: dict[str, float] = {"flops": work, "loaded": sum(loads.values()), "stored": sum(stores.values())}
+        values |= {"memory": moved, "predicted": seconds(arch, work, moved)}
+        if compiled:
             from . import targets
 
-            compiled = targets.attempt(targets.Case(case, s.R), arch)[0]
+            record = targets.attempt(targets.Case(call, s.R), arch)[0]
             names = ("registers", "stack", "shared", "blocks_per_sm", "mmas")
-            values |= {name: compiled[name] for name in names if name in compiled}
-        rows.append(values)
+            values |= {name: record[name] for name in names if name in record}
+        phase = f"{tile.BLOCK_M}/{tile.BLOCK_N or '–'}/{tile.BLOCK_K} w{tile.num_warps} s{tile.num_stages}"
+        rows += [row(call, f"sm_{arch}", phase, key, value, units.get(key, "1")) for key, value in values.items()]
     return rows
 
 
-def rows_of(s: Sizes, arch: int, compiled: bool) -> list[Row]:
-    """What is assumed of a card, the designs on it, and its kernels."""
-    card, (name, *rates) = f"sm_{arch}", CARDS[arch]
-    assumed = zip(("products", "memory"), rates, ("FLOP/s", "B/s"), strict=True)
-    rows = [row(name, card, "assumed", what, value, unit) for what, value, unit in assumed]
-    for design, times in designs(s, arch).items():
-        both = zip(("forward", "backward"), times, strict=True)
-        rows += [row(design, card, phase, "predicted time", time, "s") for phase, time in both]
-    units = {"flops": "FLOP", "predicted": "s", "loaded": "B", "memory": "B", "stack": "B", "shared": "B"}
-    for kernel in kernel_rows(s, arch, compiled):
-        call, tile = kernel.pop("call"), kernel.pop("tile")
-        rows += [row(call, card, tile, key, value, units.get(key, "1")) for key, value in kernel.items()]
-    return rows
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="forgetless bench static", description=(__doc__ or "").splitlines()[0])
-    for size, value in (("M", 8192), ("N", 4096), ("K", 4096), ("R", 16)):
-        parser.add_argument(f"-{size}", type=int, default=value)
-    parser.add_argument("--no-compile", action="store_true", help="leave out what the kernels compile to")
-    parser.add_argument("--out", type=Path, default=RESULTS / "static.json")
-    parser.set_defaults(device="cpu", smoke=False)
-    options, _, results = begin(parser, "static", arguments)
-    s = Sizes(options.M, options.N, options.K, options.R)
-    for arch, (name, *_) in CARDS.items():
+def main(arguments: list[str] | None = None) -> None:
+    sizes = {"M": 8192, "N": 4096, "K": 4096, "R": 16}
+    options = parse(__doc__, "static", arguments, **sizes, no_compile=False, out=RESULTS / "static.json")
+    s, results = Sizes(options.M, options.N, options.K, options.R), start("static", arguments)
+    for arch, (name, *rates) in CARDS.items():
         results["cases"][name] = {**dataclasses.asdict(s), "dtype": "bfloat16"}
-        results["rows"] += rows_of(s, arch, not options.no_compile)
+        for what, value, unit in zip(("products", "memory"), rates, ("FLOP/s", "B/s"), strict=True):
+            results["rows"].append(row(name, f"sm_{arch}", "assumed", what, value, unit))
+        for design, times in designs(s, arch).items():
+            both = zip(("forward", "backward"), times, strict=True)
+            results["rows"] += [row(design, f"sm_{arch}", phase, "predicted time", t, "s") for phase, t in both]
+        results["rows"] += kernel_rows(s, arch, not options.no_compile)
     write_json(options.out, results)
     print(f"written to {options.out}")
-    return 0

@@ -1,8 +1,8 @@
 """The compile gate: every kernel for every card we know, without one; what fits, what spills, what uses tensor cores.
 
-    python -m bench targets                  a subset, as the tests run it
-    python -m bench targets --all            everything; adds this Triton's part to bench/results/targets.json
-    python -m bench targets --triton 3.9.0   with another Triton, installed beside this one under .cache/
+    python -m bench targets         a subset, as the tests run it; --only NAME: cases whose name has this in it
+    python -m bench targets --all   everything; adds this Triton's part to bench/results/targets.json
+    make targets TRITON=3.9.0       with another Triton, installed beside this one under .cache/
 
 The launchers themselves run, on tensors without storage and under a driver that names a card but has none: what is
 compiled is what a real call would compile, arguments, tiles, divisibility and all. Nothing is executed.
@@ -17,7 +17,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from forgetless_kernels import launcher, matmul_lowrank, sums, tiles
 
-from .harness import RESULTS, ROOT, Parser, Results, begin, read, row, write_json
+from .harness import RESULTS, Results, parse, read, row, start, write_json
 from .host import NoCard
 from .target_cases import Case, calls, everything, subset
 
@@ -69,28 +68,24 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         yield launches
 
 
-def measure(case: Case, arch: int) -> list[Record]:
-    """Compile one case for one card: a record for each kernel it launches."""
-    row, call = calls(case.R, getattr(torch, case.dtype))[case.name]
-    with contextlib.ExitStack() as stack:
-        if case.default_tile:
-            default = dataclasses.asdict(tiles.TABLE[row][0, getattr(torch, case.dtype).itemsize])
-            stack.enter_context(tiles.forced(row, **{k: v for k, v in default.items() if v}))
-            stack.enter_context(mock.patch.object(matmul_lowrank, "has_row", lambda kernel, device: False))
-        launches = stack.enter_context(compiling_for(arch))
-        call()
-    records = [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, **usage(*one)} for one in launches]
-    # the default tile is that of cards we do not know: sm_90 itself never takes it
-    return [{**record, "serialized": ""} for record in records] if case.default_tile else records
-
-
 def attempt(case: Case, arch: int) -> list[Record]:
-    """measure, with a failure to compile as a record"""
+    """Compile one case for one card: a record for each kernel it launches; a failure to compile is one too."""
+    base: Record = {"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype}
     try:
-        records = measure(case, arch)
+        row, call = calls(case.R, getattr(torch, case.dtype))[case.name]
+        with contextlib.ExitStack() as stack:
+            if case.default_tile:
+                default = dataclasses.asdict(tiles.TABLE[row][0, getattr(torch, case.dtype).itemsize])
+                stack.enter_context(tiles.forced(row, **{k: v for k, v in default.items() if v}))
+                stack.enter_context(mock.patch.object(matmul_lowrank, "has_row", lambda kernel, device: False))
+            launches = stack.enter_context(compiling_for(arch))
+            call()
+        # the default tile is that of cards we do not know: sm_90 itself never takes it
+        more = {"serialized": ""} if case.default_tile else {}
+        records = [{**base, **usage(*one), **more} for one in launches]
     except Exception as error:  # whatever the compiler raises is recorded
         text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        return [{"case": str(case), "arch": arch, "R": case.R, "dtype": case.dtype, "problems": [text[:300]]}]
+        return [{**base, "problems": [text[:300]]}]
     return [{**record, "problems": problems(record)} for record in records]
 
 
@@ -245,14 +240,13 @@ def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in records:
         groups.setdefault((record.get("kernel", "not compiled"), record["arch"]), []).append(record)
-    rows = []
+    rows, phase = [], f"Triton {triton.__version__}"
     for (kernel, arch), some in groups.items():
-        values = {"compiled": (len(some), "kernels"), "problems": (sum(bool(r["problems"]) for r in some), "kernels")}
+        values = [("compiled", len(some), "kernels"), ("problems", sum(bool(r["problems"]) for r in some), "kernels")]
         if kernel != "not compiled":
-            for key, unit in (("registers", "1"), ("stack", "B"), ("shared", "B")):
-                values[key] = (max(r[key] for r in some), unit)
-        phase = f"Triton {triton.__version__}"
-        rows += [row(kernel, f"sm_{arch}", phase, metric, value, unit) for metric, (value, unit) in values.items()]
+            needs = (("registers", "1"), ("stack", "B"), ("shared", "B"))
+            values += [(key, max(r[key] for r in some), unit) for key, unit in needs]
+        rows += [row(kernel, f"sm_{arch}", phase, *value) for value in values]
     return rows
 
 
@@ -267,36 +261,14 @@ def write(records: Sequence[Record], results: Results) -> None:
     write_json(path, results)
 
 
-def beside(version: str) -> Path:
-    """A folder with that Triton alone, installed by pip on first use; half an installation leaves none."""
-    folder = ROOT / ".cache" / f"triton-{version}"
-    if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
-            subprocess.run([*pip, "--target", f"{place}/triton", f"triton=={version}"], check=True)
-            os.replace(f"{place}/triton", folder)
-    return folder
-
-
 def main(arguments: list[str] | None = None) -> int:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = Parser(prog="forgetless bench targets", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every case; writes bench/results/targets.json")
-    parser.add_argument("--archs", type=lambda s: tuple(map(int, s.split(","))), default=ARCHS)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--triton", help="another version of Triton")
-    parser.set_defaults(device="cpu", smoke=False)
-    options, _, results = begin(parser, "targets", given)
-    if options.triton and options.triton != triton.__version__:  # Triton is imported: go on in a process with that one
-        path = [str(beside(options.triton)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-        return subprocess.run([sys.executable, "-m", "bench", "targets", *given], env=environment, cwd=ROOT).returncode
+    cards = {"type": lambda text: tuple(map(int, text.split(","))), "default": ARCHS, "help": "as 80,90"}
+    own = {"all": False, "archs": cards, "only": "", "jobs": os.cpu_count() or 1}
+    options = parse(__doc__, "targets", arguments, **own)
     cases = [case for case in (everything() if options.all else subset()) if options.only in str(case)]
     records = collect(cases, options.archs, options.jobs, show=True)
     if options.all and not options.only and options.archs == ARCHS:
-        write(records, results)
+        write(records, start("targets", arguments))
     else:
         for r in records:
             print(json.dumps({key: value for key, value in r.items() if key != "problems"}))

@@ -1,9 +1,6 @@
 """Microbenchmarks by pytest-benchmark: the op, each kernel, each penalty, and one layer beside its peers.
 
-    pytest bench --benchmark-only                                    all of them on one shape
-    pytest bench --benchmark-only -k kernels --shapes 4096x4096      one kernel a row, on that shape
-    pytest bench --benchmark-only --benchmark-save=before            and on another commit:
-    pytest bench --benchmark-only --benchmark-compare --benchmark-compare-fail=median:10%
+    pytest bench --benchmark-only [-k kernels] [--shapes 4096x4096]
 
 A group is one case, a row one provider; the times are the host's, with a synchronisation on CUDA. Kernels are timed as
 "Triton" on CUDA; on a CPU as "BLAS", and at small shapes as "interpreter", which says nothing of their speed. Rows of a

@@ -8,6 +8,9 @@ import os
 import statistics
 import subprocess
 import sys
+import types
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from forgetless_bench import (  # noqa: E402
     layer,
     providers,
     report,
+    step,
     tables,
 )
 from forgetless_bench.shapes import Case  # noqa: E402
@@ -103,6 +107,13 @@ def test_rows_of_the_others(smoke):
     saved = {row["provider"]: row["value"] for row in harness.select(smoke["memory"], phase="step", metric="saved")}
     assert saved["forgetless, dropout 0.1"] > saved["frozen"]
     assert dispatch.BARE in names("dispatch", metric="time")
+
+
+def test_the_peak_of_a_step_is_taken_in_a_fresh_process():
+    options = types.SimpleNamespace(smoke=True, dropout=[0.0], batch=(1, 4))
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        size = fresh.submit(step.probe, "frozen", options).result()
+    assert size is None or size >= 0
 
 
 def test_curlora_saves_a_fraction_of_what_the_authors_save():
@@ -187,11 +198,11 @@ def test_an_unknown_commit_is_refused_in_one_line(capsys):
 
 
 def test_a_worker_answers_with_its_error():
-    requests = [{"make": "layer", "spec": {"case": TINY, "device": "cpu"}}, {"times": "forgetless"}, {"times": "x"}]
+    requests = [["make", "layer", {"case": TINY, "device": "cpu"}], ["times", "forgetless"], ["times", "x"]]
     replies = io.StringIO()
     against.serve([json.dumps(one) for one in requests], replies)
     made, times, error = map(json.loads, replies.getvalue().splitlines())
-    assert "frozen" in made["result"]["names"] and made["result"]["notes"] == []
+    assert "frozen" in made["result"][0] and made["result"][1] == []
     assert len(times["result"]) == 2 and min(times["result"]) > 0 and error["error"] == "KeyError: 'x'"
 
 

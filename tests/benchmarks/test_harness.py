@@ -150,6 +150,18 @@ def test_peaks():
     assert set(peaks) == {"float32", "bytes"} and min(peaks.values()) > 0
 
 
+def test_options_have_the_type_of_their_default(capsys):
+    own = {"steps": 8, "lr": 0.5, "batch": (4, 128), "ranks": [16], "no_rss": False, "dtype": {"choices": ["a", "b"]}}
+    assert vars(harness.parse("", "x", [], **own)) == {**own, "dtype": None}
+    given = "--steps 2 --lr 1 --batch 1 2 --ranks 8 16 --no-rss --dtype b".split()
+    chosen = vars(harness.parse("", "x", given, **own))
+    assert chosen == {"steps": 2, "lr": 1.0, "batch": [1, 2], "ranks": [8, 16], "no_rss": True, "dtype": "b"}
+    for wrong in (["--batch", "1"], ["--steps", "x"], ["--dtype", "c"]):
+        with pytest.raises(SystemExit):
+            harness.parse("", "x", wrong, **own)
+    assert capsys.readouterr().err.count("error: forgetless bench x: ") == 3
+
+
 def test_a_published_command_names_no_folder():
     given = ["--smoke", "--out", "somewhere", "--out=x", "--rounds", "3"]
     assert harness.without_out(given) == ["--smoke", "--rounds", "3"]

@@ -34,7 +34,7 @@ def test_bench_gpu_from_its_first_line_to_its_last(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{kind}-phantom-h100.json" for kind in kinds)
     for kind in kinds:
         results = json.loads((tmp_path / f"{kind}-phantom-h100.json").read_text())
-        assert results["kind"] == kind and results["machine"]["gpu"] == "Phantom H100" and results["rows"]
+        assert results["kind"] == kind and results["machine"]["device"] == "Phantom H100" and results["rows"]
         assert not [note for note in results["notes"] if "wrong" in note]
     layer = json.loads((tmp_path / "layer-phantom-h100.json").read_text())
     providers = {row["provider"] for row in layer["rows"]}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
+import terms_traffic as traffic
 import torch
 from kernel_plans import TILE, fitted
 from torch import Tensor
 
 from forgetless.ops.rows import More, Rows, Term
-from forgetless_bench import penalised as traffic
 from forgetless_bench.static import Sizes, project_traffic
 from forgetless_kernels import fused, sums, tiles
 from forgetless_kernels.tl_utils import pad_rank
