@@ -13,7 +13,6 @@ from .calibrate import LossFunction, measure_inputs
 from .layers.experts import matrices
 from .layers.linear import AdaptedLinear
 from .model import _running
-from .penalties.base import trains_factors
 from .penalties.covariance import Covariance
 from .penalties.deviation import SourceDeviation
 
@@ -70,7 +69,7 @@ def retain(
 
 
 def _state(name: str, layer: AdaptedLinear) -> Any:
-    if not trains_factors(layer.adapter):
+    if not layer.adapter.trains_factors:
         raise ValueError(f"{name}: {type(layer.adapter).__name__} does not train its two factors; retain wants LoRA's")
     for state in layer.adapter.penalty_states():
         if isinstance(state.spec, SourceDeviation) and state.calibrated:

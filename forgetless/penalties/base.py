@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Site, Stays
+from ..adapter import Adapter, Described, Site, Stays, from_json, whole, wide
 from ..ops.rows import Products, Rows
 
 #: Every penalty by its name, filled by ``register``.
@@ -23,7 +23,7 @@ def register(cls: type[Penalty]) -> type[Penalty]:
 
 
 @dataclass(frozen=True)
-class Penalty:
+class Penalty(Described):
     """A term added to the training loss, one per adapted layer; the terms of all layers are summed.
 
     Subclasses are frozen dataclasses of fields that JSON can hold; ``attach`` makes the state for one layer.
@@ -37,8 +37,6 @@ class Penalty:
 
     weight: float = 1.0
 
-    name: ClassVar[str]
-
     def __post_init__(self) -> None:
         if not (isinstance(self.weight, (int, float)) and 0.0 <= self.weight < float("inf")):
             raise ValueError(f"{type(self).__name__}.weight is {self.weight!r}, wants a number >= 0")
@@ -51,10 +49,6 @@ class Penalty:
         """
         raise NotImplementedError
 
-    def to_json(self) -> dict[str, Any]:
-        """Name and fields, as ``fl.save`` writes them."""
-        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
-
     @staticmethod
     def from_json(data: dict[str, Any]) -> Penalty:
         """Inverse of ``to_json``.
@@ -62,20 +56,14 @@ class Penalty:
         Raises:
             ValueError: the name or a field is unknown.
         """
-        data = dict(data)
-        name = data.pop("name", None)
-        if not isinstance(name, str) or name not in PENALTIES:
-            raise ValueError(f"unknown penalty {name!r}, wants one of {sorted(PENALTIES)}")
-        try:
-            return PENALTIES[name](**data)
-        except TypeError as error:
-            raise ValueError(f"penalty {name!r}: {error}") from None
+        return from_json("penalty", PENALTIES, data)
 
 
 class PenaltyState(Stays):
-    """Buffers and value of one penalty on one layer.
+    """Buffers and value of one penalty on one layer. A subclass writes ``value`` or ``total``.
 
-    Persistent buffers are saved with the adapter (statistics of data that may be gone), the others are rebuilt.
+    Persistent buffers are saved with the adapter (statistics of data that may be gone), the others are rebuilt. Those
+    named ``centre_`` are the point that the statistics were measured at.
     """
 
     #: The value needs h of the last forward pass, with its graph.
@@ -97,11 +85,11 @@ class PenaltyState(Stays):
             hidden: with ``needs_hidden``, h = scale * drop(x) @ down.T (M, R) of the last forward pass with its graph,
                 those of all its calls of the layer, None if it had none; else None.
         """
-        raise NotImplementedError
+        return self.total([Item(self, adapter, hidden)])
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        """Sum of ``value`` over all layers, once per step; subclasses do it in fewer and larger products.
+        """Sum of ``value`` over all layers, once per step, here in fewer and larger products.
 
         With ``needs_hidden``, ``total`` takes one argument more: ``weights``, one per token, or None.
         """
@@ -148,7 +136,7 @@ class PenaltyState(Stays):
 
     def export_statistics(self) -> dict[str, Tensor]:
         """Copies of what has been measured, for ``add_statistics`` after another calibration."""
-        return {}
+        return {name: t.clone() for name, t in self.state_dict().items() if not name.startswith("centre_")}
 
     def add_statistics(self, earlier: dict[str, Tensor]) -> None:
         """Add what was measured earlier: several domains are kept at full strength each."""
@@ -215,7 +203,6 @@ def check_choice(title: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{title} is {value!r}, wants {choices}")
 
 
-def trains_factors(adapter: Adapter) -> bool:
-    """Whether the adapter's parameters are its two factors themselves."""
-    down, up = adapter.factors()
-    return getattr(adapter, "down", None) is down and getattr(adapter, "up", None) is up
+def nothing(adapter: Adapter) -> Tensor:
+    """A value of zero."""
+    return wide(whole(adapter.factors()[0])).new_zeros(())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Site, whole, wide
-from .base import Item, Penalty, PenaltyState, check_choice, register, trains_factors
+from .base import Item, Penalty, PenaltyState, check_choice, register
 from .batched import grouped
 from .kfac import Kron
 
@@ -88,7 +88,7 @@ class _Diagonal(PenaltyState):
         own = dict(adapter.named_parameters(recurse=False))
         # where none is trained now, all are later: PEFT freezes adapters that are not active
         self.names = [name for name, p in own.items() if p.requires_grad] or list(own)
-        self.balances = spec.at_zero == "balanced" and trains_factors(adapter)
+        self.balances = spec.at_zero == "balanced" and adapter.trains_factors
         self.at_zero = False
         self.spread: Tensor | None = None  # (K,) what at_zero="balanced" gives A, up to a factor
         for name in self.names:
@@ -133,10 +133,6 @@ class _Diagonal(PenaltyState):
             self.fisher_down.copy_((trace / self.fisher_down.shape[0] * share).expand_as(self.fisher_down))
             self.spread = None
 
-    def export_statistics(self) -> dict[str, Tensor]:
-        names = [f"fisher_{name}" for name in self.names]
-        return {name: getattr(self, name).clone() for name in [*names, "samples"]}
-
     def add_statistics(self, earlier: dict[str, Tensor]) -> None:
         for name, tensor in earlier.items():
             getattr(self, name).add_(tensor)
@@ -146,14 +142,6 @@ class _Diagonal(PenaltyState):
 
     def __getattr__(self, name: str) -> Any:  # the buffers, for the type checker
         return super().__getattr__(name)
-
-    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        terms = []
-        for name in self.names:
-            moved = wide(whole(getattr(adapter, name))) - wide(getattr(self, f"centre_{name}"))
-            precision = getattr(self, f"fisher_{name}").to(moved.dtype) + self.spec.prior_precision
-            terms.append((precision * moved.square()).sum())
-        return 0.5 * self.spec.weight * torch.stack(terms).sum()
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:

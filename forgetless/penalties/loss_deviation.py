@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Site, wide
+from ..adapter import Adapter, Site
 from .base import Item, Penalty, PenaltyState, check_choice, register
-from .batched import grouped
-from .covariance import Covariance, apply_stacked
-from .deviation import check_form
+from .covariance import Covariance
+from .deviation import check_form, gram_total
 
 FISHERS = ("empirical", "true")
 
@@ -98,9 +97,6 @@ class _LossDeviation(PenaltyState):
         pair.inputs.finish()
         pair.outputs.finish(pair.labels)
 
-    def export_statistics(self) -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in self.named_buffers()}
-
     @torch.no_grad()
     def add_statistics(self, earlier: dict[str, Tensor]) -> None:
         """The earlier pairs beside those of now: no two texts are mixed."""
@@ -124,36 +120,9 @@ class _LossDeviation(PenaltyState):
         labels: Tensor = self.pairs[0].labels
         return labels
 
-    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        down, up = (wide(t) for t in adapter.factors())
-        rises = [
-            ((pair.outputs.apply_to(up.T) @ up) * (pair.inputs.apply_to(down) @ down.T)).sum() for pair in self.pairs
-        ]
-        return 0.5 * self.spec.weight * adapter.scale**2 * torch.stack(rises).sum()
-
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        states = [state for state, _, _ in items]
-        weights = [0.5 * state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
-
-        def form(group: list[int], down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            value, ddown, dup = down.new_zeros(()), torch.zeros_like(down), torch.zeros_like(up)
-            for pairs in zip(*(states[i].pairs for i in group), strict=True):
-                seen = apply_stacked([pair.inputs for pair in pairs], down)  # (L, R, K)
-                lifted = apply_stacked([pair.outputs for pair in pairs], up.mT)  # (L, R, N)
-                inner, outer = seen @ down.mT, lifted @ up  # (L, R, R)
-                value += (outer * inner).sum()
-                ddown.baddbmm_(outer, seen)
-                dup.baddbmm_(lifted.mT, inner)
-            weight = weights[group[0]]
-            return weight * value, ddown.mul_(2 * weight), dup.mul_(2 * weight)
-
-        def key(i: int) -> Any:
-            pair = states[i].pairs[0]
-            return weights[i], len(states[i].pairs), pair.inputs.form(), pair.outputs.form()
-
-        larger = [max((s.pairs[0].inputs, s.pairs[0].outputs), key=Covariance.length).largest() for s in states]
-        return grouped([a.factors() for _, a, _ in items], [key(i) for i in range(len(items))], form, larger)
+        return gram_total(items, [[(pair.inputs, pair.outputs) for pair in s.pairs] for s, _, _ in items], 0.5)
 
 
 def _count(names: Iterable[str]) -> int:
