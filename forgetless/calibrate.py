@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import compat
 from .layers.experts import matrices
 from .layers.linear import AdaptedLinear
-from .model import _running
+from .model import running_layers
 from .penalties import SourceDeviation
 from .penalties.covariance import Covariance
 from .samples import Tokens, Window, entry, run
@@ -54,7 +54,7 @@ def calibrate(
             tokens of a layer are of which sequence, or padding (statistics are then reset); or weights are cut over
             processes by tensor parallelism.
     """
-    running = matrices(_running(model))
+    running = matrices(running_layers(model))
     layers = {name: layer for name, layer in running.items() if states_of(layer)}
     return _measure(_Measured(model, layers, loss), list(running.values()), batches, on_batch)
 
@@ -66,7 +66,7 @@ def measure_inputs(
 
     Args: as of ``calibrate``; ``form`` as of ``Covariance``. Raises: as of ``calibrate``.
     """
-    layers = matrices(_running(model))
+    layers = matrices(running_layers(model))
     spec = SourceDeviation(covariance=form)
     states: dict[AdaptedLinear, Any] = {layer: spec.attach(layer.adapter, layer.site()) for layer in layers.values()}
     _measure(_Measured(model, layers, loss, lambda layer: [states[layer]]), list(layers.values()), batches)

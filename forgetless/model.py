@@ -138,13 +138,16 @@ def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     return layers
 
 
-def check_whole(layers: dict[str, AdaptedLinear]) -> None:
-    """ValueError where a weight is flattened, as between the passes of FSDP1 and ZeRO-3: so are the factors then."""
+def _checked(layers: dict[str, AdaptedLinear], call: str) -> dict[str, AdaptedLinear]:
+    """The layers, if there are any and no weight is flattened, as by FSDP1 and ZeRO-3: so are the factors then."""
+    if not layers:
+        raise ValueError(f"model has no adapters; call {call} first")
     for name, layer in layers.items():
         if layer.frozen.dim() < 2:
             raise ValueError(
                 f"the weight of {name} is flattened (FSDP1, ZeRO-3): gather all parameters first, or use FSDP2"
             )
+    return layers
 
 
 def running(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -157,20 +160,14 @@ def running(model: nn.Module) -> dict[str, AdaptedLinear]:
     return result
 
 
-def _running(model: nn.Module) -> dict[str, AdaptedLinear]:
-    layers = running(model)
-    if not layers:
-        raise ValueError("model has no adapters; call fl.adapt(model, method) or fl.swap_in(peft_model) first")
-    check_whole(layers)
-    return layers
+def running_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Those of ``running``; ValueError where there are none or a weight is flattened."""
+    return _checked(running(model), "fl.adapt(model, method) or fl.swap_in(peft_model)")
 
 
-def _adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
-    layers = adapters(model)
-    if not layers:
-        raise ValueError("model has no adapters; call fl.adapt(model, method) first")
-    check_whole(layers)
-    return layers
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Those of ``adapters``; ValueError where there are none or a weight is flattened."""
+    return _checked(adapters(model), "fl.adapt(model, method)")
 
 
 def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
@@ -189,7 +186,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
         RuntimeError: within a transform of ``torch.func``.
     """
-    layers = _running(model)
+    layers = running_layers(model)
     passes = next(iter(layers.values())).passes
     if passes is not None and passes.completed and not passes.told:
         passes.told = True
@@ -241,7 +238,7 @@ def drift(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: the model has no adapters.
     """
-    values = {name: layer.drift() for name, layer in _running(model).items()}
+    values = {name: layer.drift() for name, layer in running_layers(model).items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -258,7 +255,7 @@ def record_drift(model: nn.Module, enabled: bool = True) -> nn.Module:
     Raises:
         ValueError: the model has no adapters.
     """
-    for layer in _running(model).values():
+    for layer in running_layers(model).values():
         layer.records_drift = enabled
     return model
 
@@ -276,7 +273,7 @@ def explain(model: nn.Module) -> Report:
     from .peft.explain import reports
 
     listed = reports(checked(model))
-    layers = adapters(model) if listed else _adapters(model)
+    layers = adapters(model) if listed else adapted_layers(model)
     report = Report(listed, {} if listed else passed_over(model))
     idle = set(uncalled(layers))
     for name, layer in layers.items():
@@ -304,7 +301,7 @@ def remove(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no adapters.
     """
-    for layer in _adapters(model).values():
+    for layer in adapted_layers(model).values():
         for hooks in (layer.group, layer.passes):
             if hooks is not None:
                 hooks.detach()

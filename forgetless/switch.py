@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 
 from .layers.linear import AdaptedLinear
-from .model import _running as running
-from .model import adapters
+from .model import adapters, running_layers
 
 
 class scaled:  # noqa: N801 - used as a function
@@ -36,7 +35,7 @@ class scaled:  # noqa: N801 - used as a function
     def __init__(self, model: nn.Module, factor: float):
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
             raise ValueError(f"factor is {factor!r}, wants a finite number")
-        running(model)  # raises without adapters
+        running_layers(model)  # raises without adapters
         changes = [_change_layer(name, layer, factor) for name, layer in adapters(model).items()]
         if "peft" in sys.modules:
             from .peft.scales import changes as changes_of_peft
@@ -67,7 +66,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no adapters.
     """
-    running(model)
+    running_layers(model)
     switched = [(layer.__dict__, "disabled", True) for layer in adapters(model).values()]
     if "peft" in sys.modules:
         from .peft.scales import switches
@@ -100,7 +99,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _change_states(model: nn.Module) -> list[tuple[Any, int]]:
     """Each pass-keeper of the model is in a new state; (keeper, the state before)."""
-    keepers = {id(layer.passes): layer.passes for layer in running(model).values() if layer.passes is not None}
+    keepers = {id(layer.passes): layer.passes for layer in running_layers(model).values() if layer.passes is not None}
     before = [(passes, passes.state) for passes in keepers.values()]
     for passes in keepers.values():
         passes.made += 1
@@ -151,6 +150,6 @@ def fuse_penalty(model: nn.Module, enabled: bool = True) -> nn.Module:
     Raises:
         ValueError: the model has no adapters.
     """
-    for layer in running(model).values():
+    for layer in running_layers(model).values():
         layer.makes_products = enabled
     return model
