@@ -12,7 +12,8 @@ from torch import nn
 from .layers.experts import SUFFIX
 from .layers.linear import AdaptedLinear
 from .layers.quantized import kind_of
-from .targets import excluded, is_head
+from .report import listed
+from .targets import excluded, heads_of, is_head
 
 #: ``fl.adapt`` warns from this share of the weights on.
 SHARE = 0.1
@@ -29,25 +30,19 @@ def passed_over(model: nn.Module) -> dict[str, float]:
 
 def warn_passed_over(model: nn.Module, exclude: str | Iterable[str]) -> None:
     """Warn of what "all-linear" left out, embeddings, the head and what the user excluded aside."""
-    asked = excluded(model, exclude)
+    asked, heads = excluded(model, exclude), heads_of(model)
 
     def silent(name: str, module: nn.Module) -> bool:
-        return isinstance(module, (AdaptedLinear, nn.Embedding)) or name in asked or is_head(model, name, module)
+        return isinstance(module, (AdaptedLinear, nn.Embedding)) or name in asked or is_head(name, module, heads)
 
     left = _shares(model, lambda name, module: not silent(name, module))
     if sum(left.values()) >= SHARE:
         reached = sum(_shares(model, lambda name, module: isinstance(module, AdaptedLinear)).values())
         warnings.warn(
             f"targets 'all-linear' reached {reached:.0%} of the weights of {type(model).__name__}; passed over: "
-            f"{listed(left)}; fl.explain lists all, exclude= says that some are meant to be left out",
+            f"{listed(left, 8)}; fl.explain lists all, exclude= says that some are meant to be left out",
             stacklevel=3,
         )
-
-
-def listed(shares: dict[str, float], most: int = 8) -> str:
-    """ "model.embed_tokens.weight 25%, .. and 3 more"."""
-    names = [f"{name} {share:.1%}" for name, share in shares.items()]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def uncalled(layers: dict[str, AdaptedLinear]) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from .adapter import Adapter
 from .layers.linear import AdaptedLinear
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
 
 #: Entries of a batch that say how many sequences it has, the first one that is there; else its first tensor.
 _SEQUENCES = ("input_ids", "inputs_embeds", "labels")
@@ -221,6 +224,7 @@ class Tokens:
     def real_x(self) -> Tensor:  # (tokens, K)
         return self.x.flatten(0, 1) if self.mask is None else self.x[self.mask]
 
+    @cached_property
     def gradients(self) -> dict[str, Tensor]:
         """Parameter name -> (S, *shape), by S small products: no second backward pass."""
         down, up = (t.to(self.x.dtype) for t in self.adapter.factors())
@@ -230,6 +234,14 @@ class Tokens:
         else:  # the usual start: no gradient reaches down
             ddown = self.x.new_zeros(1, 1, 1).expand(self.x.shape[0], *down.shape)
         return self.adapter.pullback(ddown, dup)
+
+
+def loss_of(model: nn.Module, batch: Any, loss: LossFunction | None, needed: bool = True) -> Any:
+    """The loss of the batch: the model's own where no function is given. None if there is none and none is needed."""
+    value = entry(run(model, batch), "loss") if loss is None else loss(model, batch)
+    if not isinstance(value, Tensor) and needed:
+        raise ValueError('the model returned no loss: put "labels" into the batches, or pass loss=')
+    return value
 
 
 def run(model: nn.Module, batch: Any, without: tuple[str, ...] = ()) -> Any:

@@ -70,7 +70,7 @@ class AdaptedSharded(AdaptedAround):
         trace = self.trace
         if trace is None or trace.x is None or self.cut.dim == 0:
             return super().drift()
-        self.trace = Trace(gathered_columns(trace.x, self.cut), None)
+        self.trace = Trace(gathered_columns(trace.x, self.cut, self.in_features), None)
         try:
             return super().drift()
         finally:

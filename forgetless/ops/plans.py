@@ -81,6 +81,7 @@ class Route:
         return self.plan in ("full", "once")
 
 
+_UNDECIDED = Choice(DEFAULT, "the default on this device, not measured yet")
 #: What the first use measured, and what failed, in this process.
 _measured: dict[Problem, Choice] = {}
 _failed: dict[tuple[Problem, str], str] = {}
@@ -150,19 +151,12 @@ def choose(problem: Problem) -> Choice:
     if problem in _measured:
         return _measured[problem]
     reason = failed(problem, DEFAULT)
-    if reason:
-        return Choice("blas", f"{DEFAULT} failed here: {reason}")
-    return Choice(DEFAULT, "the default on this device, not measured yet")
+    return Choice("blas", f"{DEFAULT} failed here: {reason}") if reason else _UNDECIDED
 
 
 def undecided(problem: Problem) -> bool:
     """Whether a first-use check would tell something new."""
-    return (
-        problem not in _measured
-        and forced()[0] is None
-        and problem.key not in table.measured().get(problem.gpu, {})
-        and not failed(problem, DEFAULT)
-    )
+    return choose(problem) is _UNDECIDED
 
 
 def failed(problem: Problem, plan: str) -> str | None:
