@@ -83,11 +83,10 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
             taker.make_views()  # raises before anything is changed
     for taker in takers.values():
         taker.install()
-    _form_groups(model)
     for module in model.modules():
         if isinstance(module, _peft("tuners.tuners_utils").BaseTuner) and not isinstance(module, _SwappedTuner):
             _put_before(_SwappedTuner, module)
-    _mark_passes(model)
+    _hook(model)
     return model
 
 
@@ -212,8 +211,7 @@ def take_over(model: nn.Module, own: dict[str, tuple[Penalty, ...]], specs: tupl
             taker = taker_of(layer) or _Taker(layer, title(name, layer), specs)
             taker.own.update(own)
             taker.install()
-    _form_groups(model)
-    _mark_passes(model)
+    _hook(model)
 
 
 @functools.cache
@@ -318,8 +316,10 @@ class _Taker:
                 view.trace = None
 
 
-def _form_groups(model: nn.Module) -> None:
-    _detach(_swapped(model))
+def _hook(model: nn.Module) -> None:
+    """Form the groups and mark the passes of the model as it is now."""
+    swapped = _swapped(model)
+    _detach(swapped)
     together: dict[str, dict[str, AdaptedLinear]] = {}
     for name, module in model.named_modules():
         taker = taker_of(module)
@@ -328,10 +328,6 @@ def _form_groups(model: nn.Module) -> None:
                 together.setdefault(view.adapter.key, {})[bare_name(model, name)] = view
     for same in together.values():
         form_groups(model, same)
-
-
-def _mark_passes(model: nn.Module) -> None:
-    swapped = _swapped(model)
     passes = Passes(model, [taker.layer for taker in swapped], swapped)
     for taker in swapped:
         taker.passes = passes

@@ -116,6 +116,7 @@ class View(AdaptedLinear):
 
     layer: Any
     adapter: PeftAdapter
+    lends_weight = False
     shares_dropout = False  # each layer of PEFT has a mask of its own
 
     def __init__(self, layer: Any, key: str, name: str, specs: tuple[Penalty, ...]):
@@ -128,7 +129,7 @@ class View(AdaptedLinear):
             self.needs_hidden = any(state.needs_hidden for state in adapter.penalty_states())
 
     @property
-    def weight(self) -> Tensor:
+    def frozen(self) -> Tensor:
         """The frozen weight; where it is packed or hidden, a tensor of its shape that takes no memory."""
         base = self.layer.base_layer
         if base_reason(base) is None:
@@ -136,10 +137,6 @@ class View(AdaptedLinear):
         down = self.adapter.down
         dtype = getattr(base, "compute_dtype", None) or down.dtype
         return torch.empty(1, 1, dtype=dtype, device=down.device).expand(self.out_features, self.in_features)
-
-    @property
-    def frozen(self) -> Tensor:
-        return self.weight
 
     def site(self) -> Site:
         weight = self.weight.detach()
