@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Described, Site, Stays, from_json, whole, wide
 from ..ops.rows import Products, Rows
+from .covariance import Covariance
 
 #: Every penalty by its name, filled by ``register``.
 PENALTIES: dict[str, type[Penalty]] = {}
@@ -71,6 +72,8 @@ class PenaltyState(Stays):
     #: What ``fl.calibrate`` must supply: None, "inputs" (x of each layer), "gradients" (per-sequence gradients of the
     #: parameters) or "tokens" (x and the gradient of the layer's output).
     statistics: ClassVar[str | None] = None
+    #: Name of the buffer that says how many samples or tokens the statistics are of, a scalar.
+    counter: ClassVar[str | None] = None
 
     def __init__(self, spec: Penalty):
         super().__init__()
@@ -111,6 +114,14 @@ class PenaltyState(Stays):
 
     def begin_statistics(self, adapter: Adapter) -> None:
         """Forget earlier statistics; centre at the adapter's present parameters. ``fl.calibrate`` calls it first."""
+        for name, t in self.state_dict().items():
+            if name.startswith("centre_"):
+                t.copy_(getattr(adapter, name.removeprefix("centre_")).detach())
+            else:
+                t.zero_()
+        for part in self.modules():
+            if isinstance(part, Covariance):
+                part.stream = None
 
     def add_inputs(self, x: Tensor) -> None:
         """Take in x (tokens, K) of source-domain text."""
@@ -167,10 +178,6 @@ class PenaltyState(Stays):
         self.make_room([name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def seen(self) -> Tensor | None:
-        """How many samples or tokens the statistics are of, a scalar; None for a penalty without statistics."""
-        return None
-
     @property
     def calibrated(self) -> bool:
         """Whether ``value`` has the statistics it needs.
@@ -178,10 +185,9 @@ class PenaltyState(Stays):
         A yes is remembered, since asking an accelerator waits for it. It is forgotten when statistics begin anew or
         are loaded. A fake or meta tensor has no number to ask for: the answer is yes and is not remembered.
         """
-        count = None if self._known_calibrated else self.seen()
-        if count is None:
+        if self._known_calibrated or self.counter is None:
             return True
-        positive = count > 0
+        positive = self.get_buffer(self.counter) > 0
         if type(positive) is not Tensor or positive.is_meta:
             return True
         self._known_calibrated = bool(positive)

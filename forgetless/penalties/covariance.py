@@ -57,13 +57,7 @@ class Covariance(Stays):
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=like.device))
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64, device=like.device))
-        self._stream: _Stream | None = None
-
-    def reset(self) -> None:
-        """Nothing has been seen."""
-        for buffer in self.buffers():
-            buffer.zero_()
-        self._stream = None
+        self.stream: _Stream | None = None
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -78,17 +72,17 @@ class Covariance(Stays):
         if not self.columns:
             self.rest += x.to(self.rest.dtype).square().sum(0)
             return
-        if self._stream is None:
-            self._stream = _Stream(self.rest, self.columns)
-        self._stream.add(x)
+        if self.stream is None:
+            self.stream = _Stream(self.rest, self.columns)
+        self.stream.add(x)
 
     @torch.no_grad()
     def finish(self, count: Tensor | None = None) -> None:
         """Divide the sums by ``count``, the vectors seen if not given; at most once after ``add``."""
-        if self._stream is not None:
-            values, basis = self._stream.finish(self.columns)
+        if self.stream is not None:
+            values, basis = self.stream.finish(self.columns)
             self._set(values, basis, self.rest)
-            self._stream = None
+            self.stream = None
         count = (self.tokens if count is None else count).clamp(min=1)
         for name in ("matrix", "rest", "spectrum"):
             if name in self._buffers:

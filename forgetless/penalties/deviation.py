@@ -177,6 +177,7 @@ def check_form(title: str, form: object) -> None:
 
 class _SourceDeviation(PenaltyState):
     statistics = "inputs"
+    counter = "source.tokens"
     source: Covariance
 
     def __init__(self, spec: SourceDeviation, site: Site):
@@ -191,9 +192,6 @@ class _SourceDeviation(PenaltyState):
     @property
     def tokens(self) -> Tensor:
         return self.source.tokens
-
-    def begin_statistics(self, adapter: Adapter) -> None:
-        self.source.reset()
 
     def add_inputs(self, x: Tensor) -> None:
         self.source.add(x)
@@ -219,9 +217,6 @@ class _SourceDeviation(PenaltyState):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.separate()  # what comes may not be the siblings' as well
         super()._load_from_state_dict(*args)
-
-    def seen(self) -> Tensor:
-        return self.tokens
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:

@@ -21,6 +21,7 @@ class Kron(PenaltyState):
     """
 
     statistics = "tokens"
+    counter = "samples"
     inputs: Covariance
     outputs: Covariance
     gram_x: Tensor
@@ -48,14 +49,8 @@ class Kron(PenaltyState):
         self.at_zero = False  # whether it is being calibrated at B = 0
 
     def begin_statistics(self, adapter: Adapter) -> None:
-        down, up = adapter.factors()
-        self.inputs.reset()
-        self.outputs.reset()
-        for name in ("gram_x", "gram_y", "samples"):
-            getattr(self, name).zero_()
-        self.centre_down.copy_(down.detach())
-        self.centre_up.copy_(up.detach())
-        self.at_zero = not bool(up.any())
+        super().begin_statistics(adapter)
+        self.at_zero = not bool(self.centre_up.any())
 
     def add_tokens(self, tokens: Any) -> None:
         dy = tokens.scaled_dy().flatten(0, 1)
@@ -98,9 +93,6 @@ class Kron(PenaltyState):
                     part[key] = part[key] * theirs
                     getattr(cov, key).mul_(mine)
             cov.merge(part)
-
-    def seen(self) -> Tensor:
-        return self.samples
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:

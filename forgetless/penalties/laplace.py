@@ -81,7 +81,10 @@ class Laplace(Penalty):
 
 class _Diagonal(PenaltyState):
     statistics = "gradients"
+    counter = "samples"
     samples: Tensor
+    fisher_down: Tensor
+    fisher_up: Tensor
 
     def __init__(self, spec: Laplace, adapter: Adapter, site: Site):
         super().__init__(spec)
@@ -99,12 +102,9 @@ class _Diagonal(PenaltyState):
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
 
     def begin_statistics(self, adapter: Adapter) -> None:
+        super().begin_statistics(adapter)
         self.spread = None
         self.at_zero = self.balances and not bool(adapter.factors()[1].any())
-        for name in self.names:
-            getattr(self, f"fisher_{name}").zero_()
-            getattr(self, f"centre_{name}").copy_(getattr(adapter, name).detach())
-        self.samples.zero_()
 
     def add_gradients(self, grads: dict[str, Tensor], count: Tensor | int) -> None:
         for name in self.names:
@@ -136,12 +136,6 @@ class _Diagonal(PenaltyState):
     def add_statistics(self, earlier: dict[str, Tensor]) -> None:
         for name, tensor in earlier.items():
             getattr(self, name).add_(tensor)
-
-    def seen(self) -> Tensor:
-        return self.samples
-
-    def __getattr__(self, name: str) -> Any:  # the buffers, for the type checker
-        return super().__getattr__(name)
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:

@@ -75,6 +75,7 @@ class _Pair(nn.Module):
 
 class _LossDeviation(PenaltyState):
     statistics = "tokens"
+    counter = "pairs.0.labels"
 
     def __init__(self, spec: LossDeviation, site: Site):
         super().__init__(spec)
@@ -82,9 +83,7 @@ class _LossDeviation(PenaltyState):
 
     def begin_statistics(self, adapter: Adapter) -> None:
         del self.pairs[1:]
-        for cov in (self.pairs[0].inputs, self.pairs[0].outputs):
-            cov.reset()
-        self.pairs[0].labels.zero_()
+        super().begin_statistics(adapter)
 
     def add_tokens(self, tokens: Any) -> None:
         pair = self.pairs[0]
@@ -115,10 +114,6 @@ class _LossDeviation(PenaltyState):
             self.pairs.append(copy.deepcopy(self.pairs[0]))
         if count:
             del self.pairs[count:]
-
-    def seen(self) -> Tensor:
-        labels: Tensor = self.pairs[0].labels
-        return labels
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
