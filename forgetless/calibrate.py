@@ -255,8 +255,4 @@ class _Measured:
         joint = None if mask is None else mask.flatten()[None]
         as_one = Tokens(layer.adapter, x.flatten(0, 1)[None], dy.flatten(0, 1)[None], joint, None, 1, labels)
         for state in states:
-            tokens = as_one if getattr(state.spec, "fisher", None) == "batch" else each
-            if state.statistics == "gradients":
-                state.add_gradients(tokens.gradients, tokens.count)
-            if state.wants_tokens:
-                state.add_tokens(tokens)
+            state.add_tokens(as_one if getattr(state.spec, "fisher", None) == "batch" else each)

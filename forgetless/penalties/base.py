@@ -70,7 +70,7 @@ class PenaltyState(Stays):
     #: The value needs h of the last forward pass, with its graph.
     needs_hidden: ClassVar[bool] = False
     #: What ``fl.calibrate`` must supply: None, "inputs" (x of each layer), "gradients" (per-sequence gradients of the
-    #: parameters) or "tokens" (x and the gradient of the layer's output).
+    #: parameters) or "tokens" (x and the gradient of the layer's output, without padding).
     statistics: ClassVar[str | None] = None
     #: Name of the buffer that says how many samples or tokens the statistics are of, a scalar.
     counter: ClassVar[str | None] = None
@@ -126,21 +126,8 @@ class PenaltyState(Stays):
     def add_inputs(self, x: Tensor) -> None:
         """Take in x (tokens, K) of source-domain text."""
 
-    def add_gradients(self, grads: dict[str, Tensor], count: Tensor | int) -> None:
-        """Take in gradients of the samples' mean losses, once for each batch: summed over all calls of the layer.
-
-        Args:
-            grads: parameter name -> (samples, *shape); samples without labels have zeros.
-            count: samples that have labels.
-        """
-
     def add_tokens(self, tokens: Any) -> None:
-        """Take in one layer's inputs and output gradients of one batch, a ``forgetless.samples.Tokens``."""
-
-    @property
-    def wants_tokens(self) -> bool:
-        """Whether ``add_tokens`` is to be called."""
-        return self.statistics == "tokens"
+        """Take in one layer's inputs and output gradients of one batch, of all its calls: ``samples.Tokens``."""
 
     def end_statistics(self) -> None:
         """All data has been seen: normalise."""

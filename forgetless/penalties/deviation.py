@@ -43,17 +43,36 @@ class WeightDeviation(Penalty):
         return _WeightDeviation(self)
 
 
-class _WeightDeviation(PenaltyState):
+#: Of one layer: S (K, K) and G (N, N), None for the identity.
+Pairs = Sequence[tuple[Covariance | None, Covariance | None]]
+
+
+class Gram(PenaltyState):
+    """weight * factor * scale^2 * sum over ``moments`` of <up^T G up, down S down^T>."""
+
+    factor: ClassVar[float] = 1.0
+
+    def moments(self) -> Pairs:
+        return [(None, None)]
+
+    @classmethod
+    def weights(cls, items: list[Item]) -> list[float]:
+        return [cls.factor * state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
+
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        return gram_total(items, [[(None, None)]] * len(items))
-
-    def rows(self) -> tuple[Rows, ...]:
-        return Rows("up"), Rows("down")
+        layers = [adapter.factors() for _, adapter, _ in items]
+        return gram_form(layers, cls.weights(items), [state.moments() for state, _, _ in items])
 
     @classmethod
     def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
-        return _gram_made(made, [state.spec.weight * adapter.scale**2 for state, adapter, _ in items])
+        sources = [state.moments()[0][0] for state, _, _ in items]
+        return _gram_made(made, cls.weights(items), [s.spectrum if s and s.columns else None for s in sources])
+
+
+class _WeightDeviation(Gram):
+    def rows(self) -> tuple[Rows, ...]:
+        return Rows("up"), Rows("down")
 
 
 @register
@@ -110,7 +129,8 @@ class _OutputDeviation(PenaltyState):
     @classmethod
     def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
         tokens = [0 if hidden is None else hidden.shape[0] for _, _, hidden in items]
-        return _gram_made(made, [state.spec.weight / max(M, 1) for (state, _, _), M in zip(items, tokens, strict=True)])
+        weights = [state.spec.weight / max(M, 1) for (state, _, _), M in zip(items, tokens, strict=True)]
+        return _gram_made(made, weights, [None] * len(items))
 
 
 def _as_covariance(weights: Tensor | None, hidden: Tensor) -> tuple[Covariance | None, float]:
@@ -175,7 +195,7 @@ def check_form(title: str, form: object) -> None:
         raise ValueError(f"{title} is {form!r}, wants 'diag', 'full' or an integer >= 0, the columns of its eigenbasis")
 
 
-class _SourceDeviation(PenaltyState):
+class _SourceDeviation(Gram):
     statistics = "inputs"
     counter = "source.tokens"
     source: Covariance
@@ -218,9 +238,8 @@ class _SourceDeviation(PenaltyState):
         self.separate()  # what comes may not be the siblings' as well
         super()._load_from_state_dict(*args)
 
-    @classmethod
-    def total(cls, items: list[Item]) -> Tensor:
-        return gram_total(items, [[(item.state.source, None)] for item in items])
+    def moments(self) -> Pairs:
+        return [(self.source, None)]
 
     def rows(self) -> tuple[Rows, ...]:
         if self.source.full or not self._known_calibrated or not self.spec.weight:
@@ -228,31 +247,13 @@ class _SourceDeviation(PenaltyState):
         own = Rows("up"), Rows("down", None, self.source.rest)
         return (*own, Rows("down", self.source.basis)) if self.source.columns else own
 
-    @classmethod
-    def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
-        weights = [state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
-        sources = [state.source for state, _, _ in items]
-        return _gram_made(made, weights, [source.spectrum if source.columns else None for source in sources])
-
-
-#: Of one layer: S (K, K) and G (N, N), None for the identity.
-Pairs = Sequence[tuple[Covariance | None, Covariance | None]]
-
-
-def gram_total(items: list[Item], pairs: Sequence[Pairs], factor: float = 1.0) -> Tensor:
-    """``gram_form`` of the layers' factors, by ``factor`` and the weight of each."""
-    weights = [factor * state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
-    return gram_form([adapter.factors() for _, adapter, _ in items], weights, pairs)
-
 
 def _gram_made(
     made: list[Products],  # of each layer (2 R + q, R): of up, of the inner rows, and V^T down^T of an eigenbasis
     weights: list[float],
-    spectra: list[Tensor | None] | None = None,  # (q,)
+    spectra: list[Tensor | None],  # (q,)
 ) -> Tensor:
     """sum_i w_i <S_up, S_in + T^T diag(l) T>, with its gradients w (S_in + T^T diag(l) T), w S_up, 2 w l T S_up."""
-    if spectra is None:
-        spectra = [None] * len(weights)
 
     def form(group: Sequence[int], z: Tensor) -> tuple[Tensor, Tensor]:
         R, weight = z.shape[2], weights[group[0]]

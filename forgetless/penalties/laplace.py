@@ -106,23 +106,19 @@ class _Diagonal(PenaltyState):
         self.spread = None
         self.at_zero = self.balances and not bool(adapter.factors()[1].any())
 
-    def add_gradients(self, grads: dict[str, Tensor], count: Tensor | int) -> None:
-        for name in self.names:
-            if name in grads:
-                fisher = getattr(self, f"fisher_{name}")
-                fisher += grads[name].to(fisher.dtype).square().sum(0)  # linalg.vector_norm takes fifty times as long
-        self.samples += count
-
-    @property
-    def wants_tokens(self) -> bool:
-        return self.at_zero
-
     def add_tokens(self, tokens: Any) -> None:
-        """For at_zero="balanced": over B with independent entries of variance v, the mean square of
+        """With at_zero="balanced", the spread, too: over B with independent entries of variance v, the mean square of
         sum_t (dy_t B)_r x_tk is v ||sum_t dy_t x_tk||^2 = v x_k^T (dY dY^T) x_k, which needs no (N, K) product."""
-        x, dy = wide(tokens.x), wide(tokens.scaled_dy())
-        seen = (((dy @ dy.transpose(1, 2)) @ x) * x).sum((0, 1))
-        self.spread = seen if self.spread is None else self.spread + seen
+        for name in self.names:
+            if name in tokens.gradients:
+                fisher = getattr(self, f"fisher_{name}")
+                squares = tokens.gradients[name].to(fisher.dtype).square()
+                fisher += squares.sum(0)  # linalg.vector_norm takes fifty times as long
+        self.samples += tokens.count
+        if self.at_zero:
+            x, dy = wide(tokens.x), wide(tokens.scaled_dy())
+            seen = (((dy @ dy.transpose(1, 2)) @ x) * x).sum((0, 1))
+            self.spread = seen if self.spread is None else self.spread + seen
 
     def end_statistics(self) -> None:
         for name in self.names:

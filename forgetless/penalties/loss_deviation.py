@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site
-from .base import Item, Penalty, PenaltyState, check_choice, register
+from .base import Penalty, PenaltyState, check_choice, register
 from .covariance import Covariance
-from .deviation import check_form, gram_total
+from .deviation import Gram, Pairs, check_form
 
 FISHERS = ("empirical", "true")
 
@@ -73,7 +73,8 @@ class _Pair(nn.Module):
         self.register_buffer("labels", torch.zeros((), dtype=torch.int64, device=weight.device))
 
 
-class _LossDeviation(PenaltyState):
+class _LossDeviation(Gram):
+    factor = 0.5
     statistics = "tokens"
     counter = "pairs.0.labels"
 
@@ -115,9 +116,8 @@ class _LossDeviation(PenaltyState):
         if count:
             del self.pairs[count:]
 
-    @classmethod
-    def total(cls, items: list[Item]) -> Tensor:
-        return gram_total(items, [[(pair.inputs, pair.outputs) for pair in s.pairs] for s, _, _ in items], 0.5)
+    def moments(self) -> Pairs:
+        return [(pair.inputs, pair.outputs) for pair in self.pairs]
 
 
 def _count(names: Iterable[str]) -> int:
