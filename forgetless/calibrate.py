@@ -135,7 +135,7 @@ class _Measured:
             raise ValueError(
                 "no attached penalty asks for statistics; only Laplace (LaLoRA), LossDeviation and SourceDeviation do"
             )
-        cut = next((name for name, layer in layers.items() if getattr(layer, "cut", None) is not None), None)
+        cut = next((name for name, layer in layers.items() if layer.cut is not None), None)
         if cut is not None:
             raise ValueError(
                 f"the weight of {cut} is cut over processes: calibrate the model whole and fl.save; "

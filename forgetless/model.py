@@ -25,7 +25,7 @@ from .methods.base import Method
 from .names import checked, wraps
 from .offload import check_here
 from .ops.bodies import exact_products
-from .penalties.base import Item
+from .penalties.base import Item, PenaltyState
 from .report import LayerReport, Report
 from .targets import ALL_LINEAR, find_layers
 
@@ -216,9 +216,9 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
 
 
-def _calibrated(state: nn.Module) -> bool:
+def _calibrated(state: PenaltyState) -> bool:
     """Whether the state has the statistics it needs; a warning if not."""
-    if getattr(state, "statistics", None) is None or state.calibrated:
+    if state.calibrated:
         return True
     title = type(state.spec).__name__
     warnings.warn(

@@ -163,10 +163,6 @@ def _unpack_gguf(base: Any) -> Tensor:
     return dense
 
 
-def _dtype_torchao(base: Any) -> torch.dtype:
-    return base.weight.dtype
-
-
 _NOT_YET = "it is not quantised yet: model.to(device) does that"
 
 _4BIT = Kind(
@@ -178,8 +174,8 @@ _4BIT = Kind(
     fresh=True,
 )
 _8BIT = Kind("bitsandbytes int8", _unpack_8bit, wants=_wants_8bit, fresh=True)
-_TORCHAO = Kind("torchao", lambda base: base.weight.detach().dequantize(), _dtype_torchao)
-_NF4 = Kind("torchao NF4", lambda base: base.weight.detach().get_original_weight(), _dtype_torchao)
+_TORCHAO = Kind("torchao", lambda base: base.weight.detach().dequantize(), lambda base: base.weight.dtype)
+_NF4 = Kind("torchao NF4", lambda base: base.weight.detach().get_original_weight(), lambda base: base.weight.dtype)
 
 #: By the full name of the layer's class.
 KINDS: dict[str, Kind] = {
