@@ -22,7 +22,7 @@ from .layers.passes import Passes
 from .layers.stack import Stack
 from .layers.wrapped import wrap
 from .methods.base import Method
-from .names import checked, wraps
+from .names import checked, outer_modules
 from .offload import check_here
 from .ops.bodies import exact_products
 from .penalties.base import Item, PenaltyState
@@ -121,21 +121,11 @@ def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> adapted layer, in the model's order; empty for a model without adapters."""
-    layers: dict[str, AdaptedLinear] = {}
-    seen: set[nn.Module | None] = {None}
-    todo: list[tuple[str, nn.Module | None]] = [("", checked(model))]
-    while todo:  # ``named_modules`` without what is inside adapted layers: it is asked for every step
-        name, module = todo.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if isinstance(module, AdaptedLinear):
-            layers[name.removesuffix(SUFFIX) if isinstance(module, AdaptedExperts) else name] = module
-        elif module is not None and module._modules:
-            start = f"{name}." if name else ""
-            inner = [(name if wraps(module, key) else start + key, child) for key, child in module._modules.items()]
-            todo += reversed(inner)
-    return layers
+    return {
+        name.removesuffix(SUFFIX) if isinstance(module, AdaptedExperts) else name: module
+        for name, module in outer_modules(model, AdaptedLinear)
+        if isinstance(module, AdaptedLinear)
+    }
 
 
 def _checked(layers: dict[str, AdaptedLinear], call: str) -> dict[str, AdaptedLinear]:

@@ -114,9 +114,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if newest(Path(folder), OURS).exists():
         raise ValueError(f"folder {folder} holds a checkpoint of fl.save ({OURS}); export into another one")
     beside = trained_beside(model)
-    tensors = {}
-    for name, layer in layers.items():
-        tensors.update(peft_format.tensors_of(name, layer))
+    tensors = {key: t for name, layer in layers.items() for key, t in peft_format.tensors_of(name, layer).items()}
     files = {
         WEIGHTS: tensor_bytes(flattened(model, tensors) | _besides(beside)),
         CONFIG: json_bytes(_peft_config(model, layers, method, beside)),

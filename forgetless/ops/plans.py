@@ -122,8 +122,7 @@ def forced() -> tuple[str | None, bool]:
     Raises:
         ValueError: the variable holds something else.
     """
-    text = os.environ.get("FORGETLESS_PLAN", "")
-    return (None, False) if not text else _parse_forced(text)
+    return _parse_forced(os.environ.get("FORGETLESS_PLAN", ""))
 
 
 @functools.cache

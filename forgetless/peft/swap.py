@@ -23,12 +23,12 @@ from ..layers.groups import form_groups
 from ..layers.linear import AdaptedLinear
 from ..layers.passes import Passes
 from ..layers.stack import give_back, run_by
-from ..names import bare_name, checked
+from ..names import bare_name, checked, outer_modules
 from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from .experts import ExpertsView, title
 from .routes import adapter_reason, base_reason, kind_reason, lora_layers, onto_base, runs_experts, stack_of, taker_of
-from .views import PENALTIES, HidesPenalties, OwnLayer, Theirs, View, any_of
+from .views import PENALTIES, HidesPenalties, OwnLayer, Theirs, View
 
 #: What is asked of a PEFT layer.
 _ASKED = (
@@ -112,15 +112,15 @@ def swap_out(model: nn.Module) -> nn.Module:
 def views(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> active adapter of each swapped-in layer, as an adapted layer; "name:adapter" where several are active."""
     result: dict[str, AdaptedLinear] = {}
-    for name, layer in model.named_modules() if any_of(model) else ():  # names take long, and every step asks
+    for name, layer in outer_modules(model, AdaptedLinear):
         taker = taker_of(layer)
         active: dict[str, AdaptedLinear] = {}
         if taker is not None:
             active = {view.adapter.key: view for view in taker.active()}
         elif isinstance(layer, OwnLayer):
             active = layer.active_layers()
-        own = title(bare_name(model, name), layer) if active else name
         for key, view in active.items():
+            own = title(name, layer)
             result[own if len(active) == 1 else f"{own}:{key}"] = view
     return result
 

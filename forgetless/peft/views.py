@@ -48,22 +48,6 @@ class OwnLayer:
         raise NotImplementedError
 
 
-def any_of(model: nn.Module) -> bool:
-    """Whether any module of the model may have a view."""
-    seen: set[nn.Module | None] = {None}
-    todo: list[nn.Module | None] = [model]
-    while todo:
-        module = todo.pop()
-        if module is None or module in seen:
-            continue
-        if "_forgetless" in module.__dict__ or isinstance(module, OwnLayer):
-            return True
-        seen.add(module)
-        if not isinstance(module, Adapter):  # nothing of PEFT's is inside
-            todo += module._modules.values()
-    return False
-
-
 class PeftAdapter(Adapter):
     """One PEFT adapter of one layer, read where PEFT keeps it: nothing is held twice."""
 
