@@ -165,7 +165,6 @@ class _Measured:
             family.drop()
         for layer in self.layers.values():
             for state in self.of(layer):
-                state.reset_caches()
                 state.begin_statistics(layer.adapter)
 
     def _check_read(self) -> None:
@@ -223,7 +222,7 @@ class _Measured:
             family.take(state, args[0], rows) if family else state.add_inputs(rows)
         if not any(state.statistics != "inputs" for state in states):
             return
-        version, calls = x._version, window.calls_of(layer)
+        version, calls = x._version, window.calls[layer]
         calls.count += not again
         samples = window.split(layer.name, x)
         mask = window.mask_of(layer.name, x) if any(s.statistics == "tokens" for s in states) else None
@@ -242,7 +241,7 @@ class _Measured:
     def _finish(self, layer: AdaptedLinear, window: Window) -> None:
         """Give the layer's states what it was given in all calls of this batch, once."""
         states = [state for state in self.of(layer) if state.statistics != "inputs"]
-        calls = window.calls_of(layer)
+        calls = window.calls[layer]
         if not states or calls.finished:
             return
         x, dy, mask = calls.joined(layer, window.sequences)

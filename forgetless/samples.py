@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -73,7 +74,7 @@ class Window:
         self.sequences = 0  # not known yet
         self.lengths: set[int] = set()  # tokens of a sequence
         self.leaves: list[Tensor] = []  # where the graph starts
-        self.calls: dict[nn.Module, Calls] = {}
+        self.calls: defaultdict[nn.Module, Calls] = defaultdict(Calls)
         self._start: tuple[Tensor, int] | None = None  # the x of the last leaf, and its version
         tensors = {"": batch} if isinstance(batch, Tensor) else batch if isinstance(batch, Mapping) else {}
         tensors = {key: _normal(v.to(device)) if isinstance(v, Tensor) else v for key, v in tensors.items()}
@@ -107,11 +108,8 @@ class Window:
     def drop(self) -> None:
         """Let go of the batch and of the graph."""
         self.batch = self.share = self._start = None
-        self.leaves, self.masks, self.calls = [], [], {}
-
-    def calls_of(self, layer: nn.Module) -> Calls:
-        """What the layer has been given in this batch."""
-        return self.calls.setdefault(layer, Calls())
+        self.leaves, self.masks = [], []
+        self.calls.clear()
 
     def _count(self, counted: Tensor) -> None:  # (sequences, ..) bool
         counts = counted.flatten(1).sum(1).double()

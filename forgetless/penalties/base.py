@@ -114,6 +114,7 @@ class PenaltyState(Stays):
 
     def begin_statistics(self, adapter: Adapter) -> None:
         """Forget earlier statistics; centre at the adapter's present parameters. ``fl.calibrate`` calls it first."""
+        self._known_calibrated = False
         for name, t in self.state_dict().items():
             if name.startswith("centre_"):
                 t.copy_(getattr(adapter, name.removeprefix("centre_")).detach())
@@ -153,15 +154,11 @@ class PenaltyState(Stays):
     def separate(self) -> None:
         """Use a copy of the statistics of its own again."""
 
-    def reset_caches(self) -> None:
-        """Statistics are about to change, or have changed: ask again whether there are any."""
-        self._known_calibrated = False
-
     def make_room(self, names: Iterable[str]) -> None:
         """Saved statistics of these names are to be copied in: have a buffer for each."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.reset_caches()
+        self._known_calibrated = False
         self.make_room([name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
