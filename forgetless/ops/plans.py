@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..files import write_json
 from . import table
 from .table import PLANS
 
@@ -193,7 +194,10 @@ def store(rows: dict[str, dict[str, Any]], path: Path | None = None) -> Path:
         ValueError: the rows are not those of a table.
     """
     path = path or table.table_path()
-    table.write(rows, path)
+    data = {"format": table.FORMAT, "gpus": rows}
+    table.check_table(data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, data, sort_keys=True)
     forget()
     return path
 
