@@ -46,9 +46,6 @@ class AdaptedPacked(AdaptedAround):
     def frozen(self) -> Tensor:
         return stand_in(self.base, self.kind.dtype(self.base))
 
-    def fold(self, factors: tuple[Tensor, Tensor] | None = None) -> float:
-        raise ValueError(f"the weight of {self.name} is packed ({self.kind.title}): nothing can be added to it")
-
 
 class AdaptedSharded(AdaptedAround):
     """Tensor parallel: ``weight`` is a DTensor, x or y this rank's columns."""
