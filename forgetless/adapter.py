@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .offload import Stays
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,45 @@ class Adapter(Stays):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))
+
+    @property
+    def trains_factors(self) -> bool:
+        """Whether its parameters are its two factors themselves."""
+        down, up = self.factors()
+        return getattr(self, "down", None) is down and getattr(self, "up", None) is up
+
+
+class Described:
+    """A frozen dataclass of fields that JSON can hold."""
+
+    name: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and fields, as ``fl.save`` writes them."""
+        own: Any = self
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(own)}}
+
+
+def from_json(title: str, known: Mapping[str, type[T]], data: Mapping[str, Any]) -> T:
+    """The one of ``known``, name -> class, that ``to_json`` describes.
+
+    Raises:
+        ValueError: the name or a field is unknown.
+    """
+    given = dict(data)
+    name = given.pop("name", None)
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"unknown {title} {name!r}, wants one of {sorted(known)}")
+    try:
+        return known[name](**given)
+    except TypeError as error:
+        raise ValueError(f"{title} {name!r}: {error}") from None
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU whose draws are a function of the seed and the name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .calibrate import LossFunction
 from .names import checked
-from .samples import Window, entry, run
+from .samples import LossFunction, Window, loss_of
 from .switch import disabled, evaluating, scaled
 
 #: Factors are tried to 1 / 32.
@@ -66,11 +65,8 @@ def _mean_loss(model: nn.Module, batches: list[Any], loss: LossFunction | None) 
     total, count = 0.0, 0.0
     device = next(model.parameters()).device
     for batch in batches:
-        batch = Window(batch, device, model).batch
-        value = entry(run(model, batch), "loss") if loss is None else loss(model, batch)
-        if not isinstance(value, Tensor):
-            raise ValueError("the model returned no loss: give labels in the batch, or loss=")
-        labels = entry(batch, "labels") if not isinstance(batch, Tensor) else None
-        labelled = float((labels[:, 1:] != -100).sum()) if isinstance(labels, Tensor) and labels.dim() == 2 else 1.0
-        total, count = total + float(value) * labelled, count + labelled
+        window = Window(batch, device, model)
+        labelled = 1.0 if window.labels is None else float(window.labels)
+        total += float(loss_of(model, window.batch, loss)) * labelled
+        count += labelled
     return total / max(count, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,12 @@ from torch import Tensor, nn
 from . import compat
 from .layers.experts import matrices
 from .layers.linear import AdaptedLinear
-from .model import _running
+from .model import running_layers
 from .penalties import SourceDeviation
 from .penalties.covariance import Covariance
-from .samples import Tokens, Window, entry, run
+from .samples import LossFunction, Tokens, Window, loss_of
 from .siblings import Family, StatesOf, siblings, states_of
 from .switch import evaluating
-
-LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 def calibrate(
@@ -54,7 +53,7 @@ def calibrate(
             tokens of a layer are of which sequence, or padding (statistics are then reset); or weights are cut over
             processes by tensor parallelism.
     """
-    running = matrices(_running(model))
+    running = matrices(running_layers(model))
     layers = {name: layer for name, layer in running.items() if states_of(layer)}
     return _measure(_Measured(model, layers, loss), list(running.values()), batches, on_batch)
 
@@ -66,7 +65,7 @@ def measure_inputs(
 
     Args: as of ``calibrate``; ``form`` as of ``Covariance``. Raises: as of ``calibrate``.
     """
-    layers = matrices(_running(model))
+    layers = matrices(running_layers(model))
     spec = SourceDeviation(covariance=form)
     states: dict[AdaptedLinear, Any] = {layer: spec.attach(layer.adapter, layer.site()) for layer in layers.values()}
     _measure(_Measured(model, layers, loss, lambda layer: [states[layer]]), list(layers.values()), batches)
@@ -136,7 +135,7 @@ class _Measured:
             raise ValueError(
                 "no attached penalty asks for statistics; only Laplace (LaLoRA), LossDeviation and SourceDeviation do"
             )
-        cut = next((name for name, layer in layers.items() if getattr(layer, "cut", None) is not None), None)
+        cut = next((name for name, layer in layers.items() if layer.cut is not None), None)
         if cut is not None:
             raise ValueError(
                 f"the weight of {cut} is cut over processes: calibrate the model whole and fl.save; "
@@ -166,7 +165,6 @@ class _Measured:
             family.drop()
         for layer in self.layers.values():
             for state in self.of(layer):
-                state.reset_caches()
                 state.begin_statistics(layer.adapter)
 
     def _check_read(self) -> None:
@@ -191,18 +189,18 @@ class _Measured:
                 for layer in self.layers.values():
                     if self.needs_gradients:
                         hooks.callback(layer.register_forward_pre_hook(window.start_graph).remove)
-                    hooks.callback(layer.register_forward_hook(_observer(window, self.families, self.of)).remove)
+                    hooks.callback(layer.register_forward_hook(partial(self._observe, window)).remove)
                 if self.generator is not None:
                     value = window.drawn_loss(self.model, self.generator)
                 else:
-                    value = _loss(self.model, window.batch, self.loss, self.needs_gradients)
+                    value = loss_of(self.model, window.batch, self.loss, self.needs_gradients)
                 if self.needs_gradients:
                     if not torch.isfinite(value).all():
                         raise ValueError(f"batch {number} has a loss of {value.item()}; has it any label?")
                     if value.requires_grad:  # else the batch skips every layer
                         torch.autograd.grad(value, window.leaves, allow_unused=True)
                     for layer in self.layers.values():
-                        _finish(layer, window, self.of)  # what has not had all its gradients
+                        self._finish(layer, window)  # what has not had all its gradients
             for family in self.families.values():
                 family.close()
             self._check_read()
@@ -211,71 +209,49 @@ class _Measured:
             batch = value = None
             window.drop()
 
-
-def _observer(window: Window, families: dict[nn.Module, Family], of: StatesOf) -> Callable[..., None]:
-    def hook(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+    def _observe(self, window: Window, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        """A forward hook: what the layer is given counts now, or as soon as its output has a gradient."""
         assert isinstance(layer, AdaptedLinear)
         x, again = args[0].detach(), compat.in_backward()  # again: a checkpoint recomputes the call
         window.sequences = window.sequences or x.shape[0]
-        inputs = [state for state in of(layer) if state.statistics == "inputs" and not again]
+        states = self.of(layer)
+        inputs = [state for state in states if state.statistics == "inputs" and not again]
         rows = window.real(layer.name, x) if inputs else x
         for state in inputs:
-            family = families.get(state)
+            family = self.families.get(state)
             family.take(state, args[0], rows) if family else state.add_inputs(rows)
-        if not any(state.statistics != "inputs" for state in of(layer)):
+        if not any(state.statistics != "inputs" for state in states):
             return
-        version, calls = x._version, window.calls_of(layer)
+        version, calls = x._version, window.calls[layer]
         calls.count += not again
         samples = window.split(layer.name, x)
-        mask = window.mask_of(layer.name, x) if any(s.statistics == "tokens" for s in of(layer)) else None
+        mask = window.mask_of(layer.name, x) if any(s.statistics == "tokens" for s in states) else None
 
         def take_gradient(dy: Tensor) -> None:
             if x._version != version:
                 raise ValueError(f"the input of {layer.name} was changed in place after the layer had run on it")
             calls.add(samples, window.split(layer.name, dy), mask)
             if len(calls.xs) == calls.count:
-                _finish(layer, window, of)
+                self._finish(layer, window)
 
         if y.requires_grad:
             y.register_hook(take_gradient)
 
-    return hook
-
-
-@torch.no_grad()
-def _finish(layer: AdaptedLinear, window: Window, of: StatesOf) -> None:
-    """Give the layer's states what it was given in all calls of this batch, once."""
-    states = [state for state in of(layer) if state.statistics != "inputs"]
-    calls = window.calls_of(layer)
-    if not states or calls.finished:
-        return
-    x, dy, mask = calls.joined(layer, window.sequences)
-    labels = window.sequences if window.labels is None else window.labels
-    for by_batch in (False, True):
-        group = [state for state in states if (getattr(state.spec, "fisher", None) == "batch") == by_batch]
-        if not group:
-            continue
-        if by_batch:
-            joint = None if mask is None else mask.flatten()[None]
-            tokens = Tokens(layer.adapter, x.flatten(0, 1)[None], dy.flatten(0, 1)[None], joint, None, 1, labels)
-        else:
-            share = window.share
-            if share is None:
-                share = x.new_full((x.shape[0],), 1.0 / max(x.shape[0], 1), dtype=torch.float64)
-            factor = torch.where(share > 0, 1.0 / share, 0.0)
-            tokens = Tokens(layer.adapter, x, dy, mask, factor, (share > 0).sum(), labels)
-        grads = tokens.gradients() if any(state.statistics == "gradients" for state in group) else {}
-        for state in group:
-            if state.statistics == "gradients":
-                state.add_gradients(grads, tokens.count)
-            if state.wants_tokens:
-                state.add_tokens(tokens)
-
-
-def _loss(model: nn.Module, batch: Any, loss: LossFunction | None, needed: bool) -> Any:
-    if loss is not None:
-        return loss(model, batch)
-    value = entry(run(model, batch), "loss")
-    if value is None and needed:
-        raise ValueError('the model returned no loss: put "labels" into the batches, or pass loss=')
-    return value
+    @torch.no_grad()
+    def _finish(self, layer: AdaptedLinear, window: Window) -> None:
+        """Give the layer's states what it was given in all calls of this batch, once."""
+        states = [state for state in self.of(layer) if state.statistics != "inputs"]
+        calls = window.calls[layer]
+        if not states or calls.finished:
+            return
+        x, dy, mask = calls.joined(layer, window.sequences)
+        labels = window.sequences if window.labels is None else window.labels
+        share = window.share
+        if share is None:
+            share = x.new_full((x.shape[0],), 1.0 / max(x.shape[0], 1), dtype=torch.float64)
+        factor = torch.where(share > 0, 1.0 / share, 0.0)
+        each = Tokens(layer.adapter, x, dy, mask, factor, (share > 0).sum(), labels)
+        joint = None if mask is None else mask.flatten()[None]
+        as_one = Tokens(layer.adapter, x.flatten(0, 1)[None], dy.flatten(0, 1)[None], joint, None, 1, labels)
+        for state in states:
+            state.add_tokens(as_one if getattr(state.spec, "fisher", None) == "batch" else each)

@@ -47,8 +47,6 @@ class Consolidation:
             layer.weight.copy_(weight)
             layer.folded = layer.folded[:-1]
             layer.adapter.load_state_dict(state)
-            for penalty in layer.adapter.penalty_states():
-                penalty.reset_caches()
         share_statistics(self._model)
         self._before = None
 

@@ -12,7 +12,9 @@ from torch import nn
 from .layers.experts import SUFFIX
 from .layers.linear import AdaptedLinear
 from .layers.quantized import kind_of
-from .targets import excluded, is_head
+from .names import outer_modules
+from .report import listed
+from .targets import excluded, heads_of, is_head
 
 #: ``fl.adapt`` warns from this share of the weights on.
 SHARE = 0.1
@@ -29,25 +31,19 @@ def passed_over(model: nn.Module) -> dict[str, float]:
 
 def warn_passed_over(model: nn.Module, exclude: str | Iterable[str]) -> None:
     """Warn of what "all-linear" left out, embeddings, the head and what the user excluded aside."""
-    asked = excluded(model, exclude)
+    asked, heads = excluded(model, exclude), heads_of(model)
 
     def silent(name: str, module: nn.Module) -> bool:
-        return isinstance(module, (AdaptedLinear, nn.Embedding)) or name in asked or is_head(model, name, module)
+        return isinstance(module, (AdaptedLinear, nn.Embedding)) or name in asked or is_head(name, module, heads)
 
     left = _shares(model, lambda name, module: not silent(name, module))
     if sum(left.values()) >= SHARE:
         reached = sum(_shares(model, lambda name, module: isinstance(module, AdaptedLinear)).values())
         warnings.warn(
             f"targets 'all-linear' reached {reached:.0%} of the weights of {type(model).__name__}; passed over: "
-            f"{listed(left)}; fl.explain lists all, exclude= says that some are meant to be left out",
+            f"{listed(left, 8)}; fl.explain lists all, exclude= says that some are meant to be left out",
             stacklevel=3,
         )
-
-
-def listed(shares: dict[str, float], most: int = 8) -> str:
-    """ "model.embed_tokens.weight 25%, .. and 3 more"."""
-    names = [f"{name} {share:.1%}" for name, share in shares.items()]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def uncalled(layers: dict[str, AdaptedLinear]) -> list[str]:
@@ -67,7 +63,7 @@ def warn_uncalled(layers: dict[str, AdaptedLinear]) -> None:
 
 
 def _shares(model: nn.Module, counts: Callable[[str, nn.Module], bool]) -> dict[str, float]:
-    rows = list(_matrices(model, "", set()))
+    rows = list(_matrices(model))
     total = sum(size for _, _, size in rows)
     shares: dict[str, float] = {}
     for name, module, size in rows:
@@ -77,21 +73,18 @@ def _shares(model: nn.Module, counts: Callable[[str, nn.Module], bool]) -> dict[
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def _matrices(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module, int]]:
+def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """Name, module and numbers of each weight of two dimensions or more, once."""
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    prefix = f"{name}." if name else ""
-    layer: Any = module
-    if isinstance(module, AdaptedLinear) or kind_of(module) is not None:
-        yield f"{prefix}weight", module, layer.in_features * layer.out_features
-        return
-    for key, p in module._parameters.items():
-        if p is not None and p.dim() > 1 and id(p) not in seen:
-            stack = module._modules.get(key + SUFFIX)  # experts stay where they are
-            seen.update((id(p), id(stack)))
-            yield prefix + key, stack or module, p.numel()
-    for key, child in module._modules.items():
-        if child is not None:
-            yield from _matrices(child, prefix + key, seen)
+    seen: set[int] = set()
+    for name, module in outer_modules(model, AdaptedLinear):
+        prefix = f"{name}." if name else ""
+        layer: Any = module
+        if isinstance(module, AdaptedLinear) or kind_of(module) is not None:
+            if id(module) not in seen:
+                yield f"{prefix}weight", module, layer.in_features * layer.out_features
+            continue
+        for key, p in module._parameters.items():
+            if p is not None and p.dim() > 1 and id(p) not in seen:
+                stack = module._modules.get(key + SUFFIX)  # experts stay where they are
+                seen.update((id(p), id(stack)))
+                yield prefix + key, stack or module, p.numel()

@@ -12,7 +12,7 @@ from .layers.experts import AdaptedExperts
 from .layers.linear import AdaptedLinear
 from .layers.quantized import kind_of, unpacked
 from .layers.wrapped import AdaptedPacked, AdaptedSharded
-from .model import _adapters, _replace, adapters, remove
+from .model import _replace, adapted_layers, adapters, remove
 from .targets import refusal
 
 
@@ -78,7 +78,7 @@ def _packs(module: nn.Module) -> bool:
 
 def check_foldable(model: nn.Module, done: str, dequantise: bool = False) -> dict[str, AdaptedLinear]:
     """The adapted layers, if all updates can go into their weights; ValueError otherwise (``done``: for its text)."""
-    result = _adapters(model)
+    result = adapted_layers(model)
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for p in module.parameters(recurse=False):

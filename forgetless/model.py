@@ -22,10 +22,10 @@ from .layers.passes import Passes
 from .layers.stack import Stack
 from .layers.wrapped import wrap
 from .methods.base import Method
-from .names import checked, wraps
+from .names import checked, outer_modules
 from .offload import check_here
 from .ops.bodies import exact_products
-from .penalties.base import Item
+from .penalties.base import Item, PenaltyState
 from .report import LayerReport, Report
 from .targets import ALL_LINEAR, find_layers
 
@@ -121,30 +121,23 @@ def build(method: Method, site: Site, base: nn.Module | None = None) -> Adapter:
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> adapted layer, in the model's order; empty for a model without adapters."""
-    layers: dict[str, AdaptedLinear] = {}
-    seen: set[nn.Module | None] = {None}
-    todo: list[tuple[str, nn.Module | None]] = [("", checked(model))]
-    while todo:  # ``named_modules`` without what is inside adapted layers: it is asked for every step
-        name, module = todo.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if isinstance(module, AdaptedLinear):
-            layers[name.removesuffix(SUFFIX) if isinstance(module, AdaptedExperts) else name] = module
-        elif module is not None and module._modules:
-            start = f"{name}." if name else ""
-            inner = [(name if wraps(module, key) else start + key, child) for key, child in module._modules.items()]
-            todo += reversed(inner)
-    return layers
+    return {
+        name.removesuffix(SUFFIX) if isinstance(module, AdaptedExperts) else name: module
+        for name, module in outer_modules(model, AdaptedLinear)
+        if isinstance(module, AdaptedLinear)
+    }
 
 
-def check_whole(layers: dict[str, AdaptedLinear]) -> None:
-    """ValueError where a weight is flattened, as between the passes of FSDP1 and ZeRO-3: so are the factors then."""
+def _checked(layers: dict[str, AdaptedLinear], call: str) -> dict[str, AdaptedLinear]:
+    """The layers, if there are any and no weight is flattened, as by FSDP1 and ZeRO-3: so are the factors then."""
+    if not layers:
+        raise ValueError(f"model has no adapters; call {call} first")
     for name, layer in layers.items():
         if layer.frozen.dim() < 2:
             raise ValueError(
                 f"the weight of {name} is flattened (FSDP1, ZeRO-3): gather all parameters first, or use FSDP2"
             )
+    return layers
 
 
 def running(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -157,20 +150,14 @@ def running(model: nn.Module) -> dict[str, AdaptedLinear]:
     return result
 
 
-def _running(model: nn.Module) -> dict[str, AdaptedLinear]:
-    layers = running(model)
-    if not layers:
-        raise ValueError("model has no adapters; call fl.adapt(model, method) or fl.swap_in(peft_model) first")
-    check_whole(layers)
-    return layers
+def running_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Those of ``running``; ValueError where there are none or a weight is flattened."""
+    return _checked(running(model), "fl.adapt(model, method) or fl.swap_in(peft_model)")
 
 
-def _adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
-    layers = adapters(model)
-    if not layers:
-        raise ValueError("model has no adapters; call fl.adapt(model, method) first")
-    check_whole(layers)
-    return layers
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Those of ``adapters``; ValueError where there are none or a weight is flattened."""
+    return _checked(adapters(model), "fl.adapt(model, method)")
 
 
 def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
@@ -189,7 +176,7 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
         ValueError: the model has no adapters, or ``token_weights`` does not fit the last forward pass.
         RuntimeError: within a transform of ``torch.func``.
     """
-    layers = _running(model)
+    layers = running_layers(model)
     passes = next(iter(layers.values())).passes
     if passes is not None and passes.completed and not passes.told:
         passes.told = True
@@ -219,9 +206,9 @@ def penalty(model: nn.Module, token_weights: Tensor | None = None) -> Tensor:
     return sum(totals[1:], totals[0]) if totals else torch.zeros((), device=device)
 
 
-def _calibrated(state: nn.Module) -> bool:
+def _calibrated(state: PenaltyState) -> bool:
     """Whether the state has the statistics it needs; a warning if not."""
-    if getattr(state, "statistics", None) is None or state.calibrated:
+    if state.calibrated:
         return True
     title = type(state.spec).__name__
     warnings.warn(
@@ -241,7 +228,7 @@ def drift(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: the model has no adapters.
     """
-    values = {name: layer.drift() for name, layer in _running(model).items()}
+    values = {name: layer.drift() for name, layer in running_layers(model).items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -258,7 +245,7 @@ def record_drift(model: nn.Module, enabled: bool = True) -> nn.Module:
     Raises:
         ValueError: the model has no adapters.
     """
-    for layer in _running(model).values():
+    for layer in running_layers(model).values():
         layer.records_drift = enabled
     return model
 
@@ -276,7 +263,7 @@ def explain(model: nn.Module) -> Report:
     from .peft.explain import reports
 
     listed = reports(checked(model))
-    layers = adapters(model) if listed else _adapters(model)
+    layers = adapters(model) if listed else adapted_layers(model)
     report = Report(listed, {} if listed else passed_over(model))
     idle = set(uncalled(layers))
     for name, layer in layers.items():
@@ -304,7 +291,7 @@ def remove(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no adapters.
     """
-    for layer in _adapters(model).values():
+    for layer in adapted_layers(model).values():
         for hooks in (layer.group, layer.passes):
             if hooks is not None:
                 hooks.detach()

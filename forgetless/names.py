@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -21,8 +22,8 @@ def checked(model: nn.Module) -> nn.Module:
 
 def wraps(module: nn.Module, key: str) -> bool:
     """Whether ``module`` is a wrapper, and its child ``key`` the module that it runs: no part of a name."""
-    parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    return key in _WRAPPED or (parallel and key == "module")
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return key in _WRAPPED or key == "module" and isinstance(module, parallel)
 
 
 def bare_name(model: nn.Module, name: str) -> str:
@@ -40,3 +41,22 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Bare name -> module, the model itself as "": all names of a shared module, and no wrapper."""
     # what is wrapped comes after its wrapper, which has the same name
     return {bare_name(model, name): module for name, module in checked(model).named_modules(remove_duplicate=False)}
+
+
+def outer_modules(model: nn.Module, leaf: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Bare name and module, each once and in the model's order, but for what is inside those of the class ``leaf``.
+
+    Faster than ``named_modules``: it is asked for every step.
+    """
+    seen: set[nn.Module | None] = {None}
+    todo: list[tuple[str, nn.Module | None]] = [("", checked(model))]
+    while todo:
+        name, module = todo.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if module._modules and not isinstance(module, leaf):
+            start = f"{name}." if name else ""
+            inner = [(name if wraps(module, key) else start + key, child) for key, child in module._modules.items()]
+            todo += reversed(inner)

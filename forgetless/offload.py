@@ -31,7 +31,7 @@ class Stays(nn.Module):
             self.__dict__["before"] = {**self._parameters, **self._buffers}
         super().__setattr__(name, value)
         if name == "_hf_hook":
-            _take_back(self, value, self.__dict__.pop("before", {}))
+            _take_back(self, self.__dict__.pop("before", {}))
             if self.beside is not None:
                 _rename(self.beside)
 
@@ -42,7 +42,7 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [one for one in getattr(hook, "hooks", [hook]) if getattr(one, "offload", False)]
 
 
-def _take_back(module: nn.Module, hook: Any, before: dict[str, Tensor]) -> None:
+def _take_back(module: nn.Module, before: dict[str, Tensor]) -> None:
     """Put tensors that were taken away back, from before or from where they are kept; what has no numbers stays so."""
     tables: Any = (module._parameters, module._buffers)
     for one in _hooks(module):

@@ -52,8 +52,14 @@ class Report(dict[str, LayerReport]):
             shape = f"{r.in_features} -> {r.out_features}"
             lines.append(f"{count:>6}  {name:<14} {r.method:<9} {shape:<15} {r.rank:>4}  {r.path:<6} {r.reason}")
         if self.passed_over:
-            lines.append(f"not adapted, {sum(self.passed_over.values()):.1%} of the weights: {self._listed()}")
+            lines.append(
+                f"not adapted, {sum(self.passed_over.values()):.1%} of the weights: {listed(self.passed_over)}"
+            )
         return "\n".join(lines)
 
-    def _listed(self) -> str:
-        return ", ".join(f"{name} {share:.1%}" for name, share in self.passed_over.items())
+
+def listed(shares: dict[str, float], most: int | None = None) -> str:
+    """ "model.embed_tokens.weight 25.0%, .. and 3 more"."""
+    names = [f"{name} {share:.1%}" for name, share in shares.items()]
+    left = len(names[most:]) if most else 0
+    return ", ".join(names[:most]) + (f" and {left} more" if left else "")

@@ -12,8 +12,7 @@ from .adapter import Adapter
 from .calibrate import LossFunction, measure_inputs
 from .layers.experts import matrices
 from .layers.linear import AdaptedLinear
-from .model import _running
-from .penalties.base import trains_factors
+from .model import running_layers
 from .penalties.covariance import Covariance
 from .penalties.deviation import SourceDeviation
 
@@ -52,7 +51,7 @@ def retain(
     """
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
         raise ValueError(f"weight is {weight!r}, wants a number above 0")
-    layers = matrices(_running(model))
+    layers = matrices(running_layers(model))
     states = {name: _state(name, layer) for name, layer in layers.items()}
     forms = {state.spec.covariance for state in states.values()}
     batches = list(batches) if len(forms) > 1 else batches
@@ -70,7 +69,7 @@ def retain(
 
 
 def _state(name: str, layer: AdaptedLinear) -> Any:
-    if not trains_factors(layer.adapter):
+    if not layer.adapter.trains_factors:
         raise ValueError(f"{name}: {type(layer.adapter).__name__} does not train its two factors; retain wants LoRA's")
     for state in layer.adapter.penalty_states():
         if isinstance(state.spec, SourceDeviation) and state.calibrated:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from .adapter import Adapter
 from .layers.linear import AdaptedLinear
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
 
 #: Entries of a batch that say how many sequences it has, the first one that is there; else its first tensor.
 _SEQUENCES = ("input_ids", "inputs_embeds", "labels")
@@ -70,7 +74,7 @@ class Window:
         self.sequences = 0  # not known yet
         self.lengths: set[int] = set()  # tokens of a sequence
         self.leaves: list[Tensor] = []  # where the graph starts
-        self.calls: dict[nn.Module, Calls] = {}
+        self.calls: defaultdict[nn.Module, Calls] = defaultdict(Calls)
         self._start: tuple[Tensor, int] | None = None  # the x of the last leaf, and its version
         tensors = {"": batch} if isinstance(batch, Tensor) else batch if isinstance(batch, Mapping) else {}
         tensors = {key: _normal(v.to(device)) if isinstance(v, Tensor) else v for key, v in tensors.items()}
@@ -104,11 +108,8 @@ class Window:
     def drop(self) -> None:
         """Let go of the batch and of the graph."""
         self.batch = self.share = self._start = None
-        self.leaves, self.masks, self.calls = [], [], {}
-
-    def calls_of(self, layer: nn.Module) -> Calls:
-        """What the layer has been given in this batch."""
-        return self.calls.setdefault(layer, Calls())
+        self.leaves, self.masks = [], []
+        self.calls.clear()
 
     def _count(self, counted: Tensor) -> None:  # (sequences, ..) bool
         counts = counted.flatten(1).sum(1).double()
@@ -221,6 +222,7 @@ class Tokens:
     def real_x(self) -> Tensor:  # (tokens, K)
         return self.x.flatten(0, 1) if self.mask is None else self.x[self.mask]
 
+    @cached_property
     def gradients(self) -> dict[str, Tensor]:
         """Parameter name -> (S, *shape), by S small products: no second backward pass."""
         down, up = (t.to(self.x.dtype) for t in self.adapter.factors())
@@ -230,6 +232,14 @@ class Tokens:
         else:  # the usual start: no gradient reaches down
             ddown = self.x.new_zeros(1, 1, 1).expand(self.x.shape[0], *down.shape)
         return self.adapter.pullback(ddown, dup)
+
+
+def loss_of(model: nn.Module, batch: Any, loss: LossFunction | None, needed: bool = True) -> Any:
+    """The loss of the batch: the model's own where no function is given. None if there is none and none is needed."""
+    value = entry(run(model, batch), "loss") if loss is None else loss(model, batch)
+    if not isinstance(value, Tensor) and needed:
+        raise ValueError('the model returned no loss: put "labels" into the batches, or pass loss=')
+    return value
 
 
 def run(model: nn.Module, batch: Any, without: tuple[str, ...] = ()) -> Any:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .layers.linear import AdaptedLinear
-from .model import _running as running
-from .model import adapters
+from .model import adapters, running_layers
+
+#: Attributes of an object or another dictionary, one key of it, and a value for it.
+Entry = tuple[dict[str, Any], str, Any]
 
 
 class scaled:  # noqa: N801 - used as a function
@@ -36,22 +38,27 @@ class scaled:  # noqa: N801 - used as a function
     def __init__(self, model: nn.Module, factor: float):
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
             raise ValueError(f"factor is {factor!r}, wants a finite number")
-        running(model)  # raises without adapters
-        changes = [_change_layer(name, layer, factor) for name, layer in adapters(model).items()]
+        running_layers(model)  # raises without adapters
+        layers = adapters(model)
+        entries = [entry for name, layer in layers.items() for entry in _scaled(name, layer, factor)]
         if "peft" in sys.modules:
-            from .peft.scales import changes as changes_of_peft
+            from .peft.scales import scaled_entries
 
-            changes += changes_of_peft(model, factor)
-        self._states = _change_states(model)
-        self._undo = [change() for change in changes]  # every error has been raised
+            entries += scaled_entries(model, factor)
+        self._change = _Change(model, entries)  # every error has been raised
+        self._factor, self._layers = factor, list(layers.values())
+        self._folded: dict[int, tuple[Tensor, Tensor]] = {}  # what was there, by the id of what is there now
+        for layer in self._layers:
+            before = layer.folded
+            layer.folded = [(down, up / factor) for down, up in before]  # scale * up @ down as it was
+            self._folded.update((id(up), pair) for (_, up), pair in zip(layer.folded, before, strict=True))
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, *error: object) -> None:
-        for undo in self._undo:
-            undo()
-        for passes, state in self._states:
-            passes.state = state
+        for layer in self._layers:
+            layer.folded = [self._folded.get(id(up), (down, up * self._factor)) for down, up in layer.folded]
+        self._change.undo()
 
 
 @contextmanager
@@ -67,23 +74,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no adapters.
     """
-    running(model)
-    switched = [(layer.__dict__, "disabled", True) for layer in adapters(model).values()]
+    running_layers(model)
+    entries: list[Entry] = [(layer.__dict__, "disabled", True) for layer in adapters(model).values()]
     if "peft" in sys.modules:
-        from .peft.scales import switches
+        from .peft.scales import disabled_entries
 
-        switched += switches(model)
-    before = [(table, key, table.get(key, False)) for table, key, _ in switched]
-    states = _change_states(model)
+        entries += disabled_entries(model)
+    change = _Change(model, entries)
     try:
-        for table, key, value in switched:
-            table[key] = value
         yield
     finally:
-        for table, key, value in before:
-            table[key] = value
-        for passes, state in states:
-            passes.state = state
+        change.undo()
 
 
 @contextmanager
@@ -98,38 +99,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _change_states(model: nn.Module) -> list[tuple[Any, int]]:
-    """Each pass-keeper of the model is in a new state; (keeper, the state before)."""
-    keepers = {id(layer.passes): layer.passes for layer in running(model).values() if layer.passes is not None}
-    before = [(passes, passes.state) for passes in keepers.values()]
-    for passes in keepers.values():
-        passes.made += 1
-        passes.state = passes.made
-    return before
+class _Change:
+    """Entries that are other ones until ``undo``; passes that run meanwhile are in a state of their own."""
+
+    def __init__(self, model: nn.Module, entries: list[Entry]):
+        self.before = [(table, key, table.get(key)) for table, key, _ in entries]
+        keepers = {layer.passes for layer in running_layers(model).values()}
+        self.states = [(passes, passes.state) for passes in keepers if passes is not None]
+        for table, key, value in entries:
+            table[key] = value
+        for passes, _ in self.states:
+            passes.made += 1
+            passes.state = passes.made
+
+    def undo(self) -> None:
+        for table, key, value in self.before:
+            if value is None:  # it was not there
+                del table[key]
+            else:
+                table[key] = value
+        for passes, state in self.states:
+            passes.state = state
 
 
-def _change_layer(name: str, layer: AdaptedLinear, factor: float) -> Callable[[], Callable[[], None]]:
-    """What multiplies the layer's scale, and returns what undoes that."""
+def _scaled(name: str, layer: AdaptedLinear, factor: float) -> list[Entry]:
+    """What multiplies the layer's scale."""
     method: Any = layer.method
-    scale, folded = layer.adapter.scale, layer.folded
     if not hasattr(method, "alpha"):
         raise ValueError(f"{name}: {type(method).__name__} has no alpha, in which fl.save could keep the factor")
-    if factor == 0 and folded:
+    if factor == 0 and layer.folded:
         raise ValueError(f"factor is 0, but {name} has consolidated tasks, which fl.save writes at the adapter's scale")
-
-    def change() -> Callable[[], None]:
-        layer.adapter.scale = scale * factor
-        layer.method = replace(method, alpha=method.alpha * factor)
-        layer.folded = [(down, up / factor) for down, up in folded]  # scale * up @ down as it was
-        ours = {id(up): pair for (_, up), pair in zip(layer.folded, folded, strict=True)}
-
-        def undo() -> None:
-            layer.adapter.scale, layer.method = scale, method
-            layer.folded = [ours.get(id(up), (down, up * factor)) for down, up in layer.folded]
-
-        return undo
-
-    return change
+    changed = replace(method, alpha=method.alpha * factor)
+    return [(layer.adapter.__dict__, "scale", layer.adapter.scale * factor), (layer.__dict__, "method", changed)]
 
 
 def fuse_penalty(model: nn.Module, enabled: bool = True) -> nn.Module:
@@ -151,6 +152,6 @@ def fuse_penalty(model: nn.Module, enabled: bool = True) -> nn.Module:
     Raises:
         ValueError: the model has no adapters.
     """
-    for layer in running(model).values():
+    for layer in running_layers(model).values():
         layer.makes_products = enabled
     return model

@@ -74,11 +74,11 @@ def find_layers(
     linear = {name: module for name, module in modules.items() if name in experts or supported(module)}
     first = {id(module): name for name, module in reversed(linear.items())}  # a shared layer goes by its first name
     if isinstance(targets, str) and targets == ALL_LINEAR:
-        heads = _heads(model)
+        heads = heads_of(model)
         chosen = {
             name
             for name, module in modules.items()
-            if first.get(id(module), name) == name and not _is_head(name, module, heads)
+            if first.get(id(module), name) == name and not is_head(name, module, heads)
         }
         if not chosen & linear.keys():
             left = _listed([modules[name] for name in modules if name in chosen])
@@ -166,16 +166,13 @@ def _listed(modules: Iterable[nn.Module]) -> str:
     return "; left out: " + ", ".join(f"{count} of {title}" for title, count in kinds.items()) if kinds else ""
 
 
-def is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether the module of that name is the model's output head."""
-    return _is_head(name, module, _heads(model))
-
-
-def _is_head(name: str, module: nn.Module, heads: set[int]) -> bool:
+def is_head(name: str, module: nn.Module, heads: set[int]) -> bool:
+    """Whether the module of that name is the model's output head, of which ``heads_of`` says what it may."""
     return id(module) in heads if heads else name.rpartition(".")[2] in _HEADS
 
 
-def _heads(model: nn.Module) -> set[int]:
+def heads_of(model: nn.Module) -> set[int]:
+    """The id of the output head, where the model knows it."""
     get = getattr(model, "get_output_embeddings", None)
     try:
         head = get() if callable(get) else None

@@ -35,7 +35,11 @@ from .switch import fuse_penalty
 _ASKED = ("accelerator", "compute_loss_func", "current_gradient_accumulation_steps", "model_accepts_loss_kwargs")
 
 
-class PenaltyMixin:
+#: What stands behind the mixin: the trainer that it goes before.
+_Trainer: Any = object
+
+
+class PenaltyMixin(_Trainer):
     """Adds ``fl.penalty`` to a Trainer's loss once per optimiser step, and reports it with the drift.
 
     The task loss of a step is divided over its micro-batches by the Trainer. The penalty must not be: it is added to
@@ -63,8 +67,7 @@ class PenaltyMixin:
         if marked:  # what transformers looks at: else it refuses to train quantised weights
             model._hf_peft_config_loaded = True
         try:
-            above: Any = super()
-            above.__init__(*given, **named)
+            super().__init__(*given, **named)
         finally:
             if marked:
                 del model._hf_peft_config_loaded
@@ -85,15 +88,13 @@ class PenaltyMixin:
         Raises:
             ValueError: as of ``fl.penalty``.
         """
-        trainer: Any = self
         if model.training and not self._recorded:
             self._check_trainer()
-            bare = trainer.accelerator.unwrap_model(model)
+            bare = self.accelerator.unwrap_model(model)
             self._recorded = not adapted(bare) or record_drift(bare) is bare
-        if model.training and trainer.current_gradient_accumulation_steps > 1:
-            asks_once(trainer.accelerator.unwrap_model(model), trainer.accelerator.sync_gradients)
-        above: Any = super()
-        result = above.compute_loss(model, inputs, return_outputs, num_items_in_batch, **others)
+        if model.training and self.current_gradient_accumulation_steps > 1:
+            asks_once(self.accelerator.unwrap_model(model), self.accelerator.sync_gradients)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **others)
         loss, outputs = result if return_outputs else (result, None)
         if model.training:
             loss = self._with_penalty(model, loss, num_items_in_batch, attended(inputs))
@@ -107,54 +108,45 @@ class PenaltyMixin:
     def _with_penalty(
         self, model: nn.Module, loss: Tensor, num_items_in_batch: Tensor | int | None, weights: Tensor | None
     ) -> Tensor:
-        trainer: Any = self
-        divided = trainer.compute_loss_func is None and (
-            num_items_in_batch is None or not trainer.model_accepts_loss_kwargs
-        )
-        parts = trainer.current_gradient_accumulation_steps if divided else 1
+        divided = self.compute_loss_func is None and (num_items_in_batch is None or not self.model_accepts_loss_kwargs)
+        parts = self.current_gradient_accumulation_steps if divided else 1
         if self._opens:
             self.task_loss, self._opens = 0.0, False
         self.task_loss += loss.detach().float().item() / parts
-        if not trainer.accelerator.sync_gradients:
+        if not self.accelerator.sync_gradients:
             return loss
         self._opens = True  # the last micro-batch of this optimiser step
-        bare = trainer.accelerator.unwrap_model(model)
+        bare = self.accelerator.unwrap_model(model)
         value = penalty(bare, weights) if adapted(bare) else loss.new_zeros(())
         self.penalty_value = value.detach().float().item()
         return loss + parts * value.to(loss.device) if value.requires_grad else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapters as ``fl.save`` does, and no base model; without adapters of ours, as the Trainer."""
-        trainer: Any = self
-        above: Any = super()
-        bare = trainer.accelerator.unwrap_model(trainer.model)
-        if not adapters(bare) or trainer.is_deepspeed_enabled:
-            above.save_model(output_dir, _internal_call)
+        bare = self.accelerator.unwrap_model(self.model)
+        if not adapters(bare) or self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
             return
-        if trainer.args.should_save or any(hasattr(p, "full_tensor") for p in bare.parameters()):  # sharded: all do
-            save(bare, output_dir or trainer.args.output_dir)
+        if self.args.should_save or any(hasattr(p, "full_tensor") for p in bare.parameters()):  # sharded: all do
+            save(bare, output_dir or self.args.output_dir)
         bare.save_pretrained = _write_nothing  # the Trainer's way of writing a model
         try:
-            above.save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call)
         finally:
             del bare.save_pretrained
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        above: Any = super()
         if not self._resumed(resume_from_checkpoint, model):
-            above._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        trainer: Any = self
-        above: Any = super()
-        if not self._resumed(trainer.state.best_model_checkpoint, None):
-            above._load_best_model()
+        if not self._resumed(self.state.best_model_checkpoint, None):
+            super()._load_best_model()
 
     def _resumed(self, folder: str, model: nn.Module | None) -> bool:
         """Whether the folder has adapters that the model has, too; then they are read."""
-        trainer: Any = self
-        bare = trainer.accelerator.unwrap_model(model or trainer.model)
-        ours = newest(Path(folder), OURS).exists() and adapters(bare) and not trainer.is_fsdp_enabled
+        bare = self.accelerator.unwrap_model(model or self.model)
+        ours = newest(Path(folder), OURS).exists() and adapters(bare) and not self.is_fsdp_enabled
         if ours:
             resume(bare, Path(folder))
         return bool(ours)
@@ -164,18 +156,18 @@ class PenaltyMixin:
 
     def log(self, logs: dict[str, float], *others: Any, **named: Any) -> None:
         """Adds ``penalty`` and ``drift`` to what is logged beside a loss."""
-        trainer: Any = self
-        bare = trainer.accelerator.unwrap_model(trainer.model)
+        bare = self.accelerator.unwrap_model(self.model)
         if "loss" in logs and adapted(bare):
             logs["penalty"] = self.penalty_value
             seen = mean_drift(bare)
             if math.isfinite(seen):
                 logs["drift"] = seen
-        above: Any = super()
-        above.log(logs, *others, **named)
+        super().log(logs, *others, **named)
 
 
 def _write_nothing(*given: Any, **named: Any) -> None: ...
+
+
 def attended(batch: Any) -> Tensor | None:
     """The batch's attention mask (sequences, tokens), if it is a mapping with one that leaves any token out."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None

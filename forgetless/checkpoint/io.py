@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,15 @@ from ..layers.stack import stacks
 from ..methods import Method
 from ..methods.curlora import weight_hash
 from ..methods.lora import LoRAAdapter
-from ..model import adapt_layers, adapters, check_whole, remove
+from ..model import adapt_layers, adapted_layers, remove
 from ..names import bare_modules
 from ..targets import find_layers
 from . import peft_format
 from .beside import Beside, trained_beside, warn_of_lost
 from .description import FORMAT, OURS, json_bytes
-from .experts_format import flattened, stacked
-from .peft_format import CONFIG, PREFIX, WEIGHTS, tensor_bytes
-from .restore import STATE, Saved, facts_of, fill, folded_keys, own_tensors, read_saved, restore
+from .experts_format import flattened
+from .peft_format import CONFIG, PREFIX, WEIGHTS, Saved, tensor_bytes
+from .restore import STATE, facts_of, folded_keys, own_tensors, read_saved, restore
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -115,9 +114,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if newest(Path(folder), OURS).exists():
         raise ValueError(f"folder {folder} holds a checkpoint of fl.save ({OURS}); export into another one")
     beside = trained_beside(model)
-    tensors = {}
-    for name, layer in layers.items():
-        tensors.update(peft_format.tensors_of(name, layer))
+    tensors = {key: t for name, layer in layers.items() for key, t in peft_format.tensors_of(name, layer).items()}
     files = {
         WEIGHTS: tensor_bytes(flattened(model, tensors) | _besides(beside)),
         CONFIG: json_bytes(_peft_config(model, layers, method, beside)),
@@ -140,36 +137,17 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder with a saved adapter")
-    path = newest(folder, OURS)
-    if not path.exists():
-        return _load_peft(model, folder)
-    saved = read_saved(model, folder)
-    layers = _check_layers(model, saved.facts, saved.method, folder)
+    saved = (read_saved if newest(folder, OURS).exists() else peft_format.read)(model, folder)
+    layers = _check_layers(model, saved, folder)
     try:
         drawn_as = {name: facts.get("drawn_as", name) for name, facts in saved.facts.items()}
         adapt_layers(model, saved.method, layers, drawn_as)
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, MemoryError, RuntimeError, TypeError) as error:  # a number beyond all bounds
-        raise ValueError(f"{folder / OURS}: no adapter can be made of {saved.method}: {error}") from None
+        raise ValueError(f"{folder}: no adapter can be made of {saved.method}: {error}") from None
     try:
         restore(model, saved)
-    except Exception:
-        remove(model)
-        raise
-    return model
-
-
-def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """Load a LoRA checkpoint that PEFT wrote."""
-    method, names, tensors, beside = peft_format.read(model, folder)
-    widest = max((max(t.shape, default=0) for t in tensors.values()), default=0)
-    if method.rank > widest:  # else that much memory would be asked for
-        raise ValueError(f"{folder / CONFIG}: the rank is {method.rank}, but no tensor in {WEIGHTS} is as wide")
-    adapt_layers(model, method, _find(model, names, folder))
-    try:
-        tensors = stacked(model, names, tensors, folder)
-        fill(model, Saved(method, {}, tensors, {}, 0, dict.fromkeys(beside, True)))
     except Exception:
         remove(model)
         raise
@@ -180,16 +158,13 @@ def _load_peft(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _of_one_method(model: nn.Module) -> tuple[dict[str, AdaptedLinear], Method]:
-    layers = adapters(model)
-    if not layers:
-        raise ValueError("model has no adapters; call fl.adapt(model, method) first")
+    layers = adapted_layers(model)
     method = next(iter(layers.values())).method
     if any(layer.method != method for layer in layers.values()):
         raise ValueError("model holds adapters of several methods; save wants one")
     for name, layer in layers.items():
         if any(p.is_meta for p in layer.adapter.parameters()):
             raise ValueError(f"the adapter of {name} has no numbers: it is offloaded, or was never filled")
-    check_whole(layers)
     return layers, method
 
 
@@ -227,29 +202,21 @@ def _write_once(folder: Path, files: dict[str, bytes], layers: dict[str, Adapted
 # ----------------------------------------------------------------------------------------- reading
 
 
-def _find(model: nn.Module, names: Iterable[str], folder: Path) -> dict[str, nn.Module]:
-    names = list(names)
+def _check_layers(model: nn.Module, saved: Saved, folder: Path) -> dict[str, nn.Module]:
+    """The base model's layers of these names, of the sizes and with the weights that are saved, if they are."""
     present = bare_modules(model) | stacks(model)
-    for name in names:
+    for name in saved.facts:
         if name not in present:
             raise ValueError(f"{folder}: the adapter has a layer {name}, this {type(model).__name__} has none")
-    layers = find_layers(model, names)
-    return {name: layers[name] for name in names}
-
-
-def _check_layers(model: nn.Module, facts: dict[str, Any], method: Method, folder: Path) -> dict[str, nn.Module]:
-    """The base model has these layers, of these sizes and, where that is saved, with these weights."""
-    layers = _find(model, facts, folder)
-    for name, layer in layers.items():
-        saved, shape = facts[name], tuple(site_of(name, layer).weight.shape[-2:])
-        if (saved.get("out_features"), saved.get("in_features")) != shape:
+    layers = find_layers(model, saved.facts)
+    for name, facts in saved.facts.items():
+        shape, sizes = tuple(site_of(name, layers[name]).weight.shape[-2:]), ("out_features", "in_features")
+        if facts and tuple(map(facts.get, sizes)) != shape:
+            N, K = map(facts.get, sizes)
+            raise ValueError(f"{folder}: {name} was (out {N}, in {K}), this model's is {shape}")
+        if "weight_sha256" in facts and weight_hash(weight_mark(layers[name])) != facts["weight_sha256"]:
             raise ValueError(
-                f"{folder}: {name} was (out {saved.get('out_features')}, in {saved.get('in_features')}), "
-                f"this model's is {shape}"
-            )
-        if "weight_sha256" in saved and weight_hash(weight_mark(layer)) != saved["weight_sha256"]:
-            raise ValueError(
-                f"{folder}: the weight of {name} is not the one this {method.name} adapter was made on; "
+                f"{folder}: the weight of {name} is not the one this {saved.method.name} adapter was made on; "
                 "load it onto the same base model, in the same dtype"
             )
-    return layers
+    return {name: layers[name] for name in saved.facts}

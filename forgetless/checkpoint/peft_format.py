@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..layers.linear import AdaptedLinear
 from ..methods import LoRA, Method
 from ..methods.lora import LoRAAdapter
 from ..names import bare_modules
-from .experts_format import PREFIX, keys, named, split_targets
+from .experts_format import PREFIX, keys, named, split_targets, stacked
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -41,6 +42,18 @@ UNSUPPORTED = {
     "layer_replication": "replicated layers",
     "trainable_token_indices": "trained tokens",
 }
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds."""
+
+    method: Method
+    facts: dict[str, dict[str, Any]]  # by layer, what it was made on as far as that is saved
+    tensors: dict[str, Tensor]
+    trained: dict[str, bool]  # tensor beside the adapters -> whether it is trained
+    state: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0  # consolidated tasks
 
 
 def tensors_of(name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
@@ -93,8 +106,8 @@ def _target_modules(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> li
     return sorted(last) if selected == set(layers) else sorted(layers)
 
 
-def read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str], dict[str, Tensor], list[str]]:
-    """Method, names of the layers in ``model``, tensors, and names of those of ``modules_to_save``, that PEFT wrote.
+def read(model: nn.Module, folder: Path) -> Saved:
+    """What PEFT wrote there, for this model.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -132,7 +145,10 @@ def read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str], dict[str, Ten
         raise ValueError(f"{folder / WEIGHTS}: holds no tensors")
     sizes: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
     method = LoRA(**sizes, dropout=config.get("lora_dropout") or 0.0, rslora=bool(config.get("use_rslora")))
-    return method, names, tensors, beside
+    if method.rank > max(max(t.shape, default=0) for t in tensors.values()):  # else that much memory is asked for
+        raise ValueError(f"{path}: the rank is {method.rank}, but no tensor in {WEIGHTS} is as wide")
+    facts: dict[str, dict[str, Any]] = {name: {} for name in names}
+    return Saved(method, facts, stacked(model, names, tensors, folder), dict.fromkeys(beside, True))
 
 
 def _within(key: str, modules: Iterable[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,9 @@ from . import peft_format
 from .beside import places
 from .description import OURS, read_description
 from .experts_format import stacked
-from .peft_format import PREFIX, WEIGHTS, read_tensors
+from .peft_format import PREFIX, WEIGHTS, Saved, read_tensors
 
 STATE = "forgetless_state.safetensors"
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a folder holds."""
-
-    method: Method
-    facts: dict[str, dict[str, Any]]  # by layer
-    tensors: dict[str, Tensor]
-    state: dict[str, Tensor]
-    count: int  # consolidated tasks
-    trained: dict[str, bool]  # tensor beside the adapters -> whether it is trained
 
 
 def read_saved(model: nn.Module, folder: Path) -> Saved:
@@ -49,7 +36,7 @@ def read_saved(model: nn.Module, folder: Path) -> Saved:
     state = read_tensors(newest(folder, STATE), digests[STATE]) if STATE in digests else {}
     if count > max([len(tensors), *(size for t in tensors.values() for size in t.shape)]):
         raise ValueError(f"{folder / OURS}: consolidated is {count}, more than {WEIGHTS} holds")
-    return Saved(method, ours["layers"], tensors, state, count, ours["trained"])
+    return Saved(method, ours["layers"], tensors, ours["trained"], state, count)
 
 
 def own_tensors(layer: AdaptedLinear) -> dict[str, Tensor]:

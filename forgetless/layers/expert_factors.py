@@ -48,9 +48,7 @@ def parts(adapter: Adapter) -> list[_Part]:
 
 
 def attach_to_parts(adapter: Adapter, penalties: tuple[Any, ...], site: Site) -> None:
-    """One state for each expert and penalty, expert after expert."""
-    if len(adapter.penalties):
-        raise ValueError(f"{site.name} has penalties already")
+    """One state for each expert and penalty, expert after expert, of an adapter without any."""
     for e, part in enumerate(parts(adapter)):
         for penalty in penalties:
             adapter.penalties.append(penalty.attach(part, expert_site(site, e)))

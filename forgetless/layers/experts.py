@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, Site
 from ..methods.base import Method
 from ..ops.autograd import lowrank_linear
+from ..ops.blas import grouped_sum
 from ..ops.bodies import exact_products
 from ..ops.dispatch import explain_path
 from ..ops.grouped import Factors, Rows, experts_sweep, grouped_lowrank, sort_rows
@@ -148,11 +149,7 @@ class AdaptedExperts(AdaptedLinear):
             own = x[tokens] if by_token else x[part]
             made.append(expert(x.new_zeros(rows.size, x.shape[1]).index_copy(0, tokens, own))[tokens])
         y = torch.cat(made) if made else x.new_zeros(0, self.out_features)
-        if sums is None:
-            return y
-        wide = torch.promote_types(y.dtype, torch.float32)
-        out = y.new_zeros(rows.size, y.shape[1], dtype=wide)
-        return out.index_add(0, rows.tokens, y.to(wide) * sums[:, None].to(wide)).to(y.dtype)
+        return y if sums is None else grouped_sum(y, rows, sums)
 
     def drift(self) -> float | None:
         trace = self.trace

@@ -32,7 +32,6 @@ class Kind:
         unpack: layer -> its weight (out_features, in_features), a tensor of its own in a floating-point dtype.
         dtype: layer -> the dtype it was packed from and computes in; None: it has that of its input.
         wants: layer -> what must be done before it can be adapted, None if nothing.
-        package: whose version is looked at when a layer is adapted.
         fresh: its forward returns memory of its own, which nothing else holds: the update is added in place.
         mark: layer -> what stands for the weight in a hash, where packing it once more changes what ``unpack`` gives.
     """
@@ -42,7 +41,6 @@ class Kind:
     dtype: Callable[[Any], torch.dtype | None] = lambda base: None
     wants: Callable[[Any], str | None] = lambda base: None
     mark: Callable[[Any], Tensor] | None = None
-    package: str | None = None
     fresh: bool = False
 
 
@@ -165,10 +163,6 @@ def _unpack_gguf(base: Any) -> Tensor:
     return dense
 
 
-def _dtype_torchao(base: Any) -> torch.dtype:
-    return base.weight.dtype
-
-
 _NOT_YET = "it is not quantised yet: model.to(device) does that"
 
 _4BIT = Kind(
@@ -177,16 +171,15 @@ _4BIT = Kind(
     _dtype_4bit,
     _wants_4bit,
     functools.partial(_unpack_4bit, rounded=True),
-    "bitsandbytes",
     fresh=True,
 )
-_8BIT = Kind("bitsandbytes int8", _unpack_8bit, wants=_wants_8bit, package="bitsandbytes", fresh=True)
-_TORCHAO = Kind("torchao", lambda base: base.weight.detach().dequantize(), _dtype_torchao, package="torchao")
-_NF4 = Kind("torchao NF4", lambda base: base.weight.detach().get_original_weight(), _dtype_torchao, package="torchao")
+_8BIT = Kind("bitsandbytes int8", _unpack_8bit, wants=_wants_8bit, fresh=True)
+_TORCHAO = Kind("torchao", lambda base: base.weight.detach().dequantize(), lambda base: base.weight.dtype)
+_NF4 = Kind("torchao NF4", lambda base: base.weight.detach().get_original_weight(), lambda base: base.weight.dtype)
 
 #: By the full name of the layer's class.
 KINDS: dict[str, Kind] = {
     **{f"bitsandbytes.nn.modules.Linear{name}": _4BIT for name in ("4bit", "NF4", "FP4")},
     "bitsandbytes.nn.modules.Linear8bitLt": _8BIT,
-    "transformers.integrations.gguf.utils.GgufLinear": Kind("GGUF", _unpack_gguf, package="transformers", fresh=True),
+    "transformers.integrations.gguf.utils.GgufLinear": Kind("GGUF", _unpack_gguf, fresh=True),
 }

@@ -79,18 +79,12 @@ def broadcast_parameters(module: nn.Module, cut: Cut) -> None:
         torch.distributed.broadcast(parameter.data, group=cut.group, group_src=0)
 
 
-def gathered_columns(x: Tensor, cut: Cut) -> Tensor:  # (M, K_i) of this rank -> (M, K)
+def gathered_columns(x: Tensor, cut: Cut, K: int) -> Tensor:  # (M, K_i) of this rank -> (M, K)
     """x of all ranks side by side; a collective call."""
-    whole = x.new_zeros(x.shape[0], _total(cut, x.shape[1], x.device))
+    whole = x.new_zeros(x.shape[0], K)
     whole[:, cut.start : cut.start + cut.size] = x
     torch.distributed.all_reduce(whole, group=cut.group)
     return whole
-
-
-def _total(cut: Cut, size: int, device: torch.device) -> int:
-    count = torch.tensor(size, device=device)
-    torch.distributed.all_reduce(count, group=cut.group)
-    return int(count)
 
 
 class _Own(torch.autograd.Function):

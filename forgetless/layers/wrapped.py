@@ -46,9 +46,6 @@ class AdaptedPacked(AdaptedAround):
     def frozen(self) -> Tensor:
         return stand_in(self.base, self.kind.dtype(self.base))
 
-    def fold(self, factors: tuple[Tensor, Tensor] | None = None) -> float:
-        raise ValueError(f"the weight of {self.name} is packed ({self.kind.title}): nothing can be added to it")
-
 
 class AdaptedSharded(AdaptedAround):
     """Tensor parallel: ``weight`` is a DTensor, x or y this rank's columns."""
@@ -70,7 +67,7 @@ class AdaptedSharded(AdaptedAround):
         trace = self.trace
         if trace is None or trace.x is None or self.cut.dim == 0:
             return super().drift()
-        self.trace = Trace(gathered_columns(trace.x, self.cut), None)
+        self.trace = Trace(gathered_columns(trace.x, self.cut, self.in_features), None)
         try:
             return super().drift()
         finally:

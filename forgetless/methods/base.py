@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..adapter import Adapter, Site
+from ..adapter import Adapter, Described, Site, from_json
 from ..penalties import Penalty
 
 #: Every method by its name, filled by ``register``.
@@ -21,7 +21,7 @@ def register(cls: type[Method]) -> type[Method]:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Described):
     """A way to adapt a layer: ``build`` makes its adapter. Subclasses are frozen dataclasses with plain fields.
 
     Fields are what JSON can hold (numbers, strings, booleans), but for ``penalties``, a tuple of ``Penalty``.
@@ -30,7 +30,6 @@ class Method:
         ValueError: ``rank``, ``alpha``, ``dropout`` or ``penalties``, where there is one, is no such thing.
     """
 
-    name: ClassVar[str]
     #: ``build`` reads the weight's numbers; if not, it is given a stand-in where the layer packs them.
     reads_weight: ClassVar[bool] = True
     #: ``build`` makes LoRA factors, which experts can have stacked.
@@ -62,7 +61,7 @@ class Method:
 
     def to_json(self) -> dict[str, Any]:
         """Name and fields, as ``fl.save`` writes them."""
-        data: dict[str, Any] = {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        data = super().to_json()
         if "penalties" in data:
             data["penalties"] = [penalty.to_json() for penalty in data["penalties"]]
         return data
@@ -74,19 +73,12 @@ class Method:
         Raises:
             ValueError: the name or a field is unknown.
         """
-        data = dict(data)
-        name = data.pop("name", None)
-        if not isinstance(name, str) or name not in METHODS:
-            raise ValueError(f"unknown method {name!r}, wants one of {sorted(METHODS)}")
         if "penalties" in data:
             items = data["penalties"]
             if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-                raise ValueError(f"method {name!r}: penalties is {items!r}, wants a list of objects")
-            data["penalties"] = tuple(Penalty.from_json(item) for item in items)
-        try:
-            return METHODS[name](**data)
-        except TypeError as error:
-            raise ValueError(f"method {name!r}: {error}") from None
+                raise ValueError(f"method {data.get('name')!r}: penalties is {items!r}, wants a list of objects")
+            data = {**data, "penalties": tuple(Penalty.from_json(item) for item in items)}
+        return from_json("method", METHODS, data)
 
 
 def _is_number(value: Any) -> bool:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..adapter import Adapter, Site
 from ..penalties import NullSpace, Penalty
-from .base import Method, register
-from .lora import LoRAAdapter
+from .base import register
+from .lora import LowRank
 
 
 @register
 @dataclass(frozen=True)
-class CLoRA(Method):
+class CLoRA(LowRank):
     """LoRA + ``NullSpace``: loss + weight / 2 * sum over layers of ||A P||^2 + ||B^T Q||^2.
 
     Lu et al., ACL 2025, arXiv 2410.16801, with the conventions of the authors' code.
@@ -32,9 +31,6 @@ class CLoRA(Method):
         ValueError: a field is of another type or out of range.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
     k: int = 256
     weight: float = 1.0
     basis: str = "orthogonal"
@@ -42,11 +38,6 @@ class CLoRA(Method):
     penalties: tuple[Penalty, ...] = ()
 
     name: ClassVar[str] = "clora"
-    reads_weight: ClassVar[bool] = False
-    adapts_experts: ClassVar[bool] = True
 
     def all_penalties(self) -> tuple[Penalty, ...]:
         return (NullSpace(self.weight, self.k, self.basis, self.seed), *self.penalties)
-
-    def build(self, site: Site) -> Adapter:
-        return LoRAAdapter(site, self.rank, self.alpha / self.rank, self.dropout)

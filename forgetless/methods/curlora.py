@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Site, adapter_dtype, whole
+from ..adapter import Adapter, Site, adapter_dtype, generator_of, whole
 from ..penalties import Penalty
 from .base import Method, register
 
@@ -61,8 +61,7 @@ class CURLoRA(Method):
         if not site.weight.any():
             raise ValueError(f"the weight of {site.name} is all zeros: CURLoRA could learn nothing there; exclude it")
         stored = site.weight.T if site.transposed else site.weight
-        digest = hashlib.sha256(f"{self.seed}/{site.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = generator_of(self.seed, site.name)
         columns = draw(stored.detach(), self.rank, self.smoothing, generator)
         rows = draw(stored.detach().T, self.rank, self.smoothing, generator)
         return CURLoRAAdapter(site, rows, columns, self.alpha)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..adapter import Adapter, Site
 from ..penalties import Laplace, Penalty
-from .base import Method, register
-from .lora import LoRAAdapter
+from .base import register
+from .lora import LowRank
 
 
 @register
 @dataclass(frozen=True)
-class LaLoRA(Method):
+class LaLoRA(LowRank):
     """LoRA + ``Laplace``: call ``fl.calibrate(model, batches)`` with source-domain batches before training.
 
     Sliwa et al., arXiv 2512.17720, the penalty of its Eq. 5.
@@ -34,9 +33,6 @@ class LaLoRA(Method):
         ValueError: a field is of another type or out of range.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
     weight: float = 1e4
     curvature: str = "diag"
     fisher: str = "empirical"
@@ -46,12 +42,7 @@ class LaLoRA(Method):
     penalties: tuple[Penalty, ...] = ()
 
     name: ClassVar[str] = "lalora"
-    reads_weight: ClassVar[bool] = False
-    adapts_experts: ClassVar[bool] = True
 
     def all_penalties(self) -> tuple[Penalty, ...]:
         own = Laplace(self.weight, self.fisher, self.prior_precision, self.curvature, self.columns, self.at_zero)
         return (own, *self.penalties)
-
-    def build(self, site: Site) -> Adapter:
-        return LoRAAdapter(site, self.rank, self.alpha / self.rank, self.dropout)

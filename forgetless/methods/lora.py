@@ -14,9 +14,29 @@ from ..penalties import Penalty
 from .base import Method, register
 
 
+@dataclass(frozen=True)
+class LowRank(Method):
+    """A method whose adapter is LoRA's, and that differs in its penalties."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+
+    reads_weight: ClassVar[bool] = False
+    adapts_experts: ClassVar[bool] = True
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update."""
+        return self.alpha / self.rank
+
+    def build(self, site: Site) -> Adapter:
+        return LoRAAdapter(site, self.rank, self.scale, self.dropout)
+
+
 @register
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(LowRank):
     """delta = alpha / rank * B A, the plain low-rank adapter (Hu et al., arXiv 2106.09685, Eq. 3).
 
     A (R, K) starts as PEFT's (uniform), B (N, R) at zero; both in float32, or float64 in a float64 model.
@@ -32,23 +52,15 @@ class LoRA(Method):
         ValueError: a field is of another type or out of range.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
     rslora: bool = False
     penalties: tuple[Penalty, ...] = ()
 
     name: ClassVar[str] = "lora"
-    reads_weight: ClassVar[bool] = False
-    adapts_experts: ClassVar[bool] = True
 
     @property
     def scale(self) -> float:
         """alpha / rank, or alpha / sqrt(rank)"""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def build(self, site: Site) -> Adapter:
-        return LoRAAdapter(site, self.rank, self.scale, self.dropout)
 
 
 class LoRAAdapter(Adapter):

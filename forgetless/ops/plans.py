@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..files import write_json
 from . import table
 from .table import PLANS
 
@@ -81,6 +82,7 @@ class Route:
         return self.plan in ("full", "once")
 
 
+_UNDECIDED = Choice(DEFAULT, "the default on this device, not measured yet")
 #: What the first use measured, and what failed, in this process.
 _measured: dict[Problem, Choice] = {}
 _failed: dict[tuple[Problem, str], str] = {}
@@ -121,8 +123,7 @@ def forced() -> tuple[str | None, bool]:
     Raises:
         ValueError: the variable holds something else.
     """
-    text = os.environ.get("FORGETLESS_PLAN", "")
-    return (None, False) if not text else _parse_forced(text)
+    return _parse_forced(os.environ.get("FORGETLESS_PLAN", ""))
 
 
 @functools.cache
@@ -150,19 +151,12 @@ def choose(problem: Problem) -> Choice:
     if problem in _measured:
         return _measured[problem]
     reason = failed(problem, DEFAULT)
-    if reason:
-        return Choice("blas", f"{DEFAULT} failed here: {reason}")
-    return Choice(DEFAULT, "the default on this device, not measured yet")
+    return Choice("blas", f"{DEFAULT} failed here: {reason}") if reason else _UNDECIDED
 
 
 def undecided(problem: Problem) -> bool:
     """Whether a first-use check would tell something new."""
-    return (
-        problem not in _measured
-        and forced()[0] is None
-        and problem.key not in table.measured().get(problem.gpu, {})
-        and not failed(problem, DEFAULT)
-    )
+    return choose(problem) is _UNDECIDED
 
 
 def failed(problem: Problem, plan: str) -> str | None:
@@ -200,7 +194,10 @@ def store(rows: dict[str, dict[str, Any]], path: Path | None = None) -> Path:
         ValueError: the rows are not those of a table.
     """
     path = path or table.table_path()
-    table.write(rows, path)
+    data = {"format": table.FORMAT, "gpus": rows}
+    table.check_table(data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, data, sort_keys=True)
     forget()
     return path
 

@@ -12,8 +12,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
-
 PLANS = ("blas", "hybrid", "split", "full", "once")
 TILE = ("BLOCK_K", "BLOCK_M", "BLOCK_N", "num_stages", "num_warps")
 FORMAT = 1
@@ -63,14 +61,3 @@ def check_table(data: Any) -> dict[str, dict[str, Any]]:
             if not isinstance(tile, dict) or not all(k in TILE and type(v) is int and v > 0 for k, v in tile.items()):
                 raise ValueError(f"{gpu!r}, {key!r}: a tile has positive integers for {', '.join(TILE)}")
     return data["gpus"]
-
-
-def write(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Write the whole table, through a temporary file that is then renamed.
-
-    Raises:
-        ValueError: the rows are not those of a table.
-    """
-    check_table({"format": FORMAT, "gpus": rows})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"format": FORMAT, "gpus": rows}, sort_keys=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from ..ops import explain_path
 from ..report import LayerReport
 from .experts import title
 from .routes import adapter_reason, base_reason, kind_reason, lora_layers, state_reason, taker_of
@@ -52,14 +51,10 @@ def _path(layer: Any, keys: list[str]) -> tuple[str, str]:
 
 def _op_report(active: list[View]) -> tuple[str, str]:
     first = active[0]
-    down = first.adapter.down
-    own = base_reason(first.layer.base_layer)
     several = f"; {len(active)} adapters: {', '.join(view.adapter.key for view in active)}" if len(active) > 1 else ""
-    if own is not None:
+    if own := base_reason(first.layer.base_layer):
         return "onto", f"{own}, the low-rank product is added to its result{several}"
-    weight = first.weight
-    N, K = first.out_features, first.in_features
-    path, reason = explain_path(weight.device, weight.dtype, N, K, down.shape[0])
+    path, reason = first.path(first.adapter.down.shape[0])
     members = first.group.partners(first) if first.group else []
     partners = [view.name.rpartition(".")[2] for view in members if view is not first]
     like, dropout = first.stored()[0], first.adapter.dropout

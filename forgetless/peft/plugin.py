@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import importlib
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from ..layers.linear import AdaptedLinear
 from ..layers.quantized import kind_of
 from ..layers.wrapped import wrap
 from ..methods import CLoRA, CURLoRA, LaLoRA, Method
-from ..ops import explain_path
 from ..ops.add_lowrank import Term, add_terms
 from ..report import LayerReport
 from ..targets import supported
@@ -62,8 +61,24 @@ def _method_of(cls: type[Method], config: Any, **renamed: Any) -> Any:
 # --------------------------------------------------------------------------------- CLoRA and LaLoRA
 
 
+class _Penalised(_LoraConfig):
+    """PEFT's ``LoraConfig`` and the fields of a method of ours."""
+
+    _type: ClassVar[Type]
+    _method: ClassVar[type[Method]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self._type
+        self.method()  # refuses nonsense in the fields
+
+    def method(self) -> Method:
+        """The method of this library: its penalties are those of the adapter."""
+        return _method_of(self._method, self, rank=self.r, alpha=self.lora_alpha, dropout=self.lora_dropout)
+
+
 @dataclass
-class CLoRAConfig(_LoraConfig):
+class CLoRAConfig(_Penalised):
     """PEFT's ``LoraConfig`` and the fields of ``fl.CLoRA``: add ``fl.penalty(model)`` to the loss.
 
     Args:
@@ -78,18 +93,12 @@ class CLoRAConfig(_LoraConfig):
     basis: str = "orthogonal"
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = Type.CLORA
-        self.method()  # refuses nonsense in the fields
-
-    def method(self) -> CLoRA:
-        """The method of this library: its penalties are those of the adapter."""
-        return _method_of(CLoRA, self, rank=self.r, alpha=self.lora_alpha, dropout=self.lora_dropout)
+    _type: ClassVar[Type] = Type.CLORA
+    _method: ClassVar[type[Method]] = CLoRA
 
 
 @dataclass
-class LaLoRAConfig(_LoraConfig):
+class LaLoRAConfig(_Penalised):
     """PEFT's ``LoraConfig`` and the fields of ``fl.LaLoRA``: ``fl.calibrate``, then add ``fl.penalty`` to the loss.
 
     The statistics are saved and loaded with the adapter.
@@ -108,14 +117,8 @@ class LaLoRAConfig(_LoraConfig):
     columns: int = 64
     at_zero: str = "literal"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = Type.LALORA
-        self.method()
-
-    def method(self) -> LaLoRA:
-        """The method of this library: its penalties are those of the adapter."""
-        return _method_of(LaLoRA, self, rank=self.r, alpha=self.lora_alpha, dropout=self.lora_dropout)
+    _type: ClassVar[Type] = Type.LALORA
+    _method: ClassVar[type[Method]] = LaLoRA
 
 
 class PenalisedLoraModel(_LoraModel):
@@ -219,11 +222,8 @@ class CURLoRALayer(_Module, _BaseTunerLayer, OwnLayer):
         trainable = sum(p.numel() for p in self.curlora_adapters.parameters() if p.requires_grad)
         if reason := state_reason(self) or (None if active else "none of its adapters is active"):
             path = "base"
-        elif active[0].runs_base():
-            path, reason = "onto", f"{active[0].reason}, the low-rank product is added to its result"
         else:
-            weight = active[0].weight
-            path, reason = explain_path(weight.device, weight.dtype, self.out_features, self.in_features, rank)
+            path, reason = active[0].path(rank)
         return LayerReport("curlora", self.in_features, self.out_features, rank, trainable, path, reason)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

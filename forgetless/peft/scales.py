@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,8 +11,8 @@ from .swap import _peft
 from .views import OwnLayer
 
 
-def changes(model: nn.Module, factor: float) -> list[Callable[[], Callable[[], None]]]:
-    """What multiplies the scale of each active adapter, in its layers and in its config; each returns its undoing.
+def scaled_entries(model: nn.Module, factor: float) -> list[tuple[dict[str, Any], str, Any]]:
+    """(table, key, new value) of what the scale of each active adapter is in, in its layers and in its config.
 
     Raises:
         ValueError: an adapter is merged, or is one whose output is not linear in its scale.
@@ -45,19 +44,10 @@ def changes(model: nn.Module, factor: float) -> list[Callable[[], Callable[[], N
             tables[id(config)] = (config, ["lora_alpha" if "lora_alpha" in config else "alpha"])
             patterns = config.get("alpha_pattern") or {}
             tables[id(patterns)] = (patterns, list(patterns))
-    return [_change(table, keys, factor) for table, keys in tables.values()]
+    return [(table, key, table[key] * factor) for table, keys in tables.values() for key in keys]
 
 
-def switches(model: nn.Module) -> list[tuple[dict[str, Any], str, bool]]:
+def disabled_entries(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     """(attributes of a module of PEFT, the one that switches its adapters off, its value)."""
     tuners = _peft("tuners.tuners_utils").BaseTunerLayer, _peft("utils.other").AuxiliaryTrainingWrapper
     return [(module.__dict__, "_disable_adapters", True) for module in model.modules() if isinstance(module, tuners)]
-
-
-def _change(table: dict[str, Any], keys: list[str], factor: float) -> Callable[[], Callable[[], None]]:
-    def change() -> Callable[[], None]:
-        before = {key: table[key] for key in keys}
-        table.update({key: value * factor for key, value in before.items()})
-        return lambda: table.update(before)
-
-    return change

@@ -23,12 +23,12 @@ from ..layers.groups import form_groups
 from ..layers.linear import AdaptedLinear
 from ..layers.passes import Passes
 from ..layers.stack import give_back, run_by
-from ..names import bare_name, checked
+from ..names import bare_name, checked, outer_modules
 from ..ops.add_lowrank import add_terms
 from ..penalties import Penalty
 from .experts import ExpertsView, title
 from .routes import adapter_reason, base_reason, kind_reason, lora_layers, onto_base, runs_experts, stack_of, taker_of
-from .views import PENALTIES, HidesPenalties, OwnLayer, Theirs, View, any_of
+from .views import PENALTIES, HidesPenalties, OwnLayer, Theirs, View
 
 #: What is asked of a PEFT layer.
 _ASKED = (
@@ -83,11 +83,10 @@ def swap_in(model: nn.Module, penalties: Iterable[Penalty] | None = None) -> nn.
             taker.make_views()  # raises before anything is changed
     for taker in takers.values():
         taker.install()
-    _form_groups(model)
     for module in model.modules():
         if isinstance(module, _peft("tuners.tuners_utils").BaseTuner) and not isinstance(module, _SwappedTuner):
             _put_before(_SwappedTuner, module)
-    _mark_passes(model)
+    _hook(model)
     return model
 
 
@@ -113,15 +112,15 @@ def swap_out(model: nn.Module) -> nn.Module:
 def views(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> active adapter of each swapped-in layer, as an adapted layer; "name:adapter" where several are active."""
     result: dict[str, AdaptedLinear] = {}
-    for name, layer in model.named_modules() if any_of(model) else ():  # names take long, and every step asks
+    for name, layer in outer_modules(model, AdaptedLinear):
         taker = taker_of(layer)
         active: dict[str, AdaptedLinear] = {}
         if taker is not None:
             active = {view.adapter.key: view for view in taker.active()}
         elif isinstance(layer, OwnLayer):
             active = layer.active_layers()
-        own = title(bare_name(model, name), layer) if active else name
         for key, view in active.items():
+            own = title(name, layer)
             result[own if len(active) == 1 else f"{own}:{key}"] = view
     return result
 
@@ -212,8 +211,7 @@ def take_over(model: nn.Module, own: dict[str, tuple[Penalty, ...]], specs: tupl
             taker = taker_of(layer) or _Taker(layer, title(name, layer), specs)
             taker.own.update(own)
             taker.install()
-    _form_groups(model)
-    _mark_passes(model)
+    _hook(model)
 
 
 @functools.cache
@@ -318,8 +316,10 @@ class _Taker:
                 view.trace = None
 
 
-def _form_groups(model: nn.Module) -> None:
-    _detach(_swapped(model))
+def _hook(model: nn.Module) -> None:
+    """Form the groups and mark the passes of the model as it is now."""
+    swapped = _swapped(model)
+    _detach(swapped)
     together: dict[str, dict[str, AdaptedLinear]] = {}
     for name, module in model.named_modules():
         taker = taker_of(module)
@@ -328,10 +328,6 @@ def _form_groups(model: nn.Module) -> None:
                 together.setdefault(view.adapter.key, {})[bare_name(model, name)] = view
     for same in together.values():
         form_groups(model, same)
-
-
-def _mark_passes(model: nn.Module) -> None:
-    swapped = _swapped(model)
     passes = Passes(model, [taker.layer for taker in swapped], swapped)
     for taker in swapped:
         taker.passes = passes

@@ -48,22 +48,6 @@ class OwnLayer:
         raise NotImplementedError
 
 
-def any_of(model: nn.Module) -> bool:
-    """Whether any module of the model may have a view."""
-    seen: set[nn.Module | None] = {None}
-    todo: list[nn.Module | None] = [model]
-    while todo:
-        module = todo.pop()
-        if module is None or module in seen:
-            continue
-        if "_forgetless" in module.__dict__ or isinstance(module, OwnLayer):
-            return True
-        seen.add(module)
-        if not isinstance(module, Adapter):  # nothing of PEFT's is inside
-            todo += module._modules.values()
-    return False
-
-
 class PeftAdapter(Adapter):
     """One PEFT adapter of one layer, read where PEFT keeps it: nothing is held twice."""
 
@@ -116,6 +100,7 @@ class View(AdaptedLinear):
 
     layer: Any
     adapter: PeftAdapter
+    lends_weight = False
     shares_dropout = False  # each layer of PEFT has a mask of its own
 
     def __init__(self, layer: Any, key: str, name: str, specs: tuple[Penalty, ...]):
@@ -128,7 +113,7 @@ class View(AdaptedLinear):
             self.needs_hidden = any(state.needs_hidden for state in adapter.penalty_states())
 
     @property
-    def weight(self) -> Tensor:
+    def frozen(self) -> Tensor:
         """The frozen weight; where it is packed or hidden, a tensor of its shape that takes no memory."""
         base = self.layer.base_layer
         if base_reason(base) is None:
@@ -136,10 +121,6 @@ class View(AdaptedLinear):
         down = self.adapter.down
         dtype = getattr(base, "compute_dtype", None) or down.dtype
         return torch.empty(1, 1, dtype=dtype, device=down.device).expand(self.out_features, self.in_features)
-
-    @property
-    def frozen(self) -> Tensor:
-        return self.weight
 
     def site(self) -> Site:
         weight = self.weight.detach()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Site, Stays
+from ..adapter import Adapter, Described, Site, Stays, from_json, whole, wide
 from ..ops.rows import Products, Rows
+from .covariance import Covariance
 
 #: Every penalty by its name, filled by ``register``.
 PENALTIES: dict[str, type[Penalty]] = {}
@@ -23,7 +24,7 @@ def register(cls: type[Penalty]) -> type[Penalty]:
 
 
 @dataclass(frozen=True)
-class Penalty:
+class Penalty(Described):
     """A term added to the training loss, one per adapted layer; the terms of all layers are summed.
 
     Subclasses are frozen dataclasses of fields that JSON can hold; ``attach`` makes the state for one layer.
@@ -37,8 +38,6 @@ class Penalty:
 
     weight: float = 1.0
 
-    name: ClassVar[str]
-
     def __post_init__(self) -> None:
         if not (isinstance(self.weight, (int, float)) and 0.0 <= self.weight < float("inf")):
             raise ValueError(f"{type(self).__name__}.weight is {self.weight!r}, wants a number >= 0")
@@ -51,10 +50,6 @@ class Penalty:
         """
         raise NotImplementedError
 
-    def to_json(self) -> dict[str, Any]:
-        """Name and fields, as ``fl.save`` writes them."""
-        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
-
     @staticmethod
     def from_json(data: dict[str, Any]) -> Penalty:
         """Inverse of ``to_json``.
@@ -62,27 +57,23 @@ class Penalty:
         Raises:
             ValueError: the name or a field is unknown.
         """
-        data = dict(data)
-        name = data.pop("name", None)
-        if not isinstance(name, str) or name not in PENALTIES:
-            raise ValueError(f"unknown penalty {name!r}, wants one of {sorted(PENALTIES)}")
-        try:
-            return PENALTIES[name](**data)
-        except TypeError as error:
-            raise ValueError(f"penalty {name!r}: {error}") from None
+        return from_json("penalty", PENALTIES, data)
 
 
 class PenaltyState(Stays):
-    """Buffers and value of one penalty on one layer.
+    """Buffers and value of one penalty on one layer. A subclass writes ``value`` or ``total``.
 
-    Persistent buffers are saved with the adapter (statistics of data that may be gone), the others are rebuilt.
+    Persistent buffers are saved with the adapter (statistics of data that may be gone), the others are rebuilt. Those
+    named ``centre_`` are the point that the statistics were measured at.
     """
 
     #: The value needs h of the last forward pass, with its graph.
     needs_hidden: ClassVar[bool] = False
     #: What ``fl.calibrate`` must supply: None, "inputs" (x of each layer), "gradients" (per-sequence gradients of the
-    #: parameters) or "tokens" (x and the gradient of the layer's output).
+    #: parameters) or "tokens" (x and the gradient of the layer's output, without padding).
     statistics: ClassVar[str | None] = None
+    #: Name of the buffer that says how many samples or tokens the statistics are of, a scalar.
+    counter: ClassVar[str | None] = None
 
     def __init__(self, spec: Penalty):
         super().__init__()
@@ -97,11 +88,11 @@ class PenaltyState(Stays):
             hidden: with ``needs_hidden``, h = scale * drop(x) @ down.T (M, R) of the last forward pass with its graph,
                 those of all its calls of the layer, None if it had none; else None.
         """
-        raise NotImplementedError
+        return self.total([Item(self, adapter, hidden)])
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        """Sum of ``value`` over all layers, once per step; subclasses do it in fewer and larger products.
+        """Sum of ``value`` over all layers, once per step, here in fewer and larger products.
 
         With ``needs_hidden``, ``total`` takes one argument more: ``weights``, one per token, or None.
         """
@@ -123,32 +114,28 @@ class PenaltyState(Stays):
 
     def begin_statistics(self, adapter: Adapter) -> None:
         """Forget earlier statistics; centre at the adapter's present parameters. ``fl.calibrate`` calls it first."""
+        self._known_calibrated = False
+        for name, t in self.state_dict().items():
+            if name.startswith("centre_"):
+                t.copy_(getattr(adapter, name.removeprefix("centre_")).detach())
+            else:
+                t.zero_()
+        for part in self.modules():
+            if isinstance(part, Covariance):
+                part.stream = None
 
     def add_inputs(self, x: Tensor) -> None:
         """Take in x (tokens, K) of source-domain text."""
 
-    def add_gradients(self, grads: dict[str, Tensor], count: Tensor | int) -> None:
-        """Take in gradients of the samples' mean losses, once for each batch: summed over all calls of the layer.
-
-        Args:
-            grads: parameter name -> (samples, *shape); samples without labels have zeros.
-            count: samples that have labels.
-        """
-
     def add_tokens(self, tokens: Any) -> None:
-        """Take in one layer's inputs and output gradients of one batch, a ``forgetless.samples.Tokens``."""
-
-    @property
-    def wants_tokens(self) -> bool:
-        """Whether ``add_tokens`` is to be called."""
-        return self.statistics == "tokens"
+        """Take in one layer's inputs and output gradients of one batch, of all its calls: ``samples.Tokens``."""
 
     def end_statistics(self) -> None:
         """All data has been seen: normalise."""
 
     def export_statistics(self) -> dict[str, Tensor]:
         """Copies of what has been measured, for ``add_statistics`` after another calibration."""
-        return {}
+        return {name: t.clone() for name, t in self.state_dict().items() if not name.startswith("centre_")}
 
     def add_statistics(self, earlier: dict[str, Tensor]) -> None:
         """Add what was measured earlier: several domains are kept at full strength each."""
@@ -167,21 +154,13 @@ class PenaltyState(Stays):
     def separate(self) -> None:
         """Use a copy of the statistics of its own again."""
 
-    def reset_caches(self) -> None:
-        """Statistics are about to change, or have changed: ask again whether there are any."""
-        self._known_calibrated = False
-
     def make_room(self, names: Iterable[str]) -> None:
         """Saved statistics of these names are to be copied in: have a buffer for each."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.reset_caches()
+        self._known_calibrated = False
         self.make_room([name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def seen(self) -> Tensor | None:
-        """How many samples or tokens the statistics are of, a scalar; None for a penalty without statistics."""
-        return None
 
     @property
     def calibrated(self) -> bool:
@@ -190,10 +169,9 @@ class PenaltyState(Stays):
         A yes is remembered, since asking an accelerator waits for it. It is forgotten when statistics begin anew or
         are loaded. A fake or meta tensor has no number to ask for: the answer is yes and is not remembered.
         """
-        count = None if self._known_calibrated else self.seen()
-        if count is None:
+        if self._known_calibrated or self.counter is None:
             return True
-        positive = count > 0
+        positive = self.get_buffer(self.counter) > 0
         if type(positive) is not Tensor or positive.is_meta:
             return True
         self._known_calibrated = bool(positive)
@@ -215,7 +193,6 @@ def check_choice(title: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{title} is {value!r}, wants {choices}")
 
 
-def trains_factors(adapter: Adapter) -> bool:
-    """Whether the adapter's parameters are its two factors themselves."""
-    down, up = adapter.factors()
-    return getattr(adapter, "down", None) is down and getattr(adapter, "up", None) is up
+def nothing(adapter: Adapter) -> Tensor:
+    """A value of zero."""
+    return wide(whole(adapter.factors()[0])).new_zeros(())

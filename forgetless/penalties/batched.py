@@ -62,10 +62,8 @@ def grouped(
         A scalar, at least float32.
     """
     width = len(layers[0])
-    stacked = (
-        [[*row] for row in layers] if copied is None else [[*row, t] for row, t in zip(layers, copied, strict=True)]
-    )
-    nbytes = [max(t.numel() * t.element_size() for t in row if t is not None) for row in stacked]
+    others = [None] * len(layers) if copied is None else copied
+    nbytes = [max(t.nbytes for t in (*row, t) if t is not None) for row, t in zip(layers, others, strict=True)]
     limit = STACK_BYTES_CPU if layers[0][0].device.type == "cpu" else STACK_BYTES
     groups = buckets([(key, *map(_like, row)) for key, row in zip(keys, layers, strict=True)], nbytes, limit)
 

@@ -15,7 +15,7 @@ become strong later are not lost early.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,13 +57,7 @@ class Covariance(Stays):
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=like.device))
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64, device=like.device))
-        self._stream: _Stream | None = None
-
-    def reset(self) -> None:
-        """Nothing has been seen."""
-        for buffer in self.buffers():
-            buffer.zero_()
-        self._stream = None
+        self.stream: _Stream | None = None
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -78,17 +72,17 @@ class Covariance(Stays):
         if not self.columns:
             self.rest += x.to(self.rest.dtype).square().sum(0)
             return
-        if self._stream is None:
-            self._stream = _Stream(self.rest, self.columns)
-        self._stream.add(x)
+        if self.stream is None:
+            self.stream = _Stream(self.rest, self.columns)
+        self.stream.add(x)
 
     @torch.no_grad()
     def finish(self, count: Tensor | None = None) -> None:
         """Divide the sums by ``count``, the vectors seen if not given; at most once after ``add``."""
-        if self._stream is not None:
-            values, basis = self._stream.finish(self.columns)
+        if self.stream is not None:
+            values, basis = self.stream.finish(self.columns)
             self._set(values, basis, self.rest)
-            self._stream = None
+            self.stream = None
         count = (self.tokens if count is None else count).clamp(min=1)
         for name in ("matrix", "rest", "spectrum"):
             if name in self._buffers:
@@ -113,21 +107,11 @@ class Covariance(Stays):
     def dense(self) -> Tensor:  # (K, K), not to be written to
         if self.full:
             return self.matrix
-        return self.apply_to(torch.eye(self.length()).to(self.tokens.device, self.diagonal().dtype))
-
-    def apply_to(self, rows: Tensor) -> Tensor:  # (R, K) -> (R, K)
-        """rows @ S in the dtype of ``rows``, differentiable in them."""
-        if self.full:
-            return rows @ self.matrix.to(rows.dtype)
-        seen = rows * self.rest.to(rows.dtype)
-        if self.columns:
-            basis = self.basis.to(rows.dtype)
-            seen = seen + ((rows @ basis) * self.spectrum.to(rows.dtype)) @ basis.T
-        return seen
+        return apply_stacked([self], torch.eye(self.length()).to(self.diagonal())[None])[0]
 
     @torch.no_grad()
     def merge(self, other: dict[str, Tensor]) -> None:
-        """Add another S of the same form, as its ``state`` has it."""
+        """Add another S of the same form, given by its buffers."""
         if self.columns:
             total = self.diagonal() + other["rest"] + other["basis"].square() @ other["spectrum"]
             rows = (other["basis"] * other["spectrum"].sqrt()).T
@@ -138,17 +122,9 @@ class Covariance(Stays):
                 getattr(self, name).add_(other[name])
         self.tokens += other["tokens"]
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies of the buffers, for ``merge``."""
-        return {name: buffer.clone() for name, buffer in self.named_buffers()}
-
     def form(self) -> Hashable:
         """What must agree, beside the length, for ``apply_stacked``."""
         return self.full, self.columns, self.tokens.device
-
-    def largest(self) -> Tensor | None:
-        """The largest tensor that ``apply_stacked`` copies, for ``buckets``."""
-        return self.basis if self.columns else None
 
     def same_as(self, other: Covariance) -> bool:
         """Whether the buffers hold the same numbers."""
@@ -160,6 +136,17 @@ class Covariance(Stays):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {tuple(buffer.shape)}" for name, buffer in self.named_buffers() if buffer.dim())
+
+
+def named_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with the prefix, by what follows it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def largest(covariances: Sequence[Covariance | None]) -> Tensor | None:
+    """The largest tensor of one layer's that ``apply_stacked`` copies, for ``buckets``; None if it copies none."""
+    bases = [cov.basis for cov in covariances if cov is not None and cov.columns]
+    return max(bases, key=Tensor.numel, default=None)
 
 
 def apply_stacked(covariances: Sequence[Covariance | None], rows: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Site, whole, wide
-from .base import Item, Penalty, PenaltyState, register
+from ..adapter import Adapter, Site, whole
+from .base import Item, Penalty, PenaltyState, nothing, register
 from .batched import grouped
 
 
@@ -36,15 +36,16 @@ class Decay(Penalty):
 
 
 class _Decay(PenaltyState):
-    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        squares = [wide(p).square().sum() for p in _trained(adapter)]
-        return 0.5 * self.spec.weight * torch.stack(squares).sum() if squares else _nothing(adapter)
-
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        rows = [(s.spec.weight, p) for s, a, _ in items for p in _trained(a)]
+        rows = [
+            (state.spec.weight, whole(p))
+            for state, adapter, _ in items
+            for p in adapter.parameters(recurse=False)
+            if p.requires_grad
+        ]
         if not rows:
-            return _nothing(items[0].adapter)
+            return nothing(items[0].adapter)
         weights = [weight for weight, _ in rows]
 
         def form(group: list[int], stack: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,12 +53,3 @@ class _Decay(PenaltyState):
             return 0.5 * weight * torch.dot(stack.flatten(), stack.flatten()), stack.mul_(weight)
 
         return grouped([(p,) for _, p in rows], weights, form)
-
-
-def _trained(adapter: Adapter) -> list[Tensor]:
-    return [whole(p) for p in adapter.parameters(recurse=False) if p.requires_grad]
-
-
-def _nothing(adapter: Adapter) -> Tensor:
-    """The value where every parameter is frozen."""
-    return wide(whole(adapter.factors()[0])).new_zeros(())

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..adapter import Adapter, Site, wide
 from ..ops.rows import Products, Rows
-from .base import Item, Penalty, PenaltyState, register
+from .base import Item, Penalty, PenaltyState, nothing, register
 from .batched import grouped, joined
-from .covariance import Covariance, apply_stacked
+from .covariance import Covariance, apply_stacked, largest, named_under
 
 
 @register
@@ -43,21 +43,36 @@ class WeightDeviation(Penalty):
         return _WeightDeviation(self)
 
 
-class _WeightDeviation(PenaltyState):
-    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        down, up = (wide(t) for t in adapter.factors())
-        return self.spec.weight * adapter.scale**2 * ((up.T @ up) * (down @ down.T)).sum()
+#: Of one layer: S (K, K) and G (N, N), None for the identity.
+Pairs = Sequence[tuple[Covariance | None, Covariance | None]]
+
+
+class Gram(PenaltyState):
+    """weight * factor * scale^2 * sum over ``moments`` of <up^T G up, down S down^T>."""
+
+    factor: ClassVar[float] = 1.0
+
+    def moments(self) -> Pairs:
+        return [(None, None)]
+
+    @classmethod
+    def weights(cls, items: list[Item]) -> list[float]:
+        return [cls.factor * state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
-        return _gram_total(items, [None] * len(items))
-
-    def rows(self) -> tuple[Rows, ...]:
-        return Rows("up"), Rows("down")
+        layers = [adapter.factors() for _, adapter, _ in items]
+        return gram_form(layers, cls.weights(items), [state.moments() for state, _, _ in items])
 
     @classmethod
     def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
-        return _gram_made(made, [state.spec.weight * adapter.scale**2 for state, adapter, _ in items])
+        sources = [state.moments()[0][0] for state, _, _ in items]
+        return _gram_made(made, cls.weights(items), [s.spectrum if s and s.columns else None for s in sources])
+
+
+class _WeightDeviation(Gram):
+    def rows(self) -> tuple[Rows, ...]:
+        return Rows("up"), Rows("down")
 
 
 @register
@@ -89,21 +104,11 @@ class OutputDeviation(Penalty):
 class _OutputDeviation(PenaltyState):
     needs_hidden = True
 
-    def value(self, adapter: Adapter, hidden: Tensor | None, weights: Tensor | None = None) -> Tensor:
-        down, up = adapter.factors()
-        up = wide(up)
-        if hidden is None or hidden.shape[0] == 0:  # no forward pass yet: nothing has deviated
-            return up.new_zeros(())
-        _check_graph(hidden, down)
-        h = wide(hidden)
-        w, count = _token_weights(weights, h)
-        return self.spec.weight / count * (((h * w[:, None]).T @ h) * (up.T @ up)).sum()
-
     @classmethod
     def total(cls, items: list[Item], weights: Tensor | None = None) -> Tensor:
         layers: list[tuple[Tensor, Tensor]] = []
         shares: list[float] = []
-        tokens: list[Covariance | None] = []
+        tokens: list[Pairs] = []
         by_size: dict[Any, tuple[Covariance | None, float]] = {}
         for state, adapter, hidden in items:
             if hidden is not None and hidden.shape[0]:
@@ -115,10 +120,8 @@ class _OutputDeviation(PenaltyState):
                 cov, count = by_size[key]
                 layers.append((hidden, up))
                 shares.append(state.spec.weight / count)
-                tokens.append(cov)
-        if not layers:
-            return torch.stack([state.value(adapter, None) for state, adapter, _ in items]).sum()
-        return gram_form(layers, shares, tokens, tall=True)
+                tokens.append([(cov, None)])
+        return gram_form(layers, shares, tokens, tall=True) if layers else nothing(items[0].adapter)
 
     def rows(self) -> tuple[Rows, ...]:
         return Rows("up"), Rows("hidden")
@@ -126,29 +129,23 @@ class _OutputDeviation(PenaltyState):
     @classmethod
     def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
         tokens = [0 if hidden is None else hidden.shape[0] for _, _, hidden in items]
-        return _gram_made(made, [state.spec.weight / max(M, 1) for (state, _, _), M in zip(items, tokens, strict=True)])
-
-
-def _token_weights(weights: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor | float]:
-    """The weight of each row of h (M, R), and their sum."""
-    if weights is None:
-        return h.new_ones(h.shape[0]), float(h.shape[0])
-    if weights.numel() != h.shape[0]:
-        raise ValueError(
-            f"token_weights has {weights.numel()} entries {tuple(weights.shape)}, wants one for each of the "
-            f"{h.shape[0]} tokens of the last forward pass"
-        )
-    w = weights.detach().reshape(-1).to(h)
-    return w, w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+        weights = [state.spec.weight / max(M, 1) for (state, _, _), M in zip(items, tokens, strict=True)]
+        return _gram_made(made, weights, [None] * len(items))
 
 
 def _as_covariance(weights: Tensor | None, hidden: Tensor) -> tuple[Covariance | None, float]:
-    """Token weights of mean 1 as the diagonal form of the sum over tokens, and the number to divide by."""
+    """Token weights of sum 1 as the diagonal form of the sum over tokens, and the number to divide by."""
+    M = hidden.shape[0]
     if weights is None:
-        return None, float(hidden.shape[0])
-    w, total = _token_weights(weights, wide(hidden.detach()))
-    cov = Covariance("diag", hidden.shape[0], w)
-    cov.rest = w / total
+        return None, float(M)
+    if weights.numel() != M:
+        raise ValueError(
+            f"token_weights has {weights.numel()} entries {tuple(weights.shape)}, wants one for each of the "
+            f"{M} tokens of the last forward pass"
+        )
+    w = weights.detach().reshape(-1).to(wide(hidden.detach()))
+    cov = Covariance("diag", M, w)
+    cov.rest = w / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
     return cov, 1.0
 
 
@@ -198,8 +195,9 @@ def check_form(title: str, form: object) -> None:
         raise ValueError(f"{title} is {form!r}, wants 'diag', 'full' or an integer >= 0, the columns of its eigenbasis")
 
 
-class _SourceDeviation(PenaltyState):
+class _SourceDeviation(Gram):
     statistics = "inputs"
+    counter = "source.tokens"
     source: Covariance
 
     def __init__(self, spec: SourceDeviation, site: Site):
@@ -215,20 +213,14 @@ class _SourceDeviation(PenaltyState):
     def tokens(self) -> Tensor:
         return self.source.tokens
 
-    def begin_statistics(self, adapter: Adapter) -> None:
-        self.source.reset()
-
     def add_inputs(self, x: Tensor) -> None:
         self.source.add(x)
 
     def end_statistics(self) -> None:
         self.source.finish()
 
-    def export_statistics(self) -> dict[str, Tensor]:
-        return self.source.state()
-
     def add_statistics(self, earlier: dict[str, Tensor]) -> None:
-        self.source.merge(earlier)
+        self.source.merge(named_under("source.", earlier))
 
     def shareable(self) -> Any:
         return self.spec.covariance, self.source.length(), self.tokens.device
@@ -246,17 +238,8 @@ class _SourceDeviation(PenaltyState):
         self.separate()  # what comes may not be the siblings' as well
         super()._load_from_state_dict(*args)
 
-    def seen(self) -> Tensor:
-        return self.tokens
-
-    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        down, up = (wide(t) for t in adapter.factors())
-        inside = self.source.apply_to(down) @ down.T
-        return self.spec.weight * adapter.scale**2 * ((up.T @ up) * inside).sum()
-
-    @classmethod
-    def total(cls, items: list[Item]) -> Tensor:
-        return _gram_total(items, [item.state.source for item in items])
+    def moments(self) -> Pairs:
+        return [(self.source, None)]
 
     def rows(self) -> tuple[Rows, ...]:
         if self.source.full or not self._known_calibrated or not self.spec.weight:
@@ -264,26 +247,13 @@ class _SourceDeviation(PenaltyState):
         own = Rows("up"), Rows("down", None, self.source.rest)
         return (*own, Rows("down", self.source.basis)) if self.source.columns else own
 
-    @classmethod
-    def total_made(cls, items: list[Item], made: list[Products]) -> Tensor:
-        weights = [state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
-        sources = [state.source for state, _, _ in items]
-        return _gram_made(made, weights, [source.spectrum if source.columns else None for source in sources])
-
-
-def _gram_total(items: list[Item], covariances: list[Covariance | None]) -> Tensor:
-    weights = [state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
-    return gram_form([adapter.factors() for _, adapter, _ in items], weights, covariances)
-
 
 def _gram_made(
     made: list[Products],  # of each layer (2 R + q, R): of up, of the inner rows, and V^T down^T of an eigenbasis
     weights: list[float],
-    spectra: list[Tensor | None] | None = None,  # (q,)
+    spectra: list[Tensor | None],  # (q,)
 ) -> Tensor:
     """sum_i w_i <S_up, S_in + T^T diag(l) T>, with its gradients w (S_in + T^T diag(l) T), w S_up, 2 w l T S_up."""
-    if spectra is None:
-        spectra = [None] * len(weights)
 
     def form(group: Sequence[int], z: Tensor) -> tuple[Tensor, Tensor]:
         R, weight = z.shape[2], weights[group[0]]
@@ -304,19 +274,28 @@ def _gram_made(
 def gram_form(
     layers: list[tuple[Tensor, Tensor]],  # down (R, K), up (N, R)
     weights: list[float],  # of each layer, scale^2 included
-    covariances: list[Covariance | None],  # S (K, K), None for the identity
+    pairs: Sequence[Pairs],  # of each layer
     tall: bool = False,  # whether down is given as its transpose (K, R)
 ) -> Tensor:
-    """sum_i w_i <up_i^T up_i, down_i S_i down_i^T>, with its gradients 2 w (up^T up) down S, 2 w up (down S down^T)."""
+    """sum_i w_i sum over i's pairs of <up_i^T G up_i, down_i S down_i^T>, and its gradients, with the sum over pairs:
+
+    2 w (up^T G up) down S and 2 w G up (down S down^T).
+    """
 
     def form(group: list[int], down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight = weights[group[0]]
         down = down.mT if tall else down
-        seen = apply_stacked([covariances[i] for i in group], down)  # (L, R, K)
-        outer, inner = up.mT @ up, seen @ down.mT  # (L, R, R)
-        value = weight * (outer * inner).sum()
-        ddown, dup = outer.mul_(2 * weight) @ seen, up @ inner.mul_(2 * weight)
+        value, ddown, dup = down.new_zeros(()), None, None
+        for alike in zip(*(pairs[i] for i in group), strict=True):
+            sources, targets = zip(*alike, strict=True)
+            seen, lifted = apply_stacked(sources, down), apply_stacked(targets, up.mT)  # (L, R, K), (L, R, N)
+            outer, inner = lifted @ up, seen @ down.mT  # (L, R, R)
+            value = value + weight * (outer * inner).sum()
+            outer, inner = outer.mul_(2 * weight), inner.mul_(2 * weight)
+            ddown = outer @ seen if ddown is None else ddown.baddbmm_(outer, seen)
+            dup = lifted.mT @ inner if dup is None else dup.baddbmm_(lifted.mT, inner)
+        assert ddown is not None and dup is not None  # every layer has a pair
         return value, ddown.mT if tall else ddown, dup
 
-    keys = [(w, None if cov is None else cov.form()) for w, cov in zip(weights, covariances, strict=True)]
-    return grouped(layers, keys, form, [None if cov is None else cov.largest() for cov in covariances])
+    keys = [(w, *(cov and cov.form() for pair in own for cov in pair)) for w, own in zip(weights, pairs, strict=True)]
+    return grouped(layers, keys, form, [largest(own[0]) for own in pairs])

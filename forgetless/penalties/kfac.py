@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Site, wide
-from .base import Item, PenaltyState, trains_factors
+from .base import Item, PenaltyState
 from .batched import grouped
-from .covariance import Covariance, apply_stacked
+from .covariance import Covariance, apply_stacked, largest, named_under
 
 
 class Kron(PenaltyState):
@@ -21,6 +21,7 @@ class Kron(PenaltyState):
     """
 
     statistics = "tokens"
+    counter = "samples"
     inputs: Covariance
     outputs: Covariance
     gram_x: Tensor
@@ -31,7 +32,7 @@ class Kron(PenaltyState):
 
     def __init__(self, spec: Any, adapter: Adapter, site: Site):
         super().__init__(spec)
-        if not trains_factors(adapter):
+        if not adapter.trains_factors:
             raise ValueError(
                 f"Laplace.curvature is {spec.curvature!r}, but {type(adapter).__name__} does not train down and up "
                 "themselves; wants 'diag' there"
@@ -48,14 +49,8 @@ class Kron(PenaltyState):
         self.at_zero = False  # whether it is being calibrated at B = 0
 
     def begin_statistics(self, adapter: Adapter) -> None:
-        down, up = adapter.factors()
-        self.inputs.reset()
-        self.outputs.reset()
-        for name in ("gram_x", "gram_y", "samples"):
-            getattr(self, name).zero_()
-        self.centre_down.copy_(down.detach())
-        self.centre_up.copy_(up.detach())
-        self.at_zero = not bool(up.any())
+        super().begin_statistics(adapter)
+        self.at_zero = not bool(self.centre_up.any())
 
     def add_tokens(self, tokens: Any) -> None:
         dy = tokens.scaled_dy().flatten(0, 1)
@@ -83,9 +78,6 @@ class Kron(PenaltyState):
             spread = self.inputs.diagonal().sum() * self.gram_y.shape[0]
             self.gram_y.diagonal().copy_(trace / spread.clamp(min=torch.finfo(spread.dtype).tiny))
 
-    def export_statistics(self) -> dict[str, Tensor]:
-        return {k: v.clone() for k, v in self.state_dict().items() if not k.startswith("centre_")}
-
     def add_statistics(self, earlier: dict[str, Tensor]) -> None:
         """Gradient factors add up, input factors are averaged: a task seen twice then counts twice, not four times."""
         before, now = earlier["inputs.tokens"].double(), self.inputs.tokens.double()
@@ -95,29 +87,12 @@ class Kron(PenaltyState):
         self.samples += earlier["samples"]
         for name, theirs, mine in (("inputs", before / whole, now / whole), ("outputs", 1.0, 1.0)):
             cov: Covariance = getattr(self, name)
-            part = {k.removeprefix(f"{name}."): v for k, v in earlier.items() if k.startswith(f"{name}.")}
+            part = named_under(f"{name}.", earlier)
             for key in ("rest", "spectrum"):
                 if key in part:
                     part[key] = part[key] * theirs
                     getattr(cov, key).mul_(mine)
             cov.merge(part)
-
-    def seen(self) -> Tensor:
-        return self.samples
-
-    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        down, up = (wide(t) for t in adapter.factors())
-        A0, B0 = (t.to(down.dtype) for t in (self.centre_down, self.centre_up))
-        moved_down, moved_up = down - A0, up - B0
-        gram_x, gram_y = (g.to(down.dtype) for g in (self.gram_x, self.gram_y))
-        total = (gram_x * (self.outputs.apply_to(moved_up.T) @ moved_up)).sum()
-        total = total + (gram_y * (self.inputs.apply_to(moved_down) @ moved_down.T)).sum()
-        if self.spec.curvature == "tri_kfac":
-            rows, lift = torch.cat((A0, moved_down)), torch.cat((moved_up, B0), dim=1)
-            inner = self.inputs.apply_to(rows) @ rows.T
-            total = torch.where(B0.any(), (inner * (self.outputs.apply_to(lift.T) @ lift)).sum(), total)
-        total = total + self.spec.prior_precision * (moved_down.square().sum() + moved_up.square().sum())
-        return 0.5 * self.spec.weight * total
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
@@ -135,8 +110,8 @@ class Kron(PenaltyState):
                 dup = dup.add_(up, alpha=spec.prior_precision)
             return 0.5 * spec.weight * inside, ddown.mul_(spec.weight), dup.mul_(spec.weight)
 
-        larger = [max((s.inputs, s.outputs), key=Covariance.length).largest() for s in states]
-        return grouped([a.factors() for _, a, _ in items], [s.spec for s in states], form, larger)
+        copied = [largest((s.inputs, s.outputs)) for s in states]
+        return grouped([a.factors() for _, a, _ in items], [s.spec for s in states], form, copied)
 
 
 def stacked(states: list[Kron], name: str) -> Tensor:

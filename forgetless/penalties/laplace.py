@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Site, whole, wide
-from .base import Item, Penalty, PenaltyState, check_choice, register, trains_factors
+from .base import Item, Penalty, PenaltyState, check_choice, register
 from .batched import grouped
 from .kfac import Kron
 
@@ -81,14 +81,17 @@ class Laplace(Penalty):
 
 class _Diagonal(PenaltyState):
     statistics = "gradients"
+    counter = "samples"
     samples: Tensor
+    fisher_down: Tensor
+    fisher_up: Tensor
 
     def __init__(self, spec: Laplace, adapter: Adapter, site: Site):
         super().__init__(spec)
         own = dict(adapter.named_parameters(recurse=False))
         # where none is trained now, all are later: PEFT freezes adapters that are not active
         self.names = [name for name, p in own.items() if p.requires_grad] or list(own)
-        self.balances = spec.at_zero == "balanced" and trains_factors(adapter)
+        self.balances = spec.at_zero == "balanced" and adapter.trains_factors
         self.at_zero = False
         self.spread: Tensor | None = None  # (K,) what at_zero="balanced" gives A, up to a factor
         for name in self.names:
@@ -99,30 +102,23 @@ class _Diagonal(PenaltyState):
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
 
     def begin_statistics(self, adapter: Adapter) -> None:
+        super().begin_statistics(adapter)
         self.spread = None
         self.at_zero = self.balances and not bool(adapter.factors()[1].any())
-        for name in self.names:
-            getattr(self, f"fisher_{name}").zero_()
-            getattr(self, f"centre_{name}").copy_(getattr(adapter, name).detach())
-        self.samples.zero_()
-
-    def add_gradients(self, grads: dict[str, Tensor], count: Tensor | int) -> None:
-        for name in self.names:
-            if name in grads:
-                fisher = getattr(self, f"fisher_{name}")
-                fisher += grads[name].to(fisher.dtype).square().sum(0)  # linalg.vector_norm takes fifty times as long
-        self.samples += count
-
-    @property
-    def wants_tokens(self) -> bool:
-        return self.at_zero
 
     def add_tokens(self, tokens: Any) -> None:
-        """For at_zero="balanced": over B with independent entries of variance v, the mean square of
+        """With at_zero="balanced", the spread, too: over B with independent entries of variance v, the mean square of
         sum_t (dy_t B)_r x_tk is v ||sum_t dy_t x_tk||^2 = v x_k^T (dY dY^T) x_k, which needs no (N, K) product."""
-        x, dy = wide(tokens.x), wide(tokens.scaled_dy())
-        seen = (((dy @ dy.transpose(1, 2)) @ x) * x).sum((0, 1))
-        self.spread = seen if self.spread is None else self.spread + seen
+        for name in self.names:
+            if name in tokens.gradients:
+                fisher = getattr(self, f"fisher_{name}")
+                squares = tokens.gradients[name].to(fisher.dtype).square()
+                fisher += squares.sum(0)  # linalg.vector_norm takes fifty times as long
+        self.samples += tokens.count
+        if self.at_zero:
+            x, dy = wide(tokens.x), wide(tokens.scaled_dy())
+            seen = (((dy @ dy.transpose(1, 2)) @ x) * x).sum((0, 1))
+            self.spread = seen if self.spread is None else self.spread + seen
 
     def end_statistics(self) -> None:
         for name in self.names:
@@ -133,27 +129,9 @@ class _Diagonal(PenaltyState):
             self.fisher_down.copy_((trace / self.fisher_down.shape[0] * share).expand_as(self.fisher_down))
             self.spread = None
 
-    def export_statistics(self) -> dict[str, Tensor]:
-        names = [f"fisher_{name}" for name in self.names]
-        return {name: getattr(self, name).clone() for name in [*names, "samples"]}
-
     def add_statistics(self, earlier: dict[str, Tensor]) -> None:
         for name, tensor in earlier.items():
             getattr(self, name).add_(tensor)
-
-    def seen(self) -> Tensor:
-        return self.samples
-
-    def __getattr__(self, name: str) -> Any:  # the buffers, for the type checker
-        return super().__getattr__(name)
-
-    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        terms = []
-        for name in self.names:
-            moved = wide(whole(getattr(adapter, name))) - wide(getattr(self, f"centre_{name}"))
-            precision = getattr(self, f"fisher_{name}").to(moved.dtype) + self.spec.prior_precision
-            terms.append((precision * moved.square()).sum())
-        return 0.5 * self.spec.weight * torch.stack(terms).sum()
 
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:

@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Site, wide
-from .base import Item, Penalty, PenaltyState, check_choice, register
-from .batched import grouped
-from .covariance import Covariance, apply_stacked
-from .deviation import check_form
+from ..adapter import Adapter, Site
+from .base import Penalty, PenaltyState, check_choice, register
+from .covariance import Covariance
+from .deviation import Gram, Pairs, check_form
 
 FISHERS = ("empirical", "true")
 
@@ -74,8 +73,10 @@ class _Pair(nn.Module):
         self.register_buffer("labels", torch.zeros((), dtype=torch.int64, device=weight.device))
 
 
-class _LossDeviation(PenaltyState):
+class _LossDeviation(Gram):
+    factor = 0.5
     statistics = "tokens"
+    counter = "pairs.0.labels"
 
     def __init__(self, spec: LossDeviation, site: Site):
         super().__init__(spec)
@@ -83,9 +84,7 @@ class _LossDeviation(PenaltyState):
 
     def begin_statistics(self, adapter: Adapter) -> None:
         del self.pairs[1:]
-        for cov in (self.pairs[0].inputs, self.pairs[0].outputs):
-            cov.reset()
-        self.pairs[0].labels.zero_()
+        super().begin_statistics(adapter)
 
     def add_tokens(self, tokens: Any) -> None:
         pair = self.pairs[0]
@@ -97,9 +96,6 @@ class _LossDeviation(PenaltyState):
         pair = self.pairs[0]
         pair.inputs.finish()
         pair.outputs.finish(pair.labels)
-
-    def export_statistics(self) -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in self.named_buffers()}
 
     @torch.no_grad()
     def add_statistics(self, earlier: dict[str, Tensor]) -> None:
@@ -120,40 +116,8 @@ class _LossDeviation(PenaltyState):
         if count:
             del self.pairs[count:]
 
-    def seen(self) -> Tensor:
-        labels: Tensor = self.pairs[0].labels
-        return labels
-
-    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        down, up = (wide(t) for t in adapter.factors())
-        rises = [
-            ((pair.outputs.apply_to(up.T) @ up) * (pair.inputs.apply_to(down) @ down.T)).sum() for pair in self.pairs
-        ]
-        return 0.5 * self.spec.weight * adapter.scale**2 * torch.stack(rises).sum()
-
-    @classmethod
-    def total(cls, items: list[Item]) -> Tensor:
-        states = [state for state, _, _ in items]
-        weights = [0.5 * state.spec.weight * adapter.scale**2 for state, adapter, _ in items]
-
-        def form(group: list[int], down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            value, ddown, dup = down.new_zeros(()), torch.zeros_like(down), torch.zeros_like(up)
-            for pairs in zip(*(states[i].pairs for i in group), strict=True):
-                seen = apply_stacked([pair.inputs for pair in pairs], down)  # (L, R, K)
-                lifted = apply_stacked([pair.outputs for pair in pairs], up.mT)  # (L, R, N)
-                inner, outer = seen @ down.mT, lifted @ up  # (L, R, R)
-                value += (outer * inner).sum()
-                ddown.baddbmm_(outer, seen)
-                dup.baddbmm_(lifted.mT, inner)
-            weight = weights[group[0]]
-            return weight * value, ddown.mul_(2 * weight), dup.mul_(2 * weight)
-
-        def key(i: int) -> Any:
-            pair = states[i].pairs[0]
-            return weights[i], len(states[i].pairs), pair.inputs.form(), pair.outputs.form()
-
-        larger = [max((s.pairs[0].inputs, s.pairs[0].outputs), key=Covariance.length).largest() for s in states]
-        return grouped([a.factors() for _, a, _ in items], [key(i) for i in range(len(items))], form, larger)
+    def moments(self) -> Pairs:
+        return [(pair.inputs, pair.outputs) for pair in self.pairs]
 
 
 def _count(names: Iterable[str]) -> int:

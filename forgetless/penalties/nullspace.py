@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Site, Stays, wide
+from ..adapter import Adapter, Site, Stays, generator_of, wide
 from ..ops.rows import Products, Rows
 from .base import Item, Penalty, PenaltyState, register
 from .batched import grouped, joined
@@ -79,10 +78,6 @@ class _NullSpace(PenaltyState):
         self.__dict__.pop("_rows", None)  # which would keep the memory of tensors that are moved away
         return super()._apply(*args, **kwargs)
 
-    def value(self, adapter: Adapter, hidden: Tensor | None) -> Tensor:
-        down, up = adapter.factors()
-        return 0.5 * self.spec.weight * (self.input(down) + self.output(up.T))
-
     @classmethod
     def total(cls, items: list[Item]) -> Tensor:
         bases = [basis for state, _, _ in items for basis in (state.input, state.output)]
@@ -137,18 +132,13 @@ class _NullSpace(PenaltyState):
 
 
 def make_basis(spec: NullSpace, dim: int, like: Tensor, name: str) -> _Basis:
-    """Module that maps rows (R, dim) to the squared norm of their projections on k orthonormal columns."""
+    """k orthonormal columns, or all of the space."""
     if spec.k >= dim:
         return _Everything()
     if spec.basis == "shared":
         return _Shared(dim, spec.k, like, spec.seed, name)
     kind = {"orthogonal": _Orthogonal, "hadamard": _Hadamard}[spec.basis]
-    return kind(dim, spec.k, like, _generator(spec.seed, name))
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return kind(dim, spec.k, like, generator_of(spec.seed, name))
 
 
 def _signs(dim: int, generator: torch.Generator) -> Tensor:  # (dim,) int8
@@ -181,10 +171,6 @@ class _Basis(Stays):
     def stored_columns(self, of: str) -> Rows:
         """The stored columns, as rows."""
         return Rows(of)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """||rows P||^2 of rows (R, dim), differentiable in them."""
-        return self.stacked([self], wide(rows)[None])[0]
 
     def stacked(self, bases: Sequence[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of ||F_l P_l||^2, and F_l P_l P_l^T (L, R, dim), which may be ``rows`` itself.
@@ -254,7 +240,7 @@ class _Shared(_Basis):
         self.common = _common(seed, f"{dim}.{side}", dim, min(k, dim - k), dtype)
         basis = self.common.columns.to(device=like.device, dtype=like.dtype, copy=True)
         self.register_buffer("basis", self.common.one(basis), persistent=False)
-        self.register_buffer("signs", _signs(dim, _generator(seed, name)).to(like.device), persistent=False)
+        self.register_buffer("signs", _signs(dim, generator_of(seed, name)).to(like.device), persistent=False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .cuda(), .half(): in one tensor there as well
         result = super()._apply(*args, **kwargs)
@@ -285,7 +271,7 @@ class _Common:
     def columns(self) -> Tensor:
         """As they are drawn, on the CPU; nobody is handed it but as a copy."""
         seed, name, dim, k, dtype = self.key
-        return haar(dim, k, _generator(seed, name), dtype)
+        return haar(dim, k, generator_of(seed, name), dtype)
 
     def one(self, basis: Tensor) -> Tensor:
         """The tensor that is held already, if it is the same bit for bit; else ``basis``, for others to hold.

@@ -10,6 +10,7 @@ from tiny_experts import STACKS, tiny_experts
 from torch import nn
 
 import forgetless as fl
+from forgetless.budget import _mean_loss
 from forgetless.layers.experts import matrices
 from forgetless.model import running
 from forgetless.retain import _RIDGE
@@ -176,6 +177,15 @@ def test_a_budget_is_kept_to():
 
     assert rise(factor) <= 0.5 * whole < rise(factor + 1 / 32)
     assert fl.fit_budget(model, kept, 2 * whole, loss) == 1.0
+
+
+@pytest.mark.parametrize(("title", "counts"), [("NetForMaskedLM", (3, 1)), ("NetForCausalLM", (2, 0))])
+def test_batches_count_by_the_labels_of_the_model_s_own_loss(title, counts):
+    model = type(title, (Net,), {})()
+    rows = [([[1, 1, 1]], 2.0), ([[1, -100, -100]], 5.0)]
+    batches = [{"labels": torch.tensor(labels), "value": torch.tensor(value)} for labels, value in rows]
+    expected = sum(n * value for n, (_, value) in zip(counts, rows, strict=True)) / sum(counts)
+    assert _mean_loss(model, batches, lambda model, batch: batch["value"]) == pytest.approx(expected)
 
 
 def test_a_budget_that_is_none_is_refused():

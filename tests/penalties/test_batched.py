@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from plain_penalties import plain_value
 from torch import nn
 
 import forgetless as fl
@@ -62,7 +63,7 @@ def moved(method, calibrated):
 def per_layer(model):
     rows = fl.adapters(model).values()
     hidden = {layer: None if layer.trace is None else layer.trace.hidden for layer in rows}
-    return sum(s.value(layer.adapter, hidden[layer]) for layer in rows for s in layer.adapter.penalty_states())
+    return sum(plain_value(s, layer.adapter, hidden[layer]) for layer in rows for s in layer.adapter.penalty_states())
 
 
 @pytest.mark.parametrize("method", [fl.LoRA, fl.CURLoRA])

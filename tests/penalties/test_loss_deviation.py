@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import stir, token_batch
+from plain_penalties import plain_value
 from torch import Tensor, nn
 
 import forgetless as fl
@@ -91,7 +92,7 @@ def plain(model: Any, texts: list[dict[str, tuple[Tensor, Tensor]]], diagonal: b
 def same(model: nn.Module, expected: Tensor) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     layers = fl.adapters(model).values()
-    each = sum(layer.adapter.penalty_states()[0].value(layer.adapter, None) for layer in layers)
+    each = sum(plain_value(layer.adapter.penalty_states()[0], layer.adapter, None) for layer in layers)
     reference = torch.autograd.grad(expected, parameters, retain_graph=True)
     assert all(grad.any() for grad in reference)
     for value in (fl.penalty(model), each):

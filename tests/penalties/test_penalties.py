@@ -17,6 +17,7 @@ from forgetless.methods import Site
 from forgetless.model import build
 from forgetless.ops import autograd, reference
 from forgetless.penalties import PENALTIES, Penalty
+from forgetless.penalties.base import Item
 from forgetless.penalties.hadamard import hadamard_blocks
 from forgetless.penalties.nullspace import make_basis
 
@@ -135,7 +136,8 @@ def test_hadamard_stores_signs_and_indices_alone():
 def test_the_mean_over_bases_is_decay_by_k_over_dim(basis):
     row = torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     spec, like = fl.NullSpace(k=3, basis=basis), torch.zeros(1).double()
-    values = torch.stack([make_basis(spec, 12, like, f"layer{i}")(row) for i in range(2000)])
+    bases = [make_basis(spec, 12, like, f"layer{i}") for i in range(2000)]
+    values = torch.stack([basis.stacked([basis], row[None])[0] for basis in bases])
     error = abs(values.mean() - 3 / 12 * row.square().sum())
     assert error < 4.5 * values.std() / 2000**0.5
 
@@ -264,7 +266,8 @@ def test_output_deviation_leaves_padding_out(method, kind):
     given = w if kind == "weights" else w.long()
     same_value_and_gradients(fl.penalty(model, token_weights=given), plain, [x, *trained(model)])
     (state,) = model.layer.adapter.penalty_states()
-    same_value_and_gradients(state.value(model.layer.adapter, model.layer.trace.hidden, given), plain, trained(model))
+    alone = state.total([Item(state, model.layer.adapter, model.layer.trace.hidden)], given)
+    same_value_and_gradients(alone, plain, trained(model))
     with pytest.raises(ValueError, match=r"token_weights has 10 entries \(2, 5\), wants one for each of the 15 tokens"):
         fl.penalty(model, token_weights=w[:2])
 
