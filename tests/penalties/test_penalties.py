@@ -17,7 +17,7 @@ from forgetless.methods import Site
 from forgetless.model import build
 from forgetless.ops import autograd, reference
 from forgetless.penalties import PENALTIES, Penalty
-from forgetless.penalties.base import Item
+from forgetless.penalties.base import Item, PenaltyState
 from forgetless.penalties.hadamard import hadamard_blocks
 from forgetless.penalties.nullspace import make_basis
 
@@ -437,6 +437,14 @@ def test_nonsense_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_a_state_without_a_formula_says_so():
+    class Nothing(PenaltyState):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Nothing writes neither value nor total"):
+        Nothing(fl.Decay()).value(adapter_with(), None)
 
 
 def test_penalties_add_up_over_layers_and_over_themselves():
