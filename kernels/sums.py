@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tl_utils
+from . import tiles, tl_utils
 from .launcher import Launch, prepared
 from .rows import add_started, sum_numbers, sum_rows
-from .tiles import tile_for
+from .tiles import MOST_REGISTERS, tile_for
 from .tl_utils import (
     FLOATS,
     cast,
@@ -267,7 +267,7 @@ def _project_outer(*given: Any) -> Launch | None:
 
     None where two passes are cheaper.
     """
-    x, up, h, _, *facts, places, _, precision = given
+    x, up, h, start, *facts, places, _, precision = given
     (M, K), (_, R) = x.shape, up.shape
     assert up.shape == (K, R) and h.shape == (M, R)
     assert x.dtype in FLOATS and h.dtype == x.dtype
@@ -277,6 +277,8 @@ def _project_outer(*given: Any) -> Launch | None:
     strips, steps = strips_of(M, tile["BLOCK_M"], columns, 128 - len(places) * columns)
     if R > BLOCK_R or not sweep_pays(M, K, R, columns, strips, x.dtype.itemsize):
         return None
+    if (places or start) and tiles.arch_of(x.device) // 10 in (8, 12):
+        tile["maxnreg"] = MOST_REGISTERS
     launch = Launch(
         _project_outer_kernel, [columns, strips + len(places)],
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_uk=up.stride[0], stride_ur=up.stride[1],

@@ -30,6 +30,10 @@ class Tile:
 # What one block may use, in bytes; an unknown card gets the least of them.
 SHARED = {0: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
+#: Registers of a thread, as ``maxnreg``. Without it ptxas (of Triton 3.8 and 3.9) spills a few bytes to fit in programs
+#: that shared memory keeps out, of which it knows nothing.
+MOST_REGISTERS = 255
+
 # TABLE[kernel][architecture, element bytes]; architecture 0 is the safe default of an unknown card.
 # project and project_outer stream their first operand: BLOCK_M x BLOCK_K of it a step, BLOCK_N unused.
 # matmul_lowrank_t is matmul_lowrank with the weight stored the other way round (the backward pass).
@@ -237,3 +241,16 @@ def _arguments(kernel: str, arch: int, itemsize: int, R: int) -> dict[str, int]:
 def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, Any]:
     """The launch arguments of ``kernel`` for a card, an element size in bytes and a padded rank"""
     return {**_arguments(kernel, arch_of(device), itemsize, R), **dict(dict(_forced.get()).get(kernel, ()))}
+
+
+def for_two(tile: dict[str, Any], device: torch.device, itemsize: int, R: int, factor: int) -> dict[str, Any]:
+    """The tile of project with as many stages as leave room for two programs a multiprocessor, of factors of so many
+    bytes an element, and with all the registers of two"""
+    tile, arch = dict(tile), known_arch(arch_of(device))
+    operands = (tile["BLOCK_M"] + R) * tile["BLOCK_K"] * itemsize if arch in (90, 100) else 0  # once more, for wgmma
+    stage = tile["BLOCK_K"] * (tile["BLOCK_M"] * itemsize + R * factor)
+    room = (SHARED[arch] + 1024) // 2 - 1024 - operands  # of each program 1024 bytes are the card's own
+    tile["num_stages"] = max(1, min(tile["num_stages"], room // stage + 1))
+    if tile["num_warps"] == 4:
+        tile["maxnreg"] = MOST_REGISTERS
+    return tile

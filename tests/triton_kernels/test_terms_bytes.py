@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+import triton.language as tl
 from kernel_plans import TILE, fitted
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from forgetless.ops.rows import More, Rows, Term
 from forgetless_bench import penalised as traffic
 from forgetless_bench.static import Sizes, project_traffic
 from forgetless_kernels import fused, sums, tiles
+from forgetless_kernels import rows as kernel_rows
 from forgetless_kernels.tl_utils import pad_rank
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
@@ -68,6 +70,31 @@ def test_products(s, of, kind, meter):
     assert meter.launches == ["project"]
     operands = {"x": x, "down": down, "up": up, **tensors}
     assert meter.total(operands, ["h", "z"]) == (loads, {**stores, **made})
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", [Sizes(M=21, N=130, K=40, R=16), Sizes(M=300, N=77, K=20, R=10)], ids=str)
+def test_products_in_parts(s, kind, hidden, meter, monkeypatch):
+    """Of V wider than x: V and the factor are read once as before, and the parts written and read once."""
+    monkeypatch.setattr(kernel_rows, "PRODUCT_COLUMNS", tl.constexpr(32))
+    monkeypatch.setattr(traffic, "PRODUCT_COLUMNS", tl.constexpr(32))
+    given, model, tensors = kinds(kind, "up", s)
+    x, down, up = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K), torch.ones(s.N, s.R)
+    terms = [Term(0, (given, Rows("hidden")) if hidden else (given,))]
+    with tiles.forced("project", **PROJECT):
+        fused.project_terms(x, [down], [up], terms)
+    loads, stores = project_traffic(s, tiles.Tile(**TILE))
+    more, made = traffic.product_traffic(model, s.R, pad_rank(s.R), K=s.K)
+    assert more["part"] == 4 * -(-s.N // 32) * -(-model.k // 32) * 32 * 16
+    traffic.add(loads, joined(more, {"factor": "up", "V": "up"} if kind == "own" else {"factor": "up"}))
+    traffic.add(stores, made)
+    if hidden:
+        for total, part in zip((loads, stores), traffic.gram_traffic(s, tiles.Tile(**TILE)), strict=True):
+            traffic.add(total, part)
+    assert meter.launches == ["project"]
+    operands = {"x": x, "down": down, "up": up, **tensors}
+    assert meter.total(operands, ["h", "z", "part", "tickets"]) == (loads, stores)
 
 
 @pytest.mark.parametrize("s", SIZES[:2], ids=str)
