@@ -67,6 +67,8 @@ def skinny(
         if HAS_DROP:
             pairs = pair_key(seed_ptr, k * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2))
             x = drop(x, rows, pairs, threshold)
+            if down.dtype == x.dtype:  # by way of registers, too: else each wgmma of sm_90 waits for the one before
+                down = tl.where((offs_r < R)[None, :], down, tl.zeros_like(down))
         acc = dot(x, cast(down, x.dtype), acc, PRECISION)
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         down_ptrs += BLOCK_K * tl.cast(stride_dk, tl.int64)
