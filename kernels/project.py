@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tl_utils
-from .launcher import Facts, Launch, prepared
+from .launcher import VERSION, Facts, Launch, prepared
 from .rows import (
     GRAM_GROUP,
     PRODUCT_ROWS,
@@ -45,7 +45,8 @@ from .tl_utils import (
 @triton.jit
 def skinny(
     acc, x_ptr, down_ptr, seed_ptr, offs_m, offs_r, M, K, stride_xm, stride_xk, stride_dr, stride_dk, threshold,
-    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, BY_REGISTERS: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + (drop(x (M, K)) @ down (R, K).T)[offs_m, offs_r]"""
     offs_k = tl.arange(0, BLOCK_K)
@@ -67,8 +68,8 @@ def skinny(
         if HAS_DROP:
             pairs = pair_key(seed_ptr, k * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2))
             x = drop(x, rows, pairs, threshold)
-            if down.dtype == x.dtype:  # by way of registers, too: else each wgmma of sm_90 waits for the one before
-                down = tl.where((offs_r < R)[None, :], down, tl.zeros_like(down))
+        if BY_REGISTERS and down.dtype == x.dtype:
+            down = tl.where((offs_r < R)[None, :], down, tl.zeros_like(down))
         acc = dot(x, cast(down, x.dtype), acc, PRECISION)
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         down_ptrs += BLOCK_K * tl.cast(stride_dk, tl.int64)
@@ -79,7 +80,7 @@ def skinny(
 def _project_block(
     block, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
     M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
-    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, BY_REGISTERS: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of h, and of h.T @ h"""
@@ -94,7 +95,7 @@ def _project_block(
         acc = add_started(acc, start_ptr, offs_m, M, stride_sm, stride_sr, d_ptr, offs_r, R)
     acc = skinny(
         acc, x_ptr, down_ptr, seed_ptr, offs_m, offs_r, M, K, stride_xm, stride_xk, stride_dr, stride_dk, threshold,
-        R, HAS_DROP, EVEN_K, PRECISION, BLOCK_K,
+        R, HAS_DROP, BY_REGISTERS, EVEN_K, PRECISION, BLOCK_K,
     )  # fmt: skip
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
     h_ptrs += offs_r.to(tl.int64)[None, :] * stride_hr
@@ -110,7 +111,7 @@ def _project_block(
 def _project_kernel(
     x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, jobs, grams, part_ptr, tickets_ptr, scale,
     M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
-    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, BY_REGISTERS: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h (M, R) = scale * (drop(x (M, K)) @ down (R, K).T + start (M, R) @ (d + d.T)), a block of rows a program
@@ -122,7 +123,7 @@ def _project_kernel(
         _project_block(
             pid, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
             M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
-            R, HAS_DROP, EVEN_K, PRECISION, BLOCK_R, BLOCK_M, BLOCK_K,
+            R, HAS_DROP, BY_REGISTERS, EVEN_K, PRECISION, BLOCK_R, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     else:
         first = 0
@@ -141,8 +142,17 @@ def _project_kernel(
             _project_block(
                 pid - first, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
                 M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr,
-                threshold, R, HAS_DROP, EVEN_K, PRECISION, BLOCK_R, BLOCK_M, BLOCK_K,
+                threshold, R, HAS_DROP, BY_REGISTERS, EVEN_K, PRECISION, BLOCK_R, BLOCK_M, BLOCK_K,
             )  # fmt: skip
+
+
+def by_registers(tile: dict[str, Any], dropout: bool) -> bool:
+    """Whether a factor in the activations' dtype goes to its product through registers, as those of others do
+
+    Straight from shared memory, ptxas makes each wgmma of sm_90 wait for the one before where x comes from registers,
+    and of Triton 3.6 where two groups of warps share the product.
+    """
+    return dropout or (VERSION < (3, 7) and tile["num_warps"] > 4)
 
 
 def _project(*given: Any) -> Launch:
@@ -173,8 +183,8 @@ def _project(*given: Any) -> Launch:
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
         stride_hm=h.stride[0], stride_hr=h.stride[1], stride_sm=start.stride[0] if start else 0,
         stride_sr=start.stride[1] if start else 0, threshold=threshold_of(p),
-        R=R, HAS_DROP=seed is not None, EVEN_K=K % tile["BLOCK_K"] == 0,
-        PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
+        R=R, HAS_DROP=seed is not None, BY_REGISTERS=by_registers(tile, seed is not None),
+        EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
     )  # fmt: skip
     launch.beside = products
     return launch

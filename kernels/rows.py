@@ -26,7 +26,7 @@ PRODUCT_ROWS = tl.constexpr(32)
 PRODUCT_COLUMNS = tl.constexpr(4096)
 SUM_ROWS = tl.constexpr(16)
 #: Columns that it sums at a time: of 256, and 64 ranks, sm_90 spilt.
-SUM_COLUMNS = tl.constexpr(128)
+SUM_COLUMNS = tl.constexpr(64)
 #: Blocks of rows whose Gram matrices are added up first.
 GRAM_GROUP = tl.constexpr(16)
 
