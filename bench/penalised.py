@@ -88,7 +88,8 @@ def core_outer_traffic(s: Sizes, tile: tiles.Tile, frozen: bool) -> tuple[Bytes,
 def strip_traffic(rows: Rows, R: int, tile: tiles.Tile, blocks_r: int) -> Bytes:
     """Loads of the strip that adds d.T @ V to a sum of ``blocks_r`` blocks of ranks"""
     steps = cdiv(rows.k, SUM_ROWS.value)
-    columns = cdiv(rows.dim, tile.BLOCK_K) * max(1, tile.BLOCK_K // SUM_COLUMNS.value)
+    most = SUM_COLUMNS.value // (1 if R <= 32 else 2)
+    columns = cdiv(rows.dim, tile.BLOCK_K) * max(1, tile.BLOCK_K // most)
     loads = {"V": rows.k * rows.dim * rows.element * blocks_r, "weight": steps * rows.dim * rows.weight * blocks_r}
     loads["d"] = (2 if rows.own else 1) * 4 * rows.k * R * columns
     loads["columns"] = 0 if rows.element else 8 * rows.k * columns * blocks_r

@@ -25,8 +25,8 @@ PRODUCT_ROWS = tl.constexpr(32)
 #: Columns of V that it takes, where V is wider than x: walking over all it would outlast the programs of x.
 PRODUCT_COLUMNS = tl.constexpr(4096)
 SUM_ROWS = tl.constexpr(16)
-#: Columns that it sums at a time: of 256, and 64 ranks, sm_90 spilt.
-SUM_COLUMNS = tl.constexpr(64)
+#: Columns that it sums at a time, and half as many from 64 ranks on: else sm_90 spilt.
+SUM_COLUMNS = tl.constexpr(128)
 #: Blocks of rows whose Gram matrices are added up first.
 GRAM_GROUP = tl.constexpr(16)
 
@@ -215,7 +215,8 @@ def sum_rows(
     d_ptr = job[3] + job[8] * R
     own_r = offs_r - job[11]
     mask_r = (own_r >= 0) & (own_r < R)
-    WIDTH: tl.constexpr = BLOCK_K if BLOCK_K < SUM_COLUMNS else SUM_COLUMNS
+    MOST: tl.constexpr = SUM_COLUMNS if offs_r.shape[0] < 64 else SUM_COLUMNS // 2
+    WIDTH: tl.constexpr = BLOCK_K if BLOCK_K < MOST else MOST
     for part in tl.range(0, BLOCK_K, WIDTH, num_stages=1):
         offs_k = first_k + part + tl.arange(0, WIDTH)
         acc = tl.zeros((offs_r.shape[0], WIDTH), dtype=tl.float32)

@@ -277,7 +277,7 @@ def _project_outer(*given: Any) -> Launch | None:
     strips, steps = strips_of(M, tile["BLOCK_M"], columns, 128 - len(places) * columns)
     if R > BLOCK_R or not sweep_pays(M, K, R, columns, strips, x.dtype.itemsize):
         return None
-    if (places or start) and tiles.arch_of(x.device) // 10 in (8, 12):
+    if (places or start) and tiles.arch_of(x.device) not in (86, 89):  # there two a multiprocessor are one wave of 128
         tile["maxnreg"] = MOST_REGISTERS
     launch = Launch(
         _project_outer_kernel, [columns, strips + len(places)],

@@ -109,15 +109,16 @@ def test_grams(s, meter):
     assert meter.launches == ["project"] and total == ({**loads, **more}, {**stores, **made})
 
 
+@pytest.mark.parametrize("BLOCK_K", [64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("s", SIZES, ids=str)
-def test_strips_of_outer(s, kind, meter):
+def test_strips_of_outer(s, kind, BLOCK_K, meter):
     given, model, tensors = kinds(kind, "down", s)
     g, x, down = torch.ones(s.M, s.R, dtype=BF16), torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K)
     d = torch.ones(given.length(s.R), s.R)
-    with tiles.forced("outer", BLOCK_M=16, BLOCK_K=64):
+    with tiles.forced("outer", BLOCK_M=16, BLOCK_K=BLOCK_K):
         fused.outer(g, x, dtype=torch.float32, more=[More(given, down, d)])
-    loads, stores = traffic.outer_more_traffic(s, tiles.Tile(16, 0, 64), [model])
+    loads, stores = traffic.outer_more_traffic(s, tiles.Tile(16, 0, BLOCK_K), [model])
     operands = {"g": g, "x": x, "down": down, "d": d, **tensors}
     loads = joined(loads, {"V": "down"} if kind == "own" else {})
     assert meter.launches == ["outer"]
