@@ -14,7 +14,7 @@ import torch
 
 from forgetless.ops import grouped
 from forgetless.ops.rows import More, Rows, Term
-from forgetless_kernels import fused
+from forgetless_kernels import fused, launcher
 
 M, N, K = 8192, 4096, 4096
 
@@ -62,8 +62,10 @@ def calls(R: int, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], objec
             "matmul_lowrank_t",
             lambda: fused.dx_and_ddown([dy, small, small], [weight, narrow, narrow], on(M, 3 * R), [down] * 3, None),
         ),
+        **alike(x, dy, weight, h),
         **cored(x, dy, weight, h, odd_x),
-        **penalised(x, dy, h, down, up),
+        # where Triton compiles no such rows (3.6), fl.penalty computes its terms apart and nothing launches these
+        **(penalised(x, dy, h, down, up) if launcher.TAKES_ROWS else {}),
         **experts(R, dtype),
         "mask": ("mask", lambda: fused.keep_bits(seed, 0.1, M, K)),
         "outer": ("outer", lambda: fused.outer(h, x, dtype=factor)),
@@ -111,17 +113,33 @@ def cored(
     }
 
 
-def penalised(
-    x: torch.Tensor, dy: torch.Tensor, h: torch.Tensor, down: torch.Tensor, up: torch.Tensor
+def alike(
+    x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, h: torch.Tensor
 ) -> dict[str, tuple[str, Callable[[], object]]]:
-    """The skinny passes with what penalties want of a layer: by penalty, its rows of 256"""
+    """The passes of a layer whose factors have the activations' dtype, as in a model that is bfloat16 throughout"""
+    R, seed = h.shape[1], torch.empty(2, dtype=torch.int32, device="meta")
+    down, up = x.new_empty(R, K), x.new_empty(N, R)
+    made: dict[str, tuple[str, Callable[[], object]]] = {
+        "project": ("project", lambda: fused.project(x, down)),
+        "project dropout": ("project", lambda: fused.project(x, down, 1.0, 0.1, seed)),
+        "forward": ("matmul_lowrank", lambda: fused.matmul_lowrank(x, weight, h, up)),
+        "dx": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, weight.T, h, down.T)),
+        "dx dropout": ("matmul_lowrank_t", lambda: fused.matmul_lowrank(dy, weight.T, h, down.T, None, 0.1, seed)),
+        "outer": ("outer", lambda: fused.outer(h, x)),
+        "outer dropout": ("outer", lambda: fused.outer(h, x, 0.1, seed)),
+        "sweep": ("project_outer", lambda: fused.project_outer(dy, up, h)),
+    }
+    return {f"{name} same dtype": call for name, call in made.items()}
 
-    def on(*shape: int, dtype: torch.dtype = x.dtype) -> torch.Tensor:
+
+def rows_of(dtype: torch.dtype, K: int, N: int, k: int) -> dict[str, tuple[Rows, ...]]:
+    """What penalties want of a layer, by penalty, of bases with k columns"""
+
+    def on(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    factor, (N, R), K, k = torch.float32, up.shape, down.shape[1], 256
-    byte, index = torch.int8, torch.int64
-    terms = {
+    factor, byte, index = torch.float32, torch.int8, torch.int64
+    return {
         "null space": (Rows("down", on(K, k)), Rows("up", on(N, k))),
         "shared": (Rows("down", on(K, k), on(K, dtype=byte)), Rows("up", on(N, k), on(N, dtype=byte))),
         "hadamard": tuple(
@@ -134,21 +152,33 @@ def penalised(
         ),
         "output": (Rows("up"), Rows("hidden")),
     }
+
+
+def penalised(
+    x: torch.Tensor, dy: torch.Tensor, h: torch.Tensor, down: torch.Tensor, up: torch.Tensor
+) -> dict[str, tuple[str, Callable[[], object]]]:
+    """The skinny passes with what penalties want of a layer, and of one three times and a half as wide as x"""
+    factor, (N, R), K, k = torch.float32, up.shape, down.shape[1], 256
+    terms, wide_N = rows_of(x.dtype, K, N, k), 7 * K // 2
+    wide_terms, wide_up = rows_of(x.dtype, K, wide_N, k), up.new_empty(wide_N, R)
+    project = functools.partial(functools.partial, fused.project_terms, x)
     made: dict[str, tuple[str, Callable[[], object]]] = {}
     for name, rows in terms.items():
-        d = [on(one.length(R), R, dtype=factor) for one in rows]
+        d = [up.new_empty(one.length(R), R, dtype=factor) for one in rows]
         ups = [More(one, up, part) for one, part in zip(rows, d, strict=True) if one.of == "up"]
         downs = [More(one, down, part) for one, part in zip(rows, d, strict=True) if one.of == "down"]
         start = d[-1] if name == "output" else None
-        project = functools.partial(fused.project_terms, x, [down], [up], [Term(0, rows)])
-        made[f"project {name}"] = "project", project
+        made[f"project {name}"] = "project", project([down], [up], [Term(0, rows)])
+        made[f"project {name} wide"] = "project", project([down], [wide_up], [Term(0, wide_terms[name])])
         made[f"sweep {name}"] = (
             "project_outer",
             functools.partial(fused.project_outer, dy, up, h, 1.0, factor, ups, start),
         )
         made[f"outer {name}"] = "outer", functools.partial(fused.outer, h, x, 0.0, None, factor, downs)
     many = [Term(i, terms["null space"]) for i in range(3)]
-    made["project siblings"] = "project", functools.partial(fused.project_terms, x, [down] * 3, [up] * 3, many)
+    made["project siblings"] = "project", project([down] * 3, [up] * 3, many)
+    many = [Term(i, wide_terms["null space"]) for i in range(2)]
+    made["project siblings wide"] = "project", project([down] * 2, [wide_up] * 2, many)
     return made
 
 
@@ -191,6 +221,9 @@ PENALISED = [
     f"{kernel} {name}" for name in ("null space", "hadamard", "source", "output") for kernel in ("project", "sweep")
 ]
 PENALISED += ["outer null space", "outer hadamard", "outer source", "project siblings", "project shared"]
+WIDE = [f"project {name} wide" for name in ("null space", "hadamard", "source", "output", "siblings", "shared")]
+ALIKE = [f"{name} same dtype" for name in ("project", "forward", "dx", "outer", "sweep")]
+ALIKE += [f"{name} dropout same dtype" for name in ("project", "dx", "outer")]
 CORED = ["core dropout", "core siblings", "core forward", "core backward"]
 
 
@@ -206,8 +239,9 @@ def everything() -> list[Case]:
     """Every call at R=16, and the hardest of them at other ranks, dtypes and on the default tiles"""
     hard = ["project dropout", "forward", "dx dropout", "outer dropout", "sweep", "full", "once"]
     ragged = ["project ragged", "forward ragged", "dx ragged"]
-    cases = [Case(name, 16) for name in calls(16, torch.bfloat16)]
-    cases += [Case(name, R) for name in PENALISED for R in (64, 128)]
+    names = list(calls(16, torch.bfloat16))
+    cases = [Case(name, 16) for name in names]
+    cases += [Case(name, R) for name in [*PENALISED, *WIDE, *ALIKE] for R in (64, 128)]
     cases += [Case(name, 16, default_tile=True) for name in PENALISED if name != "project source"]
     cases += [Case("dx siblings", R) for R in (32, 40, 64)]
     cases += [Case(name, 64) for name in ("core", "core dropout", "core forward", "core backward")]
@@ -231,4 +265,4 @@ def everything() -> list[Case]:
     cases += [Case(name, R) for name in most for R in (64, 128, 200)]
     cases += [Case(name, 8, "float16") for name in most] + [Case(name, 16, "float32") for name in most]
     cases += [Case(name, 16, default_tile=True) for name in most]
-    return cases
+    return [case for case in cases if case.name in names]  # without the penalties' where there are none

@@ -113,6 +113,8 @@ REGISTERS = 65536  # of a multiprocessor
 STORE = re.compile(r"\bst(?:\.\w+)*?\.global(?:\.[A-Za-z:_]+)*?(?:\.v(\d))?\.[bfu](\d+)")
 # what ptxas says where it makes one wgmma wait for the one before
 SERIALIZED = re.compile(r"C75(?:11|15)\b.*")
+# a wait for all of them, not for all but the newest
+WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
 BULK_STORE = re.compile(r"cp\.async\.bulk\.tensor\.\S*global\.shared")
 
 
@@ -125,10 +127,11 @@ def usage(kernel: Any, launch: dict[str, Any]) -> Record:
         def dump(option: str) -> str:
             return subprocess.run([BIN / "cuobjdump", option, file.name], capture_output=True, text=True).stdout
 
-        resources, sass = dump("-res-usage"), dump("-sass")
-    ptx = kernel.asm["ptx"]
-    arch = kernel.metadata.target.arch
-    mma = re.findall(r"^[^/\n]*?\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.([^\s;]+)", ptx, re.M)
+        resources, ptx, arch = dump("-res-usage"), kernel.asm["ptx"], kernel.metadata.target.arch
+        mma = re.findall(r"^[^/\n]*?\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.([^\s;]+)", ptx, re.M)
+        stack, wgmma = number(r"STACK:(\d+)", resources), any(kind == "wgmma.mma_async" for kind, _ in mma)
+        local = stack or number(r"LOCAL:(\d+)", resources)
+        sass = dump("-sass") if local or wgmma else ""  # half a second; else nothing is looked for in it
     warps = launch.get("num_warps", kernel.metadata.num_warps)
     macs = 0
     for kind, rest in mma:
@@ -147,18 +150,17 @@ def usage(kernel: Any, launch: dict[str, Any]) -> Record:
         "stages": launch.get("num_stages", 0),
         "warps": all_warps,
         "registers": registers,
-        "stack": number(r"STACK:(\d+)", resources),
+        "stack": stack,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "shared": shared,
         "blocks_per_sm": occupancy(registers, shared, all_warps, arch),
-        "serialized": serialized(ptx, sass) if arch == 90 else "",
+        "serialized": serialized(ptx, sass) if wgmma else "",
         "mma": sorted({kind for kind, _ in mma}),
         "mmas": len(mma),
         "macs": macs,
         "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
         "written": written,
         "bulk_stores": len(BULK_STORE.findall(ptx)),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", sass, re.M)),
     }
 
 
@@ -169,7 +171,7 @@ def serialized(ptx: str, sass: str) -> str:
         source.write_text(ptx)
         command = [str(BIN / "ptxas"), "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
         told = SERIALIZED.search(subprocess.run(command, capture_output=True, text=True).stderr)
-    products, waits = len(re.findall(r"\bHGMMA\b", sass)), len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
+    products, waits = len(re.findall(r"\bHGMMA\b", sass)), len(WAIT.findall(sass))
     if told:
         return told[0].strip()
     return f"{waits} waits for {products} wgmma" if 1 < products <= waits else ""

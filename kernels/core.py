@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import tl_utils
 from .launcher import Launch, prepared
-from .project import project, skinny
+from .project import by_registers, project, skinny
 from .rows import GRAM_GROUP, gram
 from .sums import outer
 from .tiles import tile_for
@@ -27,7 +27,7 @@ from .tl_utils import FLOATS, MOST_BLOCK, dot, dot_precision, dropping, narrow, 
 def _project_core_kernel(
     x_ptr, down_ptr, h_ptr, t_ptr, saved_ptr, seed_ptr, cores, sums, part_ptr, tickets_ptr, scale, t_scale,
     M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_sm, stride_sr, threshold,
-    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, BY_REGISTERS: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h (M, R) = scale * drop(x (M, K)) @ down (R, K).T, t (M, R) = t_scale * h @ core, and for ``sums`` h.T @ saved
@@ -41,7 +41,7 @@ def _project_core_kernel(
     acc = skinny(
         tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),
         x_ptr, down_ptr, seed_ptr, offs_m, offs_r, M, K, stride_xm, stride_xk, stride_dr, stride_dk, threshold,
-        R, HAS_DROP, EVEN_K, PRECISION, BLOCK_K,
+        R, HAS_DROP, BY_REGISTERS, EVEN_K, PRECISION, BLOCK_K,
     )  # fmt: skip
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
     at = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
@@ -76,8 +76,8 @@ def _project_core(*given: Any) -> Launch:
         _project_core_kernel, [triton.cdiv(M, tile["BLOCK_M"])],
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
         stride_sm=0 if saved is None else saved.stride[0], stride_sr=0 if saved is None else saved.stride[1],
-        threshold=threshold_of(p), R=R, HAS_DROP=seed is not None, EVEN_K=K % tile["BLOCK_K"] == 0,
-        PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
+        threshold=threshold_of(p), R=R, HAS_DROP=seed is not None, BY_REGISTERS=by_registers(tile, seed is not None),
+        EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
     )  # fmt: skip
 
 

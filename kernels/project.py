@@ -11,10 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tl_utils
-from .launcher import Launch, prepared
-from .rows import GRAM_GROUP, PRODUCT_ROWS, add_started, gram, product, product_blocks, product_numbers
+from .launcher import VERSION, Facts, Launch, prepared
+from .rows import (
+    GRAM_GROUP,
+    PRODUCT_ROWS,
+    add_started,
+    gram,
+    product,
+    product_blocks,
+    product_numbers,
+    product_parts,
+    product_programs,
+)
 from .sums import outer, sweep
-from .tiles import tile_for
+from .tiles import for_two, tile_for
 from .tl_utils import (
     FLOATS,
     MOST_BLOCK,
@@ -35,7 +45,8 @@ from .tl_utils import (
 @triton.jit
 def skinny(
     acc, x_ptr, down_ptr, seed_ptr, offs_m, offs_r, M, K, stride_xm, stride_xk, stride_dr, stride_dk, threshold,
-    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, BY_REGISTERS: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + (drop(x (M, K)) @ down (R, K).T)[offs_m, offs_r]"""
     offs_k = tl.arange(0, BLOCK_K)
@@ -57,6 +68,8 @@ def skinny(
         if HAS_DROP:
             pairs = pair_key(seed_ptr, k * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2))
             x = drop(x, rows, pairs, threshold)
+        if BY_REGISTERS and down.dtype == x.dtype:
+            down = tl.where((offs_r < R)[None, :], down, tl.zeros_like(down))
         acc = dot(x, cast(down, x.dtype), acc, PRECISION)
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         down_ptrs += BLOCK_K * tl.cast(stride_dk, tl.int64)
@@ -67,7 +80,7 @@ def skinny(
 def _project_block(
     block, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
     M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
-    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, BY_REGISTERS: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of h, and of h.T @ h"""
@@ -82,7 +95,7 @@ def _project_block(
         acc = add_started(acc, start_ptr, offs_m, M, stride_sm, stride_sr, d_ptr, offs_r, R)
     acc = skinny(
         acc, x_ptr, down_ptr, seed_ptr, offs_m, offs_r, M, K, stride_xm, stride_xk, stride_dr, stride_dk, threshold,
-        R, HAS_DROP, EVEN_K, PRECISION, BLOCK_K,
+        R, HAS_DROP, BY_REGISTERS, EVEN_K, PRECISION, BLOCK_K,
     )  # fmt: skip
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
     h_ptrs += offs_r.to(tl.int64)[None, :] * stride_hr
@@ -98,7 +111,7 @@ def _project_block(
 def _project_kernel(
     x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, jobs, grams, part_ptr, tickets_ptr, scale,
     M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
-    R: tl.constexpr, HAS_DROP: tl.constexpr, EVEN_K: tl.constexpr,
+    R: tl.constexpr, HAS_DROP: tl.constexpr, BY_REGISTERS: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h (M, R) = scale * (drop(x (M, K)) @ down (R, K).T + start (M, R) @ (d + d.T)), a block of rows a program
@@ -110,21 +123,36 @@ def _project_kernel(
         _project_block(
             pid, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
             M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr, threshold,
-            R, HAS_DROP, EVEN_K, PRECISION, BLOCK_R, BLOCK_M, BLOCK_K,
+            R, HAS_DROP, BY_REGISTERS, EVEN_K, PRECISION, BLOCK_R, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     else:
         first = 0
         for j in tl.static_range(len(jobs)):
             blocks = product_blocks(jobs[j], BLOCK_R)
-            if (pid >= first) & (pid < first + blocks):
-                product(jobs[j], pid - first, x_ptr.dtype.element_ty, PRECISION, BLOCK_R, BLOCK_K)
-            first += blocks
+            programs = blocks * product_parts(jobs[j])
+            if (pid >= first) & (pid < first + programs):
+                product(
+                    jobs[j], pid - first, part_ptr, tickets_ptr, x_ptr.dtype.element_ty, PRECISION, BLOCK_R, BLOCK_K
+                )  # fmt: skip
+            first += programs
+            if jobs[j][13] is not None:
+                part_ptr += programs * (PRODUCT_ROWS * BLOCK_R)
+                tickets_ptr += blocks
         if pid >= first:
             _project_block(
                 pid - first, x_ptr, down_ptr, h_ptr, seed_ptr, start_ptr, d_ptr, grams, part_ptr, tickets_ptr, scale,
                 M, K, stride_xm, stride_xk, stride_dr, stride_dk, stride_hm, stride_hr, stride_sm, stride_sr,
-                threshold, R, HAS_DROP, EVEN_K, PRECISION, BLOCK_R, BLOCK_M, BLOCK_K,
+                threshold, R, HAS_DROP, BY_REGISTERS, EVEN_K, PRECISION, BLOCK_R, BLOCK_M, BLOCK_K,
             )  # fmt: skip
+
+
+def by_registers(tile: dict[str, Any], dropout: bool) -> bool:
+    """Whether a factor in the activations' dtype goes to its product through registers, as those of others do
+
+    Straight from shared memory, ptxas makes each wgmma of sm_90 wait for the one before where x comes from registers,
+    and of Triton 3.6 where two groups of warps share the product.
+    """
+    return dropout or (VERSION < (3, 7) and tile["num_warps"] > 4)
 
 
 def _project(*given: Any) -> Launch:
@@ -140,18 +168,23 @@ def _project(*given: Any) -> Launch:
     BLOCK_R = pad_rank(R)
     tile = tile_for("project", x.device, x.dtype.itemsize, BLOCK_R)
     programs = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, BLOCK_R)
-    products = _products(layout, ranks, facts, x.dtype)
+    products = _products(layout, ranks, facts, x)
     jobs = [job for _, job in products.jobs if job is not None]
-    if jobs:  # more stages leave room for one program a multiprocessor, and those of the jobs would be a second wave
-        tile["num_stages"] = min(tile["num_stages"], 4)
-        programs += sum(triton.cdiv(job[1], PRODUCT_ROWS.value) * triton.cdiv(job[3], BLOCK_R) for job in jobs)
+    if layout:  # of one program a multiprocessor, those of the jobs would be a second wave
+        tile = for_two(tile, x.device, x.dtype.itemsize, BLOCK_R, down.dtype.itemsize)
+    if jobs:
+        cuts = [product_programs(job, BLOCK_R) for job in jobs]
+        programs += sum(blocks * parts for blocks, parts in cuts)
+        cuts = [(blocks, parts) for blocks, parts in cuts if parts > 1]
+        area = PRODUCT_ROWS.value * BLOCK_R * sum(blocks * parts for blocks, parts in cuts)
+        products = products._replace(area=area, counters=sum(blocks for blocks, _ in cuts))
     launch = Launch(
         _project_kernel, [programs],
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_dr=down.stride[0], stride_dk=down.stride[1],
         stride_hm=h.stride[0], stride_hr=h.stride[1], stride_sm=start.stride[0] if start else 0,
         stride_sr=start.stride[1] if start else 0, threshold=threshold_of(p),
-        R=R, HAS_DROP=seed is not None, EVEN_K=K % tile["BLOCK_K"] == 0,
-        PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
+        R=R, HAS_DROP=seed is not None, BY_REGISTERS=by_registers(tile, seed is not None),
+        EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=precision, BLOCK_R=BLOCK_R, **tile,
     )  # fmt: skip
     launch.beside = products
     return launch
@@ -163,15 +196,17 @@ class _Products(NamedTuple):
     sizes: list[tuple[int, int]]  # of each tensor of products
     jobs: list[tuple[int, Any]]  # of each of the rows: its tensor, and its numbers, None if it is h.T @ h
     grams: list[tuple[int, int, int, int]]  # its tensor, its first row there, its first rank, its ranks
+    area: int = 0  # of those that are made in parts: elements of the parts, and their counters
+    counters: int = 0
 
 
-def _products(layout: Any, ranks: Sequence[int], facts: Sequence[Any], dtype: torch.dtype) -> _Products:
+def _products(layout: Any, ranks: Sequence[int], facts: Sequence[Any], x: Facts) -> _Products:
     made, at, some = _Products([], [], []), 0, iter(facts)
     for layer, joins, of in layout:
         R = ranks[layer]
         at = at if joins else 0
         four = [next(some) for _ in range(4)]
-        numbers = None if of == "hidden" else product_numbers(of, four, at, dtype)
+        numbers = None if of == "hidden" else product_numbers(of, four, at, x)
         if numbers is None:
             made.grams.append((len(made.sizes) - joins, at, sum(ranks[:layer]), R))
         made.jobs.append((len(made.sizes) - joins, numbers))
@@ -225,7 +260,7 @@ def project_terms(
             joins = True
     values = tuple(layout), tuple([one.shape[0] for one in downs])
     launch = prepared(_project, tensors, *values, p, dot_precision(x.dtype))
-    sizes, numbers, places = launch.beside
+    sizes, numbers, places, area, counters = launch.beside
     zs = [tl_utils.empty(size, torch.float32, x) for size in sizes]
     grams = [(zs[i], *place) for i, *place in places]
     jobs, fours = [], iter(tensors[6:])
@@ -241,8 +276,10 @@ def project_terms(
         if grams:
             blocks = triton.cdiv(M, launch.named["BLOCK_M"])
             groups = triton.cdiv(blocks, GRAM_GROUP.value)
-            part = tl_utils.empty((blocks + groups, R, R), torch.float32, x)
-            tickets = tl_utils.tickets(1 + groups, x)
+            area += (blocks + groups) * R * R
+            counters += 1 + groups
+        if area:
+            part, tickets = tl_utils.empty((area,), torch.float32, x), tl_utils.tickets(counters, x)
             scratch |= part.data_ptr() | tickets.data_ptr()
         launch(x, scratch, *tensors[:6], tuple(jobs), tuple(grams), part, tickets, float(scale))
     for out, at, first, own in apart:

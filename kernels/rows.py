@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
@@ -23,8 +22,10 @@ from .tl_utils import cast, dot, last_to_come, narrow, widen
 
 #: Rows of V that one program of project takes, and that one step of a sum takes.
 PRODUCT_ROWS = tl.constexpr(32)
+#: Columns of V that it takes, where V is wider than x: walking over all it would outlast the programs of x.
+PRODUCT_COLUMNS = tl.constexpr(4096)
 SUM_ROWS = tl.constexpr(16)
-#: Columns that it sums at a time: of 256, and 64 ranks, sm_90 spilt.
+#: Columns that it sums at a time, and half as many from 64 ranks on: else sm_90 spilt.
 SUM_COLUMNS = tl.constexpr(128)
 #: Blocks of rows whose Gram matrices are added up first.
 GRAM_GROUP = tl.constexpr(16)
@@ -35,8 +36,8 @@ def _turned(of: str, t: Facts) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (t.shape[::-1], t.stride[::-1]) if of == "up" else (t.shape, t.stride)
 
 
-def product_numbers(of: str, facts: Sequence[Any], at: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """For ``product``: k rows of out (float32) from ``at`` on = V @ factor (R, dim).T, of activations in ``dtype``
+def product_numbers(of: str, facts: Sequence[Any], at: int, x: Facts) -> tuple[Any, ...]:
+    """For ``product``: k rows of out (float32) from ``at`` on = V @ factor (R, dim).T, beside activations ``x``
 
     ``facts`` are those of V, of its weight, of its row numbers and of the factor, which is V where both are None.
     """
@@ -44,8 +45,16 @@ def product_numbers(of: str, facts: Sequence[Any], at: int, dtype: torch.dtype) 
     (R, dim), factor_strides = _turned(of, factor)
     (k, _), strides = _turned("up", V) if V else ((columns.shape[0], dim), (0, 0)) if columns else _turned(of, factor)
     stored = V or (factor if columns is None else None)
-    exact = stored is None or stored.dtype == dtype and (weight is None or not weight.dtype.is_floating_point)
-    return None if exact else 1, k, dim, R, at, *strides, *factor_strides
+    exact = stored is None or stored.dtype == x.dtype and (weight is None or not weight.dtype.is_floating_point)
+    cut = dim > max(x.shape[1], PRODUCT_COLUMNS.value)
+    return None if exact else 1, k, dim, R, at, *strides, *factor_strides, 1 if cut else None
+
+
+def product_programs(numbers: tuple[Any, ...], BLOCK_R: int) -> tuple[int, int]:
+    """Blocks of out of a job, and in how many parts each is made, a program each"""
+    k, dim, R = numbers[1:4]
+    parts = 1 if numbers[-1] is None else triton.cdiv(dim, PRODUCT_COLUMNS.value)
+    return triton.cdiv(k, PRODUCT_ROWS.value) * triton.cdiv(R, BLOCK_R), parts
 
 
 def sum_numbers(place: tuple[str, bool, int, int], facts: Sequence[Any], dim: int) -> tuple[Any, ...]:
@@ -123,8 +132,16 @@ def _tile(job, c, size, offs_m, offs_k, dtype: tl.constexpr):
 
 @triton.jit
 def product_blocks(job, BLOCK_R: tl.constexpr):
-    """Programs that one job of project takes"""
+    """Blocks of a job's result"""
     return tl.cdiv(job[5], PRODUCT_ROWS) * tl.cdiv(job[7], BLOCK_R)
+
+
+@triton.jit
+def product_parts(job):
+    """In how many parts each of them is made, a program each"""
+    if job[13] is None:
+        return 1
+    return tl.cdiv(job[6], PRODUCT_COLUMNS)
 
 
 @triton.jit
@@ -139,11 +156,16 @@ def _product_step(
 
 
 @triton.jit
-def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A block of out = V @ factor.T"""
+def product(
+    job, pid, part_ptr, tickets_ptr,
+    dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A block of out = V @ factor.T, or a part of it; the last part to come adds them up, in their order"""
     factor_ptr, count, dim, R = job[3], job[5], job[6], job[7]
-    out_ptr = job[13] + job[8] * R
+    out_ptr = job[14] + job[8] * R
     blocks_r = tl.cdiv(R, BLOCK_R)
+    parts = product_parts(job)
+    block = pid // parts
     offs_m = (block // blocks_r) * PRODUCT_ROWS + tl.arange(0, PRODUCT_ROWS)
     offs_r = (block % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = offs_m
@@ -154,16 +176,33 @@ def product(job, block, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: t
     factor_ptr += (offs_r % R).to(tl.int64)[None, :] * job[11]
     acc = tl.zeros((PRODUCT_ROWS, BLOCK_R), dtype=tl.float32)
     HALF: tl.constexpr = BLOCK_K // 2  # of whole blocks, those of three siblings spill
+    first = 0
+    stop = tl.cdiv(dim, HALF)
+    if job[13] is not None:
+        STEPS: tl.constexpr = PRODUCT_COLUMNS // HALF
+        first = (pid % parts) * STEPS
+        stop = tl.minimum(first + STEPS, stop)
     if job[4] is not None:  # wide: every number of it is in registers twice
-        for k in tl.range(0, tl.cdiv(dim, HALF), num_stages=2):
+        for k in tl.range(first, stop, num_stages=2):
             acc = _product_step(acc, job, c, size, offs_m, k, factor_ptr, dtype, PRECISION, HALF)
     else:
-        for k in range(0, tl.cdiv(dim, HALF)):
+        for k in range(first, stop):
             acc = _product_step(acc, job, c, size, offs_m, k, factor_ptr, dtype, PRECISION, HALF)
     if job[2] is not None:
         acc *= tl.rsqrt(size.to(tl.float32))[:, None]
+    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
     mask = (offs_m < count)[:, None] & (offs_r < R)[None, :]
-    tl.store(out_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], acc, mask=mask)
+    if job[13] is None:
+        tl.store(out_ptrs, acc, mask=mask)
+    else:
+        AREA: tl.constexpr = PRODUCT_ROWS * BLOCK_R
+        part_ptrs = part_ptr + tl.arange(0, PRODUCT_ROWS)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        tl.store(part_ptrs + pid * AREA, acc)
+        if last_to_come(tickets_ptr + block, parts):
+            total = tl.zeros((PRODUCT_ROWS, BLOCK_R), dtype=tl.float32)
+            for i in range(0, parts):
+                total += tl.load(part_ptrs + (block * parts + i) * AREA, cache_modifier=".cg")
+            tl.store(out_ptrs, total, mask=mask)
 
 
 @triton.jit
@@ -176,7 +215,8 @@ def sum_rows(
     d_ptr = job[3] + job[8] * R
     own_r = offs_r - job[11]
     mask_r = (own_r >= 0) & (own_r < R)
-    WIDTH: tl.constexpr = BLOCK_K if BLOCK_K < SUM_COLUMNS else SUM_COLUMNS
+    MOST: tl.constexpr = SUM_COLUMNS if offs_r.shape[0] < 64 else SUM_COLUMNS // 2
+    WIDTH: tl.constexpr = BLOCK_K if BLOCK_K < MOST else MOST
     for part in tl.range(0, BLOCK_K, WIDTH, num_stages=1):
         offs_k = first_k + part + tl.arange(0, WIDTH)
         acc = tl.zeros((offs_r.shape[0], WIDTH), dtype=tl.float32)

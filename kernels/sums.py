@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tl_utils
+from . import tiles, tl_utils
 from .launcher import Launch, prepared
 from .rows import add_started, sum_numbers, sum_rows
-from .tiles import tile_for
+from .tiles import MOST_REGISTERS, tile_for
 from .tl_utils import (
     FLOATS,
     cast,
@@ -87,7 +87,8 @@ def _outer_kernel(
         if len(jobs) == 0:
             tl.store(part_ptrs + strip * size, acc, mask=mask)
         else:
-            tl.store(part_ptrs + strip * size, acc, mask=mask & (strip < own))
+            limit = tl.where(strip < own, R, 0)
+            tl.store(part_ptrs + strip * size, acc, mask=mask & (offs_r < limit)[:, None])
         if last_to_come(tickets_ptr + tl.program_id(0), strips):
             total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
             for s in range(0, strips):  # past L1, which knows nothing of other multiprocessors' writes
@@ -229,7 +230,8 @@ def _project_outer_kernel(
     if len(jobs) == 0:
         tl.store(out_part_ptr + strip * size_out + offs_out, acc, mask=mask_out)
     else:
-        tl.store(out_part_ptr + strip * size_out + offs_out, acc, mask=mask_out & (strip < own))
+        limit = tl.where(strip < own, R, 0)
+        tl.store(out_part_ptr + strip * size_out + offs_out, acc, mask=mask_out & (offs_r < limit)[None, :])
     if last_to_come(tickets_ptr + pid_k, strips):
         total = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
         for s in range(0, strips):
@@ -267,7 +269,7 @@ def _project_outer(*given: Any) -> Launch | None:
 
     None where two passes are cheaper.
     """
-    x, up, h, _, *facts, places, _, precision = given
+    x, up, h, start, *facts, places, _, precision = given
     (M, K), (_, R) = x.shape, up.shape
     assert up.shape == (K, R) and h.shape == (M, R)
     assert x.dtype in FLOATS and h.dtype == x.dtype
@@ -277,6 +279,8 @@ def _project_outer(*given: Any) -> Launch | None:
     strips, steps = strips_of(M, tile["BLOCK_M"], columns, 128 - len(places) * columns)
     if R > BLOCK_R or not sweep_pays(M, K, R, columns, strips, x.dtype.itemsize):
         return None
+    if (places or start) and tiles.arch_of(x.device) not in (86, 89):  # there two a multiprocessor are one wave of 128
+        tile["maxnreg"] = MOST_REGISTERS
     launch = Launch(
         _project_outer_kernel, [columns, strips + len(places)],
         M=M, K=K, stride_xm=x.stride[0], stride_xk=x.stride[1], stride_uk=up.stride[0], stride_ur=up.stride[1],

@@ -30,6 +30,10 @@ class Tile:
 # What one block may use, in bytes; an unknown card gets the least of them.
 SHARED = {0: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
+#: Registers of a thread, as ``maxnreg``. Without it ptxas (of Triton 3.8 and 3.9) spills a few bytes to fit in programs
+#: that shared memory keeps out, of which it knows nothing.
+MOST_REGISTERS = 255
+
 # TABLE[kernel][architecture, element bytes]; architecture 0 is the safe default of an unknown card.
 # project and project_outer stream their first operand: BLOCK_M x BLOCK_K of it a step, BLOCK_N unused.
 # matmul_lowrank_t is matmul_lowrank with the weight stored the other way round (the backward pass).
@@ -214,11 +218,12 @@ def stage_bytes(kernel: str, tile: Tile, R: int, itemsize: int) -> int:
 def fit(kernel: str, tile: Tile, R: int, itemsize: int, arch: int) -> Tile:
     """The tile made smaller until accumulators of rank R fit the registers and its stages the shared memory"""
     BLOCK_N, BLOCK_K, num_warps = tile.BLOCK_N, tile.BLOCK_K, tile.num_warps
+    serial = kernel == "grouped_outer" and known_arch(arch) == 90  # of 8 warps, with Triton 3.6
     kernel = kernel.removeprefix("grouped_")
     if kernel == "project":
         BLOCK_K, num_warps = min(BLOCK_K, 4096 // R), max(num_warps, R // 16)
     elif kernel == "outer":
-        num_warps = 8 if R > 32 else num_warps
+        num_warps = 8 if R > 32 and not serial else num_warps
     elif kernel == "project_outer":  # its accumulator is BLOCK_K x R: 64 registers a thread
         BLOCK_K = min(BLOCK_K, num_warps * 2048 // R)
     elif kernel in ("full", "once") and R > 32:
@@ -231,9 +236,23 @@ def fit(kernel: str, tile: Tile, R: int, itemsize: int, arch: int) -> Tile:
 @functools.cache
 def _arguments(kernel: str, arch: int, itemsize: int, R: int) -> dict[str, int]:
     tile = fit(kernel, row(kernel, arch, itemsize), R, itemsize, arch)
-    return {name: value for name, value in dataclasses.asdict(tile).items() if value}
+    more = {"maxnreg": MOST_REGISTERS} if kernel.startswith("grouped_") and tile.num_warps == 4 else {}
+    return {name: value for name, value in dataclasses.asdict(tile).items() if value} | more
 
 
 def tile_for(kernel: str, device: torch.device, itemsize: int, R: int) -> dict[str, Any]:
     """The launch arguments of ``kernel`` for a card, an element size in bytes and a padded rank"""
     return {**_arguments(kernel, arch_of(device), itemsize, R), **dict(dict(_forced.get()).get(kernel, ()))}
+
+
+def for_two(tile: dict[str, Any], device: torch.device, itemsize: int, R: int, factor: int) -> dict[str, Any]:
+    """The tile of project with as many stages as leave room for two programs a multiprocessor, of factors of so many
+    bytes an element, and with all the registers of two"""
+    tile, arch = dict(tile), known_arch(arch_of(device))
+    operands = (tile["BLOCK_M"] + R) * tile["BLOCK_K"] * itemsize if arch in (90, 100) else 0  # once more, for wgmma
+    stage = tile["BLOCK_K"] * (tile["BLOCK_M"] * itemsize + R * factor)
+    room = (SHARED[arch] + 1024) // 2 - 1024 - operands  # of each program 1024 bytes are the card's own
+    tile["num_stages"] = max(1, min(tile["num_stages"], room // stage + 1))
+    if tile["num_warps"] == 4:
+        tile["maxnreg"] = MOST_REGISTERS
+    return tile

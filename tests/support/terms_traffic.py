@@ -7,7 +7,7 @@ import dataclasses
 from forgetless_bench.penalised import gram_traffic
 from forgetless_bench.static import Bytes, Sizes, cdiv, outer_traffic, project_outer_traffic, project_traffic
 from forgetless_kernels import tiles
-from forgetless_kernels.rows import PRODUCT_ROWS, SUM_COLUMNS, SUM_ROWS
+from forgetless_kernels.rows import PRODUCT_COLUMNS, PRODUCT_ROWS, SUM_COLUMNS, SUM_ROWS
 from forgetless_kernels.sums import strips_of
 from forgetless_kernels.tl_utils import pad_rank
 
@@ -23,14 +23,23 @@ class Rows:
     own: bool = False  # V is the factor
 
 
-def product_traffic(rows: Rows, R: int, blocks_of: int, factor: int = 4) -> tuple[Bytes, Bytes]:
-    """Loads and stores of the programs of project that make V @ factor.T, ``blocks_of`` ranks each"""
+def product_traffic(rows: Rows, R: int, blocks_of: int, factor: int = 4, K: int | None = None) -> tuple[Bytes, Bytes]:
+    """Loads and stores of the programs of project that make V @ factor.T, ``blocks_of`` ranks each
+
+    Beside x of K columns: a V that is wider, and wider than PRODUCT_COLUMNS, is cut into parts.
+    """
     blocks_r = cdiv(R, blocks_of)
-    blocks = cdiv(rows.k, PRODUCT_ROWS.value) * blocks_r
+    blocks, most = cdiv(rows.k, PRODUCT_ROWS.value) * blocks_r, PRODUCT_COLUMNS.value
+    parts = cdiv(rows.dim, most) if K is not None and rows.dim > max(K, most) else 1
     loads = {"V": rows.k * rows.dim * rows.element * blocks_r, "weight": blocks * rows.dim * rows.weight}
     loads["factor"] = blocks * blocks_of * rows.dim * factor
-    loads["columns"] = 0 if rows.element else 8 * rows.k * blocks_r
-    return {name: size for name, size in loads.items() if size}, {"z": 4 * rows.k * R}
+    loads["columns"] = 0 if rows.element else 8 * rows.k * blocks_r * parts
+    stores = {"z": 4 * rows.k * R}
+    if parts > 1:
+        loads["part"] = stores["part"] = 4 * blocks * parts * PRODUCT_ROWS.value * blocks_of
+        loads["tickets"] = 4 * blocks * parts
+        stores["tickets"] = loads["tickets"] + 4 * blocks
+    return {name: size for name, size in loads.items() if size}, stores
 
 
 def core_traffic(s: Sizes, tile: tiles.Tile, ranks: list[int]) -> tuple[Bytes, Bytes]:
@@ -56,7 +65,8 @@ def core_outer_traffic(s: Sizes, tile: tiles.Tile, frozen: bool) -> tuple[Bytes,
 def strip_traffic(rows: Rows, R: int, tile: tiles.Tile, blocks_r: int) -> Bytes:
     """Loads of the strip that adds d.T @ V to a sum of ``blocks_r`` blocks of ranks"""
     steps = cdiv(rows.k, SUM_ROWS.value)
-    columns = cdiv(rows.dim, tile.BLOCK_K) * max(1, tile.BLOCK_K // SUM_COLUMNS.value)
+    most = SUM_COLUMNS.value // (1 if R <= 32 else 2)
+    columns = cdiv(rows.dim, tile.BLOCK_K) * max(1, tile.BLOCK_K // most)
     loads = {"V": rows.k * rows.dim * rows.element * blocks_r, "weight": steps * rows.dim * rows.weight * blocks_r}
     loads["d"] = (2 if rows.own else 1) * 4 * rows.k * R * columns
     loads["columns"] = 0 if rows.element else 8 * rows.k * columns * blocks_r

@@ -6,11 +6,12 @@ import os
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from forgetless.ops import reference
 from forgetless.ops.rows import More, Rows, Term, extra_of, hadamard_rows
-from forgetless_kernels import fused, sums, tiles
+from forgetless_kernels import fused, rows, sums, tiles
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the interpreter")
 SEED = torch.tensor([-77, 5], dtype=torch.int32)
@@ -67,6 +68,43 @@ def test_products(kind, dim, k, R):
     truth = [Term(0, tuple(wide(rows) for rows in terms[0].rows))]
     _, (expected,) = reference.project_terms(x.double(), [down.double()], [up.double()], truth)
     assert error(z, expected) < 1e-5
+
+
+@pytest.fixture
+def backwards(monkeypatch):
+    """A function after which the programs of a launch come in the opposite order"""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    at = builder.set_grid_idx
+
+    def turn() -> None:
+        monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: at(builder.grid_dim[0] - 1 - x, y, z))
+
+    return turn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim, k, R", [(77, 20, 3), (33, 40, 1), (130, 40, 16), (96, 9, 130)])
+def test_products_in_parts(kind, dim, k, R, monkeypatch, backwards):
+    """V wider than x: programs take a part of its columns each, and add up alike whichever comes last."""
+    monkeypatch.setattr(rows, "PRODUCT_COLUMNS", tl.constexpr(32))
+    dtype = torch.bfloat16
+    x, downs, ups = draw(70, 24, dtype=dtype), [draw(R, 24), draw(2, 24)], [draw(dim, R, seed=1), draw(dim, 2)]
+    own = (Rows("up"), Rows("hidden"))
+    terms = [Term(0, (kinds("down", 24, k, dtype)[kind], kinds("up", dim, k, dtype)[kind], *own)), Term(1, own)]
+    with tiles.forced("project", **TILE):
+        h, zs = fused.project_terms(x, downs, ups, terms, 0.5, 0.25, SEED)
+        backwards()
+        again, others = fused.project_terms(x, downs, ups, terms, 0.5, 0.25, SEED)
+    assert all(torch.equal(*pair) for pair in zip((h, *zs), (again, *others), strict=True))
+    truth = [Term(term.layer, tuple(wide(one) for one in term.rows)) for term in terms]
+    wide_downs, wide_ups = ([factor.double() for factor in some] for some in (downs, ups))
+    _, expected = reference.project_terms(x.double(), wide_downs, wide_ups, truth)
+    for layer, (z, value) in enumerate(zip(zs, expected, strict=True)):
+        ranks = slice(0, R) if layer == 0 else slice(R, R + 2)
+        gram = h[:, ranks].double().T @ h[:, ranks].double()
+        assert error(z[: -len(gram)], value[: -len(gram)]) < 1e-5 and error(z[-len(gram) :], gram) < 1e-5
 
 
 @pytest.mark.parametrize("M", [1, 70, 300])

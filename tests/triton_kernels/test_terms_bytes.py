@@ -7,12 +7,14 @@ import os
 import pytest
 import terms_traffic as traffic
 import torch
+import triton.language as tl
 from kernel_plans import TILE, fitted
 from torch import Tensor
 
 from forgetless.ops.rows import More, Rows, Term
 from forgetless_bench.static import Sizes, project_traffic
 from forgetless_kernels import fused, sums, tiles
+from forgetless_kernels import rows as kernel_rows
 from forgetless_kernels.tl_utils import pad_rank
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
@@ -70,6 +72,31 @@ def test_products(s, of, kind, meter):
     assert meter.total(operands, ["h", "z"]) == (loads, {**stores, **made})
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", [Sizes(M=21, N=130, K=40, R=16), Sizes(M=300, N=77, K=20, R=10)], ids=str)
+def test_products_in_parts(s, kind, hidden, meter, monkeypatch):
+    """Of V wider than x: V and the factor are read once as before, and the parts written and read once."""
+    monkeypatch.setattr(kernel_rows, "PRODUCT_COLUMNS", tl.constexpr(32))
+    monkeypatch.setattr(traffic, "PRODUCT_COLUMNS", tl.constexpr(32))
+    given, model, tensors = kinds(kind, "up", s)
+    x, down, up = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K), torch.ones(s.N, s.R)
+    terms = [Term(0, (given, Rows("hidden")) if hidden else (given,))]
+    with tiles.forced("project", **PROJECT):
+        fused.project_terms(x, [down], [up], terms)
+    loads, stores = project_traffic(s, tiles.Tile(**TILE))
+    more, made = traffic.product_traffic(model, s.R, pad_rank(s.R), K=s.K)
+    assert more["part"] == 4 * -(-s.N // 32) * -(-model.k // 32) * 32 * 16
+    traffic.add(loads, joined(more, {"factor": "up", "V": "up"} if kind == "own" else {"factor": "up"}))
+    traffic.add(stores, made)
+    if hidden:
+        for total, part in zip((loads, stores), traffic.gram_traffic(s, tiles.Tile(**TILE)), strict=True):
+            traffic.add(total, part)
+    assert meter.launches == ["project"]
+    operands = {"x": x, "down": down, "up": up, **tensors}
+    assert meter.total(operands, ["h", "z", "part", "tickets"]) == (loads, stores)
+
+
 @pytest.mark.parametrize("s", SIZES[:2], ids=str)
 def test_grams(s, meter):
     x, down, up = torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K), torch.ones(s.N, s.R)
@@ -82,15 +109,16 @@ def test_grams(s, meter):
     assert meter.launches == ["project"] and total == ({**loads, **more}, {**stores, **made})
 
 
+@pytest.mark.parametrize("BLOCK_K", [64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("s", SIZES, ids=str)
-def test_strips_of_outer(s, kind, meter):
+def test_strips_of_outer(s, kind, BLOCK_K, meter):
     given, model, tensors = kinds(kind, "down", s)
     g, x, down = torch.ones(s.M, s.R, dtype=BF16), torch.ones(s.M, s.K, dtype=BF16), torch.ones(s.R, s.K)
     d = torch.ones(given.length(s.R), s.R)
-    with tiles.forced("outer", BLOCK_M=16, BLOCK_K=64):
+    with tiles.forced("outer", BLOCK_M=16, BLOCK_K=BLOCK_K):
         fused.outer(g, x, dtype=torch.float32, more=[More(given, down, d)])
-    loads, stores = traffic.outer_more_traffic(s, tiles.Tile(16, 0, 64), [model])
+    loads, stores = traffic.outer_more_traffic(s, tiles.Tile(16, 0, BLOCK_K), [model])
     operands = {"g": g, "x": x, "down": down, "d": d, **tensors}
     loads = joined(loads, {"V": "down"} if kind == "own" else {})
     assert meter.launches == ["outer"]
