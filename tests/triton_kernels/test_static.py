@@ -37,7 +37,9 @@ def test_every_kernel_of_a_step_has_a_row(arch):
 def test_the_best_plan_is_predicted_within_eight_percent():
     times = {name: sum(both) for name, both in static.designs(S, 90).items()}
     over = {name: 100 * (time / times["frozen layer"] - 1) for name, time in times.items()}
-    ours = {name: value for name, value in over.items() if name.startswith("forgetless")}
+    ours = {name: value for name, value in over.items() if name.startswith("forgetless") and "its GEMM" not in name}
     assert min(ours.values()) <= 8.0
     assert over["forgetless once"] <= 8.0
     assert max(ours.values()) < over["blas: small product first, beta=1"] < over["eager bfloat16"]
+    slow = [over[f"forgetless split, its GEMM at {part} of cuBLAS"] for part in ("0.95", "0.90")]
+    assert slow[0] < over["blas: small product first, beta=1"] < slow[1]  # there the vendor's GEMM is the better choice
