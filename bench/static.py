@@ -167,9 +167,9 @@ def memory(kernel: str, s: Sizes, tile: tiles.Tile) -> int:
 
 # ------------------------------------------------------------------------------ predicted times
 
-# What the vendor's bfloat16 GEMM and a good copy reach on each card, FLOP/s and bytes/s: assumed, but for the products of
-# H100 and B200, which cuBLAS reached at K = 4096 in Triton's Gluon tutorial 07-persistence. Triton's own GEMM reached
-# 0.98 and 0.72 of them there.
+# What the vendor's bfloat16 GEMM and a good copy reach on each card, FLOP/s and bytes/s: assumed, but for the products
+# of H100 and B200, which cuBLAS reached at K = 4096 in Triton's Gluon tutorial 07-persistence. Triton's own GEMM
+# reached 0.98 and 0.72 of them there.
 CARDS = {
     80: ("A100 SXM 80 GB", 270e12, 1.8e12),
     86: ("RTX 3090", 68e12, 0.85e12),
