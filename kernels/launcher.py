@@ -16,20 +16,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from . import tiles
-from .tl_utils import launching
+from .tl_utils import TESTED, VERSION, launching
 
 #: Launches kept; when there are more all are forgotten, and the next calls prepare theirs again.
 MOST = 8192
-VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 #: Whether compiled kernels are launched as below; where not, every launch is Triton's own call.
-KNOWN = (3, 6) <= VERSION <= (3, 9)
+KNOWN = VERSION <= TESTED[1]
 #: Whether kernels take penalties' rows: Triton 3.6 compiles no tuple that holds None.
 TAKES_ROWS = VERSION > (3, 6)
 #: Whether kernels run in Triton's interpreter, which compiles nothing.

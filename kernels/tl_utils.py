@@ -10,6 +10,13 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
+#: The lowest and the highest version of Triton that the kernels were tested with.
+TESTED = (3, 6), (3, 9)
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+TESTED_TEXT = "tested with Triton {}.{} to {}.{}".format(*TESTED[0], *TESTED[1])
+if VERSION < TESTED[0]:
+    raise ImportError(f"Triton {triton.__version__} is too old for the kernels; {TESTED_TEXT}", name="triton")
+
 # The interpreter keeps bfloat16 as raw uint16: products and roundings of it have to be spelt out.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -82,6 +89,8 @@ def launching(kernel: str, like: torch.Tensor) -> Iterator[None]:
             raise
         except Exception as error:  # noqa: BLE001 - compilers and drivers raise what they like
             reason = " ".join(str(error).split())[:200]
+            if VERSION > TESTED[1]:
+                reason += f" (Triton is {triton.__version__}; {TESTED_TEXT})"
             raise LaunchError(f"{kernel}: {type(error).__name__}: {reason}") from error
 
 

@@ -176,7 +176,7 @@ def kernel_checks(device: torch.device) -> list[Check]:
 
 def no_triton() -> str:
     if sys.platform == "linux":
-        raise RuntimeError("Triton is not installed")
+        raise RuntimeError(dispatch.NO_KERNELS)
     return "no Triton on this platform; everything runs on BLAS"
 
 

@@ -203,7 +203,7 @@ def problems_of(options: argparse.Namespace) -> Iterable[Problem]:
         ValueError: no GPU or no Triton, or an option that makes no sense.
     """
     if dispatch.kernels is None:
-        raise ValueError("Triton is not installed; there is nothing to choose between")
+        raise ValueError(f"{dispatch.NO_KERNELS}; there is nothing to choose between")
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not (options.toy and interpreting):
         raise ValueError("no CUDA device here; TRITON_INTERPRET=1 forgetless tune --toy shows how it works")

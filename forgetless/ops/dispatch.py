@@ -33,6 +33,8 @@ from .hybrid import Hybrid
 from .plans import Choice, Route
 
 kernels: Any = None
+#: Why there are none.
+NO_KERNELS = "Triton is not installed"
 try:
     from forgetless_kernels import fused, launcher, tiles
     from forgetless_kernels.tl_utils import LaunchError
@@ -41,6 +43,9 @@ try:
 except ImportError as error:
     if error.name is None or not error.name.startswith("triton"):
         raise
+    if not isinstance(error, ModuleNotFoundError):  # another version than they take
+        NO_KERNELS = str(error)
+        warnings.warn(f"forgetless: everything runs on BLAS: {error}", stacklevel=2)
 
     class LaunchError(RuntimeError):  # type: ignore[no-redef]
         """A kernel could not be compiled or launched."""
@@ -195,7 +200,7 @@ def explain_path(
     if asked is kernels is not None or device.type == "cuda" and kernels is not None and asked is None:
         return "blas", f"the fused kernels do not take {dtype_name(dtype)}"
     if device.type == "cuda" and kernels is None:
-        return "blas", "Triton is not installed"
+        return "blas", NO_KERNELS
     return "blas", f"in-place BLAS is the {device.type} path"
 
 
