@@ -73,8 +73,8 @@ def targets_text(results: Results, path: Path) -> str:
     }
     return (
         "\n## Compiled\n\nKernels compiled for each card / with a problem: too much shared memory, a spill, "
-        "products off the tensor cores, multiply-adds or stores missing, or a failure to compile. The tests compile a "
-        "subset.\n\n"
+        "products off the tensor cores or (sm_90) waiting for one another, multiply-adds or stores missing, or a "
+        "failure to compile. The tests compile a subset.\n\n"
         + grid("", cells)
         + "".join(f"\n{note}\n" for note in results["notes"])
         + f"\n{source(results, path)}\n"
