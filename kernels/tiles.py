@@ -218,18 +218,20 @@ def stage_bytes(kernel: str, tile: Tile, R: int, itemsize: int) -> int:
 def fit(kernel: str, tile: Tile, R: int, itemsize: int, arch: int) -> Tile:
     """The tile made smaller until accumulators of rank R fit the registers and its stages the shared memory"""
     BLOCK_N, BLOCK_K, num_warps = tile.BLOCK_N, tile.BLOCK_K, tile.num_warps
-    serial = kernel == "grouped_outer" and known_arch(arch) == 90  # of 8 warps, with Triton 3.6
+    arch = known_arch(arch)
+    if kernel == "grouped_outer" and arch == 90 and R > 32:  # of 128 Triton 3.6 makes each wgmma wait
+        BLOCK_K = min(BLOCK_K, 64)
     kernel = kernel.removeprefix("grouped_")
     if kernel == "project":
         BLOCK_K, num_warps = min(BLOCK_K, 4096 // R), max(num_warps, R // 16)
     elif kernel == "outer":
-        num_warps = 8 if R > 32 and not serial else num_warps
+        num_warps = 8 if R > 32 else num_warps
     elif kernel == "project_outer":  # its accumulator is BLOCK_K x R: 64 registers a thread
         BLOCK_K = min(BLOCK_K, num_warps * 2048 // R)
     elif kernel in ("full", "once") and R > 32:
         BLOCK_N //= 2
     tile = dataclasses.replace(tile, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=num_warps)
-    room = SHARED[known_arch(arch)] // stage_bytes(kernel, tile, R, itemsize)
+    room = SHARED[arch] // stage_bytes(kernel, tile, R, itemsize)
     return dataclasses.replace(tile, num_stages=max(1, min(tile.num_stages, room)))
 
 
