@@ -269,7 +269,7 @@ def _project_outer(*given: Any) -> Launch | None:
 
     None where two passes are cheaper.
     """
-    x, up, h, start, *facts, places, _, precision = given
+    x, up, h, _, *facts, places, _, precision = given
     (M, K), (_, R) = x.shape, up.shape
     assert up.shape == (K, R) and h.shape == (M, R)
     assert x.dtype in FLOATS and h.dtype == x.dtype
@@ -279,7 +279,7 @@ def _project_outer(*given: Any) -> Launch | None:
     strips, steps = strips_of(M, tile["BLOCK_M"], columns, 128 - len(places) * columns)
     if R > BLOCK_R or not sweep_pays(M, K, R, columns, strips, x.dtype.itemsize):
         return None
-    if (places or start) and tiles.arch_of(x.device) not in (86, 89):  # there two a multiprocessor are one wave of 128
+    if tiles.arch_of(x.device) not in (86, 89):  # there two a multiprocessor are one wave of 128
         tile["maxnreg"] = MOST_REGISTERS
     launch = Launch(
         _project_outer_kernel, [columns, strips + len(places)],
