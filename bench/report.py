@@ -58,7 +58,6 @@ def static_text(results: Results, path: Path) -> str:
         "the bus once; partial sums are written to memory and read back from L2. Triton's GEMMs are as fast as cuBLAS, "
         "but where a row says otherwise: Triton's tutorial 07 measured 0.98 of it on H100, 0.72 on B200.\n\n"
         + grid("design", cells)
-        + "\nThe JSON has every kernel's tile, bytes, registers and predicted time.\n"
         + f"\n{source(results, path)}\n"
     )
 

@@ -285,16 +285,17 @@ def gram_form(
     def form(group: list[int], down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight = weights[group[0]]
         down = down.mT if tall else down
-        value, ddown, dup = down.new_zeros(()), None, None
+        value = ddown = dup = None
         for alike in zip(*(pairs[i] for i in group), strict=True):
             sources, targets = zip(*alike, strict=True)
             seen, lifted = apply_stacked(sources, down), apply_stacked(targets, up.mT)  # (L, R, K), (L, R, N)
             outer, inner = lifted @ up, seen @ down.mT  # (L, R, R)
-            value = value + weight * (outer * inner).sum()
+            own = weight * (outer * inner).sum()
+            value = own if value is None else value + own
             outer, inner = outer.mul_(2 * weight), inner.mul_(2 * weight)
             ddown = outer @ seen if ddown is None else ddown.baddbmm_(outer, seen)
             dup = lifted.mT @ inner if dup is None else dup.baddbmm_(lifted.mT, inner)
-        assert ddown is not None and dup is not None  # every layer has a pair
+        assert value is not None and ddown is not None and dup is not None  # every layer has a pair
         return value, ddown.mT if tall else ddown, dup
 
     keys = [(w, *(cov and cov.form() for pair in own for cov in pair)) for w, own in zip(weights, pairs, strict=True)]
