@@ -221,6 +221,8 @@ def _add_products(h: Facts, up: Facts, bias: Facts | None, y: Facts, seed: Facts
     # of float32, and an up that is stored by columns, 32 ranks at once spilt 112 bytes on sm_80
     BLOCK_R = pad_rank(R, most=16 if itemsize == 4 else 64 if R <= 128 else 32)
     tile = tile_for(kernel, device, itemsize, BLOCK_R)
+    if len(xs) > 1 and tile["num_warps"] == 4:  # as few as Triton 3.6 takes by itself spilt on sm_86
+        tile["maxnreg"] = tiles.MOST_REGISTERS
     for i, name in enumerate(("", "1", "2")):
         strides = (*xs[i].stride, *weights[i].stride) if i < len(xs) else (0, 0, 0, 0)
         named.update(zip([f"stride_{axis}{name}" for axis in ("xm", "xk", "wn", "wk")], strides, strict=True))
