@@ -262,8 +262,8 @@ def _gram_made(
         if z.shape[1] > 2 * R:
             T = z[:, 2 * R :]
             strong = torch.stack([wide(spectra[i]) for i in group])[:, :, None].to(z.dtype) * T  # type: ignore[arg-type]
-            grads[0] = inner + T.mT @ strong
-            grads.append(2 * (strong @ outer))
+            grads[0] = torch.baddbmm(inner, T.mT, strong)
+            grads.append(torch.baddbmm(T, strong, outer, beta=0, alpha=2))
         grad = torch.cat(grads, 1).mul_(weight)
         return (outer * grad[:, :R]).sum(), grad
 
