@@ -13,8 +13,8 @@ import pytest
 pytestmark = pytest.mark.soak
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = (80, 86, 89, 90, 100, 120)
-#: Values that tests compare with numbers of their own are not there.
-COMPUTED = "not touched"
+#: Values that tests compare with numbers of their own are not there; graphs and streams want a torch built for CUDA.
+COMPUTED = "not touched and not captured_in_a_graph and not another_stream"
 
 
 def phantom(*arguments: str) -> subprocess.CompletedProcess[str]:
