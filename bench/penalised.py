@@ -138,8 +138,8 @@ def rows() -> list[Row]:
         kept = sum(b.numel() * b.element_size() for item in items for b in item.state.buffers())
         for way, cost in (("grouped", grouped(items)), ("in the pass", made(items))):
             time = seconds(ARCH, cost["FLOPs"], cost["moved"])
-            values = {"held": kept, "moved": cost["moved"], "predicted time": time, **cost}
-            units = {"held": "B", "moved": "B", "predicted time": "s"}
+            values = {"kept": kept, "moved": cost["moved"], "predicted time": time, **cost}
+            units = {"kept": "B", "moved": "B", "predicted time": "s"}
             made_rows += [row(name, way, "penalty", metric, v, units.get(metric, "1")) for metric, v in values.items()]
     return made_rows
 

@@ -299,14 +299,14 @@ def penalised_cells(results: Results) -> Cells:
     """Each penalty, grouped and in the pass: counted operations, bytes and FLOPs, and a predicted time."""
     step = select(results, phase="step")[0]["value"]
     forms: dict[str, tuple[str, float, str]] = {
-        "held": ("MiB kept", MIB, ".0f"), "operations": ("torch operations", 1, ".0f"), "moved": ("GB", 1e9, ".2f"),
+        "kept": ("MiB kept", MIB, ".0f"), "operations": ("torch operations", 1, ".0f"), "moved": ("GB", 1e9, ".2f"),
         "FLOPs": ("GFLOP", 1e9, ".0f"), "predicted time": ("of the step's time", step, ".2%"),
     }  # fmt: skip
     cells: Cells = {}
     for metric, (title, unit, form) in forms.items():
         for name, ways in nested(select(results, phase="penalty", metric=metric)).items():
             texts = [f"{row['value'] / unit:{form}}" for row in ways.values()]
-            cells.setdefault(name, {})[title] = texts[0] if metric == "held" else " → ".join(texts)
+            cells.setdefault(name, {})[title] = texts[0] if metric == "kept" else " → ".join(texts)
     return cells
 
 

@@ -248,8 +248,8 @@ def _grouped_matmul(
     tile = tile_for("grouped_matmul", y.device, y.dtype.itemsize, BLOCK_R)
     blocks = _blocks_of(S, E, tile["BLOCK_M"])
     be, bn = (0, 0) if bias is None else bias.stride
-    # without a mask, the low-rank product of so small a tile needs no parts: in parts, it took more registers
-    parts = parts_of(tile["BLOCK_N"], seeds is not None, tiles.arch_of(y.device)) if K and seeds is not None else 1
+    # for the mask alone: without one, the low-rank product of so small a tile took more registers in parts
+    parts = parts_of(tile["BLOCK_N"], True, tiles.arch_of(y.device)) if K and seeds is not None else 1
     return Launch(
         _grouped_matmul_kernel, [blocks * triton.cdiv(N, tile["BLOCK_N"])],
         tiles_m=blocks, E=E, N=N, K=K, stride_xm=xm, stride_xk=xk, stride_we=we, stride_wn=wn, stride_wk=wk,
